@@ -1,0 +1,91 @@
+"""headfold::GroupedQueryAttention in plain numpy: the oracle of every body and kernel.
+
+Clear, in float64, and slow on purpose.
+"""
+
+from typing import Any
+
+import numpy as np
+from headfold.plugins.schema import Attributes
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+def grouped_query_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    past_key: Array,
+    past_value: Array,
+    past_lengths: NDArray[np.integer],
+    cos_cache: Array,
+    sin_cache: Array,
+    attributes: Attributes,
+    q_norm_weight: Array | None = None,
+    k_norm_weight: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """Append the new tokens to the caches and attend causally, one query at a time.
+
+    Shapes are those of `headfold.plugins.schema`. Computes in float64 and returns the dtype of `query`.
+    Sources: grouped heads, Ainslie et al. 2023 section 2.2; RoPE, Su et al. 2021 section 3.4.2; RMSNorm, Zhang and
+    Sennrich 2019 equation 4; soft cap, Gemma 2 report section 2.
+
+    Raises:
+        ValueError: a sequence's new tokens do not fit its cache.
+    """
+    a = attributes
+    batch, length, _ = query.shape
+    capacity, head_dim = past_key.shape[2:]
+    group = a.num_heads // a.kv_num_heads
+    q: Array = query.astype(np.float64).reshape(batch, length, a.num_heads, head_dim)
+    k: Array = key.astype(np.float64).reshape(batch, length, a.kv_num_heads, head_dim)
+    v = value.astype(np.float64).reshape(batch, length, a.kv_num_heads, head_dim)
+    if q_norm_weight is not None:
+        q = rms_norm(q, q_norm_weight, a.qk_norm_epsilon)
+    if k_norm_weight is not None:
+        k = rms_norm(k, k_norm_weight, a.qk_norm_epsilon)
+
+    present_key, present_value = past_key.astype(np.float64), past_value.astype(np.float64)
+    output = np.zeros((batch, length, a.num_heads, head_dim))
+    for b in range(batch):
+        start = int(past_lengths[b])
+        if start + length > capacity:
+            raise ValueError(f"sequence {b} has {start} tokens and {length} new ones: over the capacity of {capacity}")
+        for s in range(length):
+            position = start + s
+            cos, sin = cos_cache[position].astype(np.float64), sin_cache[position].astype(np.float64)  # [R/2]
+            present_key[b, :, position] = rotate(k[b, s], cos, sin, bool(a.rotary_interleaved))
+            present_value[b, :, position] = v[b, s]
+            rotated = rotate(q[b, s], cos, sin, bool(a.rotary_interleaved))  # [Hq, D]
+            first = max(0, position + 1 - a.local_window_size) if a.local_window_size > 0 else 0
+            for h in range(a.num_heads):
+                scores = present_key[b, h // group, first : position + 1] @ rotated[h] * a.scale  # [visible tokens]
+                if a.softcap > 0:
+                    scores = a.softcap * np.tanh(scores / a.softcap)
+                weights = np.exp(scores - scores.max())
+                output[b, s, h] = weights / weights.sum() @ present_value[b, h // group, first : position + 1]
+    return (
+        output.reshape(query.shape).astype(query.dtype),
+        present_key.astype(past_key.dtype),
+        present_value.astype(past_value.dtype),
+    )
+
+
+def rms_norm(x: Array, weight: Array, epsilon: float) -> Array:
+    """`x / sqrt(mean(x^2) + epsilon) * weight` over the last axis; `weight` is [last axis of x]."""
+    scale: Array = 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + epsilon)
+    return x * scale * weight
+
+
+def rotate(x: Array, cos: Array, sin: Array, interleaved: bool) -> Array:
+    """Rotate the first R dimensions of `x` [..., D] by the angles of one position: `cos` and `sin` are [R/2]."""
+    half = cos.shape[-1]
+    if interleaved:
+        first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
+    else:
+        first, second = slice(0, half), slice(half, 2 * half)
+    result = x.copy()
+    result[..., first] = x[..., first] * cos - x[..., second] * sin
+    result[..., second] = x[..., second] * cos + x[..., first] * sin
+    return result

@@ -1,0 +1,46 @@
+"""Errors a user can cause. Each is one line: what is wrong, where, and how to fix it.
+
+A command line prints them without a traceback and exits with `exit_code`: 2 for bad usage or input, 1 for a failed
+verification.
+"""
+
+
+class HeadfoldError(Exception):
+    """What is wrong, where it is (a path, a tensor, a field), and what the user can do about it."""
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, where: object = None, fix: str | None = None) -> None:
+        self.what, self.where, self.fix = what, where, fix
+        line = f"{where}: {what}" if where is not None else what
+        super().__init__(" ".join((f"{line}. {fix}" if fix else line).split()))
+
+
+class ConfigError(HeadfoldError):
+    """A model configuration that headfold does not implement, or that contradicts itself."""
+
+
+class CheckpointError(HeadfoldError):
+    """A checkpoint that cannot be read, or whose tensors are not exactly the ones its configuration implies."""
+
+
+class BundleError(HeadfoldError):
+    """A bundle that is incomplete, altered, or of another format version."""
+
+
+class ProviderError(HeadfoldError):
+    """The execution provider asked for is not available, or cannot run this bundle."""
+
+
+class CapacityError(HeadfoldError):
+    """More tokens than the KV cache holds."""
+
+
+class InputError(HeadfoldError):
+    """A prompt, message list or sampling parameter that cannot be used."""
+
+
+class VerificationError(HeadfoldError):
+    """The exported graph does not compute what PyTorch computes."""
+
+    exit_code = 1
