@@ -1,0 +1,141 @@
+"""The configuration of a decoder: everything the model file needs to know, in Hugging Face's names, and nothing else.
+
+Reading a family's `config.json` or GGUF metadata into it is `families.py`'s and `gguf.py`'s job. Contradictions raise ConfigError here.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from headfold.runtime.errors import ConfigError
+
+Activation = Literal["relu", "gelu", "gelu_pytorch_tanh", "silu", "sigmoid", "linear"]
+Norm = Literal["rms_norm", "layer_norm"]
+RopeType = Literal["default", "linear", "llama3", "yarn"]
+
+# Shazeer 2020, equations 1-6: the activation of the first projection, and whether a second one multiplies it.
+FEED_FORWARDS: dict[str, tuple[Activation, bool]] = {
+    "ReLU": ("relu", False),
+    "GELU": ("gelu", False),
+    "Swish": ("silu", False),
+    "GLU": ("sigmoid", True),
+    "Bilinear": ("linear", True),
+    "ReGLU": ("relu", True),
+    "GEGLU": ("gelu", True),
+    "SwiGLU": ("silu", True),
+}
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding: base, share of each head that is rotated, and the scaling of long contexts.
+
+    `factor`, `low_freq_factor`, `high_freq_factor`, `original_max_position_embeddings`, `beta_fast`, `beta_slow`, `mscale`,
+    `mscale_all_dim`, `truncate` and `attention_factor` mean what they mean in transformers; each is read only by the types that
+    have it.
+    """
+
+    rope_theta: float = 10000.0
+    rope_type: RopeType = "default"
+    partial_rotary_factor: float = 1.0
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    truncate: bool = True
+    attention_factor: float | None = None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer. Sizes are counts of elements; `head_dim` is per head; epsilons are absolute."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    norm: Norm = "rms_norm"
+    norm_eps: float = 1e-6
+    hidden_act: Activation = "silu"
+    gated: bool = True
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    qkv_bias: bool = False
+    output_bias: bool = False  # of o_proj
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm over head_dim of queries and keys, before RoPE
+    sliding_window: int | None = None  # a token sees itself and the sliding_window - 1 before it
+    sliding_layers: tuple[int, ...] = ()  # the layers that have the window, by index
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}", fix="It must be at least 1.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"num_attention_heads {self.num_attention_heads} is not divisible by "
+                f"num_key_value_heads {self.num_key_value_heads}",
+                fix="Every key/value head must serve the same number of query heads.",
+            )
+        if self.rotary_dim % 2 or self.rotary_dim < 2:
+            raise ConfigError(
+                f"head_dim {self.head_dim} x partial_rotary_factor {self.rope.partial_rotary_factor} rotates "
+                f"{self.rotary_dim} dimensions",
+                fix="RoPE rotates pairs: the number must be even and at least 2.",
+            )
+        if self.sliding_layers and self.sliding_window is None:
+            raise ConfigError("sliding-attention layers without a sliding_window", fix="Set sliding_window.")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ConfigError(f"sliding_window is {self.sliding_window}", fix="It must be at least 1, or null.")
+        if self.rope.rope_type != "default" and self.rope.factor < 1:
+            raise ConfigError(f"rope factor is {self.rope.factor}", fix="It must be at least 1.")
+        if not (math.isfinite(self.rope.rope_theta) and self.rope.rope_theta > 0):
+            raise ConfigError(f"rope_theta is {self.rope.rope_theta}", fix="It must be positive and finite.")
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of each head that RoPE rotates; the rest pass through."""
+        return int(self.head_dim * self.rope.partial_rotary_factor)
+
+    @property
+    def feed_forward(self) -> str:
+        """The name of the feed-forward in Shazeer 2020; GELU's tanh approximation counts as GELU."""
+        act = "gelu" if self.hidden_act == "gelu_pytorch_tanh" else self.hidden_act
+        names = {variant: name for name, variant in FEED_FORWARDS.items()}
+        return names.get((act, self.gated), f"{act} ({'gated' if self.gated else 'plain'})")
+
+    @property
+    def attention(self) -> str:
+        """MHA, GQA or MQA, by the number of key/value heads."""
+        if self.num_key_value_heads == self.num_attention_heads:
+            return "MHA"
+        return "MQA" if self.num_key_value_heads == 1 else "GQA"
+
+    def window(self, layer: int) -> int:
+        """The sliding window of a layer in tokens, -1 when it sees everything before it."""
+        return self.sliding_window if self.sliding_window is not None and layer in self.sliding_layers else -1
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types, for a manifest."""
+        return asdict(self) | {"eos_token_id": list(self.eos_token_id), "sliding_layers": list(self.sliding_layers)}

@@ -1,0 +1,134 @@
+"""The manifest of a bundle: what is in it, what it computes, and the SHA-256 of every file. Nothing of a bundle is used before its check.
+
+`model.onnx` and its data, the tokenizer and the generation settings lie beside `manifest.json` in one directory.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from headfold.runtime.errors import BundleError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+MODEL = "model.onnx"
+_CHUNK = 1 << 22  # bytes hashed at a time
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+DType = Literal["float32", "float16", "bfloat16"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileEntry(_Strict):
+    """One file of the bundle: size in bytes, and SHA-256 of its content."""
+
+    size: int = Field(ge=0)
+    sha256: Sha256
+
+
+class TensorSpec(_Strict):
+    """One graph input or output: a number is a fixed size, a name a dynamic one."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+class CacheSpec(_Strict):
+    """The KV cache. Per layer two tensors [batch, num_key_value_heads, capacity, head_dim]; capacity is in tokens."""
+
+    layout: Literal["batch, num_key_value_heads, capacity, head_dim"] = "batch, num_key_value_heads, capacity, head_dim"
+    num_hidden_layers: int = Field(ge=1)
+    num_key_value_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+    capacity: int = Field(ge=1)  # the most tokens (prompt and answer) a sequence may have
+
+
+class Manifest(_Strict):
+    """Everything a user of the bundle must know before opening its graph."""
+
+    format_version: int
+    headfold_version: str
+    source: str  # name of the checkpoint's file or directory, without its path
+    config: dict[str, Any]  # headfold.export.config.ModelConfig as JSON
+    vocab_size: int = Field(ge=1)
+    parameters: int = Field(ge=1)
+    dtype: DType  # of the weights, the cache and the logits
+    logits: Literal["last", "all"]  # of each row's last token, or of every new token
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    cache: CacheSpec
+    files: dict[str, FileEntry]  # every file but the manifest itself, by its name relative to the bundle
+    tools: dict[str, str]  # package and version that made it
+    parity: dict[str, Any] | None  # summary of parity.json; None if the export was told not to verify
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """Read and validate a bundle's manifest; the files it lists are not looked at.
+
+    Raises:
+        BundleError: no such bundle, not JSON, a newer format, or a field that is missing or wrong.
+    """
+    path = bundle / MANIFEST
+    if not bundle.is_dir():
+        raise BundleError(
+            "no such bundle directory", where=bundle, fix="Make one with: headfold export CHECKPOINT -o BUNDLE"
+        )
+    if not path.is_file():
+        raise BundleError("has no manifest.json", where=bundle, fix="Only a finished export has one: export again.")
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise BundleError(f"is not JSON: {error}", where=path, fix="Export the bundle again.") from error
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise BundleError(
+            f"has format version {version}, this headfold reads up to {FORMAT_VERSION}",
+            where=path,
+            fix="Upgrade headfold, or export the bundle with this version.",
+        )
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "manifest"
+        raise BundleError(f"{field}: {first['msg']}", where=path, fix="Export the bundle again.") from error
+
+
+def check_files(bundle: Path, manifest: Manifest) -> None:
+    """Compare every listed file with its size and SHA-256, and refuse files that are not listed.
+
+    Raises:
+        BundleError: a file is missing, altered, not listed, or outside the bundle.
+    """
+    fix = "The bundle was changed after its export: export it again, or copy it anew."
+    for name, entry in manifest.files.items():
+        path = bundle / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise BundleError("points outside the bundle", where=f"{bundle / MANIFEST}: {name!r}", fix=fix)
+        if path.is_symlink() or not path.is_file():
+            raise BundleError("is missing, or no regular file", where=path, fix=fix)
+        if path.stat().st_size != entry.size:
+            raise BundleError(
+                f"has {path.stat().st_size} bytes, not the {entry.size} of the manifest", where=path, fix=fix
+            )
+        if sha256(path) != entry.sha256:
+            raise BundleError("does not have the SHA-256 of the manifest", where=path, fix=fix)
+    for path in bundle.rglob("*"):
+        name = path.relative_to(bundle).as_posix()
+        if not path.is_dir() and name != MANIFEST and name not in manifest.files:
+            raise BundleError("is not listed in the manifest", where=path, fix="Remove it, or export the bundle again.")
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content in hexadecimal, read in chunks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
