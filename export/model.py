@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from headfold.export.config import Activation, ModelConfig
 from headfold.export.rope import rope_tables
 from headfold.plugins.schema import Attributes
-from headfold.plugins.torch_op import attend, grouped_query_attention, rms_norm
+from headfold.plugins.torch_op import attend, grouped_query_attention, rms_norm, rms_normalization
 from torch import Tensor, nn
 
 Cache = list[tuple[Tensor, Tensor]]  # per layer: keys and values, [B, Hkv, C, D] each
@@ -50,15 +50,8 @@ class Norm(nn.Module):
         """[B, S, hidden] to the same."""
         if not self.is_rms:
             return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
-        if torch.onnx.is_in_onnx_export():  # the exporter would spell it out in nine nodes
-            return torch.onnx.ops.symbolic(
-                "RMSNormalization",
-                (x, self.weight),
-                {"axis": -1, "epsilon": self.eps},
-                dtype=x.dtype,
-                shape=x.shape,
-                version=23,
-            )
+        if torch.compiler.is_exporting():  # one node; the exporter would spell it out in nine
+            return rms_normalization(x, self.weight, self.eps)
         return rms_norm(x, self.weight, self.eps)
 
 
@@ -129,10 +122,10 @@ class FeedForward(nn.Module):
 
 
 def activate(name: Activation, x: Tensor) -> Tensor:
-    """The activation, elementwise. Swish is spelled as x * sigmoid(x): every ONNX opset has it, and it is as fast."""
+    """The activation, elementwise."""
     match name:
         case "silu":
-            return x * torch.sigmoid(x) if torch.onnx.is_in_onnx_export() else F.silu(x)
+            return F.silu(x)
         case "relu":
             return F.relu(x)
         case "gelu":
@@ -222,7 +215,8 @@ class Decoder(nn.Module):
             attention_mask = torch.ones_like(input_ids)
         layout = sequence_layout(input_ids, attention_mask)
         columns = torch.arange(input_ids.shape[1], device=input_ids.device)  # [S]
-        aligned = (columns + layout.leading[:, None]) % input_ids.shape[1]  # [B, S]: real tokens first
+        shifted = columns + layout.leading[:, None]  # [B, S]
+        aligned = torch.where(shifted < input_ids.shape[1], shifted, shifted - input_ids.shape[1])  # real tokens first
         x = self.model.embed_tokens(input_ids.gather(1, aligned))  # [B, S, hidden]
         rope = (self.cos_cache.to(x.dtype), self.sin_cache.to(x.dtype))
         present: Cache = []
@@ -235,7 +229,8 @@ class Decoder(nn.Module):
         if last_only:
             wanted = (layout.new_lengths - 1).clamp(min=0)[:, None]  # [B, 1]
         else:
-            wanted = (columns - layout.leading[:, None]) % input_ids.shape[1]  # [B, S]: the order of input_ids
+            shifted = columns - layout.leading[:, None]  # [B, S]: back to the order of input_ids
+            wanted = torch.where(shifted >= 0, shifted, shifted + input_ids.shape[1])
         x = x.gather(1, wanted[:, :, None].expand(-1, -1, x.shape[2]))  # [B, 1 or S, hidden]
         x = self.model.norm(x)
         head = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight  # [V, hidden]

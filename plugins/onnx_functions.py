@@ -1,42 +1,191 @@
-"""The ONNX function bodies of headfold::GroupedQueryAttention.
+"""headfold::GroupedQueryAttention for ONNX: its operator schema, and the function bodies a graph can carry for it.
 
-There is one, for ONNX Runtime, which inlines it and runs its own kernel.
+ONNX Runtime inlines `onnxruntime_body` and runs its own kernel; `standard_body` has only standard ops, for everybody else.
+Both obey `headfold.plugins.schema`. A body belongs to one model: whether it has q/k norms and how much of a head RoPE rotates are
+the same in all its layers.
 """
 
-import onnx
-from headfold.plugins.schema import DOMAIN, INPUTS, OP_TYPE, OUTPUTS
-from onnx import helper
+from collections.abc import Sequence
 
-OPSET = 24
-_ATTRIBUTES = {
-    "num_heads": onnx.AttributeProto.INT,
-    "kv_num_heads": onnx.AttributeProto.INT,
-    "scale": onnx.AttributeProto.FLOAT,
-    "local_window_size": onnx.AttributeProto.INT,
-    "softcap": onnx.AttributeProto.FLOAT,
-    "rotary_interleaved": onnx.AttributeProto.INT,
+import onnx
+from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper
+from onnx.defs import OpSchema
+
+from headfold.plugins.schema import DOMAIN, INPUTS, OP_TYPE, OPTIONAL_INPUTS, OUTPUTS, VERSION
+
+OPSET = 24  # of the default domain: the first with TensorScatter
+_KINDS = {
+    "num_heads": AttributeProto.INT,
+    "kv_num_heads": AttributeProto.INT,
+    "scale": AttributeProto.FLOAT,
+    "local_window_size": AttributeProto.INT,
+    "softcap": AttributeProto.FLOAT,
+    "rotary_interleaved": AttributeProto.INT,
+    "qk_norm_epsilon": AttributeProto.FLOAT,
 }
 
 
-def onnxruntime_body() -> onnx.FunctionProto:
-    """One com.microsoft.GroupQueryAttention node, which takes the last valid index of each sequence, not a length."""
-    attention = helper.make_node(
+def schema() -> OpSchema:
+    """The operator's ONNX schema; not registered, so that no tool depends on headfold being imported."""
+    types = {"past_lengths": "tensor(int64)", "total_sequence_length": "tensor(int32)"}
+    single, optional = OpSchema.FormalParameterOption.Single, OpSchema.FormalParameterOption.Optional
+    parameters = [OpSchema.FormalParameter(name, types.get(name, "T"), param_option=single) for name in INPUTS]
+    parameters += [OpSchema.FormalParameter(name, "T", param_option=optional) for name in OPTIONAL_INPUTS]
+    kinds = {AttributeProto.INT: OpSchema.AttrType.INT, AttributeProto.FLOAT: OpSchema.AttrType.FLOAT}
+    return OpSchema(
+        OP_TYPE,
+        DOMAIN,
+        VERSION,
+        inputs=parameters,
+        outputs=[OpSchema.FormalParameter(name, "T") for name in OUTPUTS],
+        type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "weights, cache and output")],
+        attributes=[OpSchema.Attribute(name, kinds[kind]) for name, kind in _KINDS.items()],
+    )
+
+
+class _Body:
+    """Collects the nodes of a function; a value is known by the name of the node's output."""
+
+    def __init__(self) -> None:
+        self.nodes: list[NodeProto] = []
+
+    def __call__(
+        self,
+        op_type: str,
+        inputs: Sequence[str],
+        outputs: str | Sequence[str],
+        refs: dict[str, str] | None = None,
+        domain: str = "",
+        **attributes: object,
+    ) -> str:
+        """Append a node; `refs` maps its attributes to the function's. Returns the first output."""
+        names = [outputs] if isinstance(outputs, str) else list(outputs)
+        node = helper.make_node(op_type, inputs, names, domain=domain, **attributes)
+        for name, ref in (refs or {}).items():
+            node.attribute.append(AttributeProto(name=name, ref_attr_name=ref, type=_KINDS[ref]))
+        self.nodes.append(node)
+        return names[0]
+
+    def ints(self, name: str, *values: int) -> str:
+        return self("Constant", [], name, value_ints=values)
+
+    def function(self, qk_norm: bool, domains: dict[str, int]) -> FunctionProto:
+        inputs = [*INPUTS, *OPTIONAL_INPUTS] if qk_norm else list(INPUTS)
+        opsets = [helper.make_opsetid(domain, version) for domain, version in domains.items()]
+        return helper.make_function(DOMAIN, OP_TYPE, inputs, list(OUTPUTS), self.nodes, opsets, list(_KINDS))
+
+
+def onnxruntime_body(qk_norm: bool = False) -> FunctionProto:
+    """One com.microsoft.GroupQueryAttention node, which takes the last valid index of each sequence, not a length.
+
+    Its CPU kernel refuses q/k norms, so they are applied before it.
+    """
+    body = _Body()
+    body("Shape", ["query"], "new_tokens", start=1, end=2)  # [1]: S
+    body.ints("one", 1)
+    body("Add", ["past_lengths", "new_tokens"], "lengths")  # [B]
+    body("Sub", ["lengths", "one"], "last_index")
+    body("Cast", ["last_index"], "seqlens_k", to=TensorProto.INT32)
+    replaced = {"past_lengths": "seqlens_k"}
+    if qk_norm:
+        body("Constant", [], "flat", value_ints=[0, 0, -1])
+        for name, heads in (("query", "num_heads"), ("key", "kv_num_heads")):
+            _split_heads(body, name, heads)  # [B, S, H, D]
+            _norm(body, f"{name}_heads", f"{name[0]}_norm_weight", f"{name}_normed")
+            replaced[name] = body("Reshape", [f"{name}_normed", "flat"], f"{name}_flat")  # [B, S, H*D]
+    body(
         "GroupQueryAttention",
-        ["seqlens_k" if name == "past_lengths" else name for name in INPUTS],
-        list(OUTPUTS),
+        [replaced.get(name, name) for name in INPUTS],
+        OUTPUTS,
         domain="com.microsoft",
         do_rotary=1,
+        refs={name: name for name in _KINDS if name != "qk_norm_epsilon"},
     )
-    for name, kind in _ATTRIBUTES.items():
-        attribute = onnx.AttributeProto(name=name, ref_attr_name=name, type=kind)
-        attention.attribute.append(attribute)
-    nodes = [
-        helper.make_node("Shape", ["query"], ["new_tokens"], start=1, end=2),  # [1]: S
-        helper.make_node("Constant", [], ["one"], value_ints=[1]),
-        helper.make_node("Add", ["past_lengths", "new_tokens"], ["lengths"]),  # [B]
-        helper.make_node("Sub", ["lengths", "one"], ["last_index"]),
-        helper.make_node("Cast", ["last_index"], ["seqlens_k"], to=onnx.TensorProto.INT32),
-        attention,
-    ]
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
-    return helper.make_function(DOMAIN, OP_TYPE, list(INPUTS), list(OUTPUTS), nodes, opsets, list(_ATTRIBUTES))
+    return body.function(qk_norm, {"": OPSET, "com.microsoft": 1})
+
+
+def standard_body(rotary_dim: int, qk_norm: bool = False) -> FunctionProto:
+    """TensorScatter, RotaryEmbedding and Attention of opset 24 under an explicit mask; no contrib ops.
+
+    `rotary_dim` is R. The mask is explicit because importers differ in what they make of Attention's causal and length inputs.
+    Positions behind a sequence's last token are masked, but must hold finite numbers: zero a new cache.
+    """
+    body = _Body()
+    for name, values in {
+        "zero": [0],
+        "one": [1],
+        "axes": [0, 2],
+        "behind": [1, 3],
+        "seq_axis": [2],
+        "flat": [0, 0, -1],
+    }.items():
+        body.ints(name, *values)
+    body("Constant", [], "zero_scalar", value_int=0)
+    body("Constant", [], "one_scalar", value_int=1)
+    # Positions of the new tokens, [B, S]
+    body("Shape", ["query"], "new_tokens", start=1, end=2)
+    body("Squeeze", ["new_tokens", "zero"], "new_tokens_scalar")
+    body("Range", ["zero_scalar", "new_tokens_scalar", "one_scalar"], "offsets")  # [S]
+    body("Unsqueeze", ["past_lengths", "one"], "past_column")  # [B, 1]
+    body("Add", ["past_column", "offsets"], "positions")  # [B, S]
+    # Heads, norms, RoPE, [B, H, S, D]
+    for name, heads in (("query", "num_heads"), ("key", "kv_num_heads"), ("value", "kv_num_heads")):
+        current = _split_heads(body, name, heads)  # [B, S, H, D]
+        if qk_norm and name != "value":
+            current = _norm(body, current, f"{name[0]}_norm_weight", f"{name}_normed")
+        current = body("Transpose", [current], f"{name}_by_head", perm=[0, 2, 1, 3])  # [B, H, S, D]
+        if name != "value":
+            tables = ["cos_cache", "sin_cache", "positions"]
+            refs = {"interleaved": "rotary_interleaved"}
+            body("RotaryEmbedding", [current, *tables], f"{name}_rotated", refs=refs, rotary_embedding_dim=rotary_dim)
+    body("TensorScatter", ["past_key", "key_rotated", "past_lengths"], "present_key", axis=-2)  # [B, Hkv, C, D]
+    body("TensorScatter", ["past_value", "value_by_head", "past_lengths"], "present_value", axis=-2)
+    # Only the first T positions can be visible
+    body("Cast", ["total_sequence_length"], "total", to=TensorProto.INT64)
+    body("Unsqueeze", ["total", "zero"], "total_vector")  # [1]
+    body("Slice", ["present_key", "zero", "total_vector", "seq_axis"], "keys")  # [B, Hkv, T, D]
+    body("Slice", ["present_value", "zero", "total_vector", "seq_axis"], "values")
+    # A token sees itself and what is at most window - 1 before it
+    body("Range", ["zero_scalar", "total", "one_scalar"], "key_positions")  # [T]
+    body("Unsqueeze", ["positions", "behind"], "query_positions")  # [B, 1, S, 1]
+    body("Sub", ["query_positions", "key_positions"], "distance")  # [B, 1, S, T]
+    body("Constant", [], "window", refs={"value_int": "local_window_size"})
+    body("Constant", [], "no_limit", value_int=2**62)
+    body("Greater", ["window", "zero_scalar"], "has_window")
+    body("Where", ["has_window", "window", "no_limit"], "limit")
+    body("GreaterOrEqual", ["distance", "zero_scalar"], "causal")
+    body("Less", ["distance", "limit"], "near")
+    body("And", ["causal", "near"], "mask")
+    body(
+        "Attention",
+        ["query_rotated", "keys", "values", "mask"],
+        "by_head",
+        refs={"scale": "scale", "softcap": "softcap"},
+    )
+    body("Transpose", ["by_head"], "by_token", perm=[0, 2, 1, 3])  # [B, S, Hq, D]
+    body("Reshape", ["by_token", "flat"], "output")  # [B, S, Hq*D]
+    return body.function(qk_norm, {"": OPSET})
+
+
+def _split_heads(body: _Body, name: str, heads: str) -> str:
+    """[B, S, H*D] to [B, S, H, D]; the number of heads is an attribute of the function."""
+    body("Constant", [], f"{name}_count", refs={"value_int": heads})
+    body("Constant", [], f"{name}_same", value_ints=[0, 0])
+    body("Constant", [], f"{name}_axis", value_ints=[0])
+    body("Constant", [], f"{name}_rest", value_ints=[-1])
+    body("Unsqueeze", [f"{name}_count", f"{name}_axis"], f"{name}_count_vector")
+    body("Concat", [f"{name}_same", f"{name}_count_vector", f"{name}_rest"], f"{name}_shape", axis=0)
+    return body("Reshape", [name, f"{name}_shape"], f"{name}_heads")
+
+
+def _norm(body: _Body, x: str, weight: str, output: str) -> str:
+    return body("RMSNormalization", [x, weight], output, refs={"epsilon": "qk_norm_epsilon"}, axis=-1)
+
+
+def set_function(model: onnx.ModelProto, function: FunctionProto) -> None:
+    """Give `model` this body for the op, in place of the one it has, and import the opsets the body needs."""
+    others = [f for f in model.functions if (f.domain, f.name) != (function.domain, function.name)]
+    del model.functions[:]
+    model.functions.extend([*others, function])
+    have = {opset.domain for opset in model.opset_import}
+    model.opset_import.extend(opset for opset in function.opset_import if opset.domain not in have)

@@ -107,6 +107,7 @@ def grouped_query_attention(
     sin_cache: Tensor,
     q_norm_weight: Tensor | None,
     k_norm_weight: Tensor | None,
+    *,
     num_heads: int,
     kv_num_heads: int,
     scale: float,
@@ -127,6 +128,17 @@ def grouped_query_attention(
 
 @grouped_query_attention.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, *_: object
-) -> tuple[Tensor, ...]:
+    query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, *_: object, **__: object
+) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(query), torch.empty_like(past_key), torch.empty_like(past_value)
+
+
+@torch.library.custom_op("headfold::RMSNormalization", mutates_args=())
+def rms_normalization(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """`rms_norm` as an op, so that an export traces it as ONNX's standard RMSNormalization."""
+    return rms_norm(x, weight, epsilon)
+
+
+@rms_normalization.register_fake
+def _(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return torch.empty_like(x)

@@ -1,4 +1,4 @@
-"""The manifest of a bundle: what is in it, what it computes, and the SHA-256 of every file. Nothing of a bundle is used before its check.
+"""The manifest of a bundle: what it holds, what it computes, and the SHA-256 of every file. Checked before anything else is used.
 
 `model.onnx` and its data, the tokenizer and the generation settings lie beside `manifest.json` in one directory.
 """
