@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import onnx
 import onnx_ir as ir
@@ -103,7 +104,7 @@ def export_graph(config: ModelConfig, dtype: torch.dtype, capacity: int, all_log
 
 def set_attention_body(model: ir.Model, function: onnx.FunctionProto) -> None:
     """Give the attention op this body in place of the one the graph has: what makes one master serve every backend."""
-    body = ir.from_proto(function)
+    body = cast(ir.Function, ir.from_proto(function))
     model.functions[body.identifier()] = body
     model.opset_imports[DOMAIN] = VERSION
     for domain, version in body.opset_imports.items():

@@ -8,11 +8,12 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from headfold.export.config import Activation, ModelConfig
 from headfold.export.rope import rope_tables
 from headfold.plugins.schema import Attributes
 from headfold.plugins.torch_op import attend, grouped_query_attention, rms_norm, rms_normalization
-from torch import Tensor, nn
 
 Cache = list[tuple[Tensor, Tensor]]  # per layer: keys and values, [B, Hkv, C, D] each
 
@@ -51,7 +52,7 @@ class Norm(nn.Module):
         if not self.is_rms:
             return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
         if torch.compiler.is_exporting():  # one node; the exporter would spell it out in nine
-            return rms_normalization(x, self.weight, self.eps)
+            return cast(Tensor, rms_normalization(x, self.weight, self.eps))
         return rms_norm(x, self.weight, self.eps)
 
 

@@ -21,18 +21,16 @@ def fold_transposed_weights(model: ir.Model) -> None:
         if node.op_type != "Transpose" or node.domain:
             continue
         source, output = node.inputs[0], node.outputs[0]
-        if source is None or source.name not in model.graph.initializers or source.const_value is None:
+        if source is None or source.name is None or source.const_value is None or not source.is_initializer():
             continue
-        rows, columns = source.const_value.shape
-        transposed = ir.Value(name=f"{source.name}{TRANSPOSED}", shape=ir.Shape([columns, rows]), type=source.type)
-        transposed.const_value = ir.LazyTensor(  # no value yet, as in the tensor it replaces
-            _no_value, dtype=source.const_value.dtype, shape=ir.Shape([columns, rows]), name=transposed.name
-        )
+        name, shape = f"{source.name}{TRANSPOSED}", ir.Shape(source.const_value.shape.numpy()[::-1])  # [in, out]
+        transposed = ir.Value(name=name, shape=shape, type=source.type)
+        transposed.const_value = ir.LazyTensor(_no_value, dtype=source.const_value.dtype, shape=shape, name=name)
         ir.convenience.replace_all_uses_with(output, transposed)
         model.graph.remove(node, safe=True)
-        model.graph.initializers[transposed.name] = transposed  # type: ignore[index]
+        model.graph.initializers[name] = transposed
         if not source.uses():
-            del model.graph.initializers[source.name]
+            model.graph.initializers.pop(source.name)
 
 
 def _no_value() -> ir.TensorProtocol:
@@ -42,7 +40,7 @@ def _no_value() -> ir.TensorProtocol:
 def expose_hidden_states(model: ir.Model) -> list[str]:
     """Make the residual stream after each layer a graph output again; returns the outputs' names, first layer first."""
     values = {value.name: value for node in model.graph for value in node.outputs}
-    names = []
+    names: list[str] = []
     while (name := f"hidden_states.{len(names)}") in values:
         if values[name] not in model.graph.outputs:
             model.graph.outputs.append(values[name])

@@ -7,7 +7,6 @@ the same in all its layers.
 
 from collections.abc import Sequence
 
-import onnx
 from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper
 from onnx.defs import OpSchema
 
@@ -60,7 +59,7 @@ class _Body:
     ) -> str:
         """Append a node; `refs` maps its attributes to the function's. Returns the first output."""
         names = [outputs] if isinstance(outputs, str) else list(outputs)
-        node = helper.make_node(op_type, inputs, names, domain=domain, **attributes)
+        node = helper.make_node(op_type, inputs, names, domain=domain, **attributes)  # type: ignore[arg-type]
         for name, ref in (refs or {}).items():
             node.attribute.append(AttributeProto(name=name, ref_attr_name=ref, type=_KINDS[ref]))
         self.nodes.append(node)
@@ -180,12 +179,3 @@ def _split_heads(body: _Body, name: str, heads: str) -> str:
 
 def _norm(body: _Body, x: str, weight: str, output: str) -> str:
     return body("RMSNormalization", [x, weight], output, refs={"epsilon": "qk_norm_epsilon"}, axis=-1)
-
-
-def set_function(model: onnx.ModelProto, function: FunctionProto) -> None:
-    """Give `model` this body for the op, in place of the one it has, and import the opsets the body needs."""
-    others = [f for f in model.functions if (f.domain, f.name) != (function.domain, function.name)]
-    del model.functions[:]
-    model.functions.extend([*others, function])
-    have = {opset.domain for opset in model.opset_import}
-    model.opset_import.extend(opset for opset in function.opset_import if opset.domain not in have)

@@ -6,8 +6,9 @@ Clear, in float64, and slow on purpose.
 from typing import Any
 
 import numpy as np
-from headfold.plugins.schema import Attributes
 from numpy.typing import NDArray
+
+from headfold.plugins.schema import Attributes
 
 Array = NDArray[Any]
 

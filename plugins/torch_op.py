@@ -5,8 +5,9 @@ Shapes are those of `headfold.plugins.schema`.
 
 import torch
 import torch.nn.functional as F
-from headfold.plugins.schema import Attributes
 from torch import Tensor
+
+from headfold.plugins.schema import Attributes
 
 
 def attend(

@@ -1,0 +1,84 @@
+"""Give a traced graph its weights: each initializer becomes a promise to read one tensor of the checkpoint, kept while saving.
+
+So at any time about one tensor is in memory, whatever the size of the model.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from onnx_ir.tensor_adapters import TorchTensor
+
+from headfold.export.checkpoint import Checkpoint
+from headfold.export.passes import TRANSPOSED
+from headfold.export.rope import rope_tables
+from headfold.runtime.errors import CheckpointError
+
+_INLINE = 1024  # bytes; smaller tensors stay in the graph, where shape inference can see them
+
+
+def attach_weights(model: ir.Model, checkpoint: Checkpoint, dtype: torch.dtype, capacity: int, allow_nan: bool) -> int:
+    """Attach the checkpoint's tensors, cast to `dtype`, and rotary tables for `capacity` positions; returns the weights' bytes.
+
+    Nothing is read before the graph is saved; reading raises CheckpointError for a value that is not finite, or that `dtype`
+    cannot hold, unless `allow_nan`.
+    """
+    tables = dict(zip(("cos_cache", "sin_cache"), rope_tables(checkpoint.config, capacity), strict=True))
+    total = 0
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        base = name.removesuffix(TRANSPOSED)
+        if base in tables:
+            value.const_value = TorchTensor(tables[base].to(dtype), name=name)
+        elif base in checkpoint.shapes():
+            assert tensor is not None
+            read = _reader(checkpoint, base, dtype, transposed=name != base, allow_nan=allow_nan)
+            value.const_value = ir.LazyTensor(read, dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name)
+            total += tensor.nbytes
+    return total
+
+
+def _reader(
+    checkpoint: Checkpoint, name: str, dtype: torch.dtype, transposed: bool, allow_nan: bool
+) -> Callable[[], ir.TensorProtocol]:
+    def read() -> ir.TensorProtocol:
+        tensor = checked(checkpoint, name, dtype, allow_nan)
+        return TorchTensor(tensor.t().contiguous() if transposed else tensor.contiguous(), name=name)
+
+    return read
+
+
+def checked(checkpoint: Checkpoint, name: str, dtype: torch.dtype, allow_nan: bool) -> torch.Tensor:
+    """One tensor of the checkpoint in `dtype`.
+
+    Raises:
+        CheckpointError: it holds NaN or infinity, or a value `dtype` cannot hold, and `allow_nan` is not set.
+    """
+    source = checkpoint.read(name)
+    tensor = source.to(dtype)
+    if not allow_nan and not torch.isfinite(tensor).all():
+        if not torch.isfinite(source).all():
+            raise CheckpointError(
+                f"tensor {name} holds NaN or infinity",
+                where=checkpoint.path,
+                fix="The checkpoint is damaged or training diverged; --allow-nan exports it all the same.",
+            )
+        raise CheckpointError(
+            f"tensor {name} has values up to {source.abs().max().item():.3g}, more than {str(dtype).removeprefix('torch.')} holds",
+            where=checkpoint.path,
+            fix="Export with --dtype bfloat16 or float32.",
+        )
+    return tensor
+
+
+def save_model(model: ir.Model, path: Path, on_tensor: Callable[[str, int], None]) -> None:
+    """Write the graph to `path` and its weights beside it as `<name>.data`, reading them one by one.
+
+    `on_tensor` is told the name and bytes of each tensor before it is written.
+    """
+
+    def callback(tensor: ir.TensorProtocol, _: object) -> None:
+        on_tensor(tensor.name or "", tensor.nbytes)
+
+    ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=_INLINE, callback=callback)
