@@ -13,7 +13,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from headfold.export.checkpoint import Checkpoint
 from headfold.export.passes import TRANSPOSED
 from headfold.export.rope import rope_tables
-from headfold.runtime.errors import CheckpointError
+from headfold.runtime.errors import CheckpointError, HeadfoldError
 
 _INLINE = 1024  # bytes; smaller tensors stay in the graph, where shape inference can see them
 
@@ -81,4 +81,10 @@ def save_model(model: ir.Model, path: Path, on_tensor: Callable[[str, int], None
     def callback(tensor: ir.TensorProtocol, _: object) -> None:
         on_tensor(tensor.name or "", tensor.nbytes)
 
-    ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=_INLINE, callback=callback)
+    try:
+        ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=_INLINE, callback=callback)
+    except ir.serde.SerdeError as error:  # wraps what reading a small tensor raised, once per level of the graph
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, HeadfoldError):
+            cause = cause.__cause__
+        raise cause or error from None
