@@ -46,3 +46,26 @@ def expose_hidden_states(model: ir.Model) -> list[str]:
             model.graph.outputs.append(values[name])
         names.append(name)
     return names
+
+
+def widen_to_float32(model: ir.Model) -> None:
+    """Turn a bfloat16 graph into a float32 one with the same weights, exactly; for backends without bfloat16 arithmetic."""
+    narrow, wide = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+    for value in model.graph.initializers.values():
+        if value.const_value is not None and value.const_value.dtype == narrow:
+            value.const_value = _widened(value.const_value)
+    values = [*model.graph.inputs, *model.graph.initializers.values()]
+    for node in model.graph:
+        values.extend(node.outputs)
+        if node.op_type == "Cast" and node.attributes["to"].as_int() == narrow:
+            node.attributes["to"] = ir.AttrInt64("to", int(wide))
+    for value in values:
+        if value.dtype == narrow:
+            value.dtype = wide
+
+
+def _widened(tensor: ir.TensorProtocol) -> ir.LazyTensor:
+    def read() -> ir.TensorProtocol:
+        return ir.tensor(tensor.numpy().astype("float32"), name=tensor.name)
+
+    return ir.LazyTensor(read, dtype=ir.DataType.FLOAT, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name)

@@ -15,7 +15,7 @@ class Reporter:
     """Tells a person what is going on. `step` is a context manager that yields a function to advance by some units."""
 
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
-        self.console = console or Console(file=sys.stderr, highlight=False)
+        self.console = console or Console(file=sys.stderr, highlight=False, width=None if sys.stderr.isatty() else 110)
         self.quiet = quiet
 
     @contextmanager

@@ -6,8 +6,9 @@ Computed in float32, as the models were trained: at long positions float64 would
 import math
 
 import torch
-from headfold.export.config import ModelConfig
 from torch import Tensor
+
+from headfold.export.config import ModelConfig
 
 
 def rope_tables(config: ModelConfig, positions: int) -> tuple[Tensor, Tensor]:

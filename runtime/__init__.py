@@ -1,4 +1,12 @@
-"""The serving side of headfold: numpy, onnxruntime and tokenizers; never torch, never headfold.export."""
+"""The serving side of headfold: numpy, onnxruntime and tokenizers; never torch, never headfold.export.
+
+from headfold.runtime import load
+model = load("bundles/smollm2")
+print(model.generate("The capital of France is").text)
+"""
+
+from os import PathLike
+from pathlib import Path
 
 from headfold.runtime.errors import (
     BundleError,
@@ -10,14 +18,41 @@ from headfold.runtime.errors import (
     ProviderError,
     VerificationError,
 )
+from headfold.runtime.generate import Delta, Generation, Model
+from headfold.runtime.manifest import check_files, read_manifest
+from headfold.runtime.session import OrtSession
 
 __all__ = [
     "BundleError",
     "CapacityError",
     "CheckpointError",
     "ConfigError",
+    "Delta",
+    "Generation",
     "HeadfoldError",
     "InputError",
+    "Model",
     "ProviderError",
     "VerificationError",
+    "load",
 ]
+
+
+def load(path: str | PathLike[str], *, provider: str = "cpu", threads: int | None = None, check: bool = True) -> Model:
+    """Open a bundle.
+
+    Args:
+        path: the bundle's directory.
+        provider: "cpu" or "cuda".
+        threads: of the CPU provider; by default one per physical core.
+        check: compare every file with its SHA-256 first. Leave it on, unless you just did.
+
+    Raises:
+        BundleError: the bundle is incomplete, altered, of a newer format, or cannot be loaded.
+        ProviderError: the provider is not available, or cannot run the bundle. There is no silent fallback to the CPU.
+    """
+    bundle = Path(path)
+    manifest = read_manifest(bundle)
+    if check:
+        check_files(bundle, manifest)
+    return Model(bundle, manifest, OrtSession(bundle, manifest, provider, threads))

@@ -8,8 +8,9 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from headfold.runtime.errors import BundleError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from headfold.runtime.errors import BundleError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

@@ -1,0 +1,199 @@
+"""The main job: a checkpoint becomes a verified bundle. Graph, weights, tokenizer, parity, manifest, then it is published."""
+
+import resource
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import psutil
+import torch
+
+from headfold.export.bundle import check_output, staged, write_file, write_json, write_manifest
+from headfold.export.checkpoint import Checkpoint, open_checkpoint
+from headfold.export.genai import genai_config
+from headfold.export.graph import export_graph
+from headfold.export.parity import verify_bundle
+from headfold.export.parity_report import ParityReport
+from headfold.export.progress import Reporter
+from headfold.export.weights import attach_weights, save_model
+from headfold.runtime.errors import BundleError, ConfigError, VerificationError
+from headfold.runtime.manifest import (
+    FORMAT_VERSION,
+    MODEL,
+    CacheSpec,
+    DType,
+    Manifest,
+    TensorSpec,
+    check_files,
+    read_manifest,
+)
+
+PARITY = "parity.json"
+_TOOLS = ("headfold", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime-gpu", "onnxruntime", "polygraphy")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What a bundle should be. `capacity` is in tokens, by default all that the model was made for."""
+
+    dtype: DType = "float32"
+    capacity: int | None = None
+    all_logits: bool = False
+    allow_nan: bool = False
+    verify: bool = True
+    decode_steps: int = 16
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A published bundle, and what its making took."""
+
+    output: Path
+    manifest: Manifest
+    parity: ParityReport | None
+    weight_bytes: int
+    peak_bytes: (
+        int  # resident memory that writing graph and weights added to the process at its peak; parity not included
+    )
+
+    @property
+    def peak_ratio(self) -> float:
+        """Peak memory in units of the weights' size."""
+        return self.peak_bytes / self.weight_bytes
+
+
+def export_bundle(source: Path, output: Path, options: ExportOptions, reporter: Reporter) -> ExportResult:
+    """Export the checkpoint at `source` to a new bundle at `output`.
+
+    Raises:
+        HeadfoldError: see the errors of `open_checkpoint`, `staged` and `attach_weights`.
+        VerificationError: parity failed; no bundle is published.
+    """
+    check_output(output, options.force)
+    checkpoint = open_checkpoint(source)
+    config = checkpoint.config
+    capacity = _capacity(options.capacity, config.max_position_embeddings)
+    if config.rotary_dim % 16:
+        raise ConfigError(
+            f"RoPE rotates {config.rotary_dim} dimensions of each head, and onnxruntime's attention kernel needs a multiple of 16",
+            where=source,
+            fix="headfold cannot export this model yet.",
+        )
+    dtype = getattr(torch, options.dtype)
+    with staged(output, options.force) as stage:
+        before = psutil.Process().memory_info().rss
+        with reporter.step("trace the graph"):
+            model = export_graph(config, dtype, capacity, options.all_logits)
+            weight_bytes = attach_weights(model, checkpoint, dtype, capacity, options.allow_nan)
+        with reporter.step(f"write {weight_bytes / 2**20:,.0f} MiB of weights", weight_bytes) as advance:
+            save_model(model, stage / MODEL, lambda _, size: advance(size))
+        inputs, outputs = [_spec(v) for v in model.graph.inputs], [_spec(v) for v in model.graph.outputs]
+        del model
+        peak = max(_peak_memory() - before, 0)
+        reporter.note(f"peak memory of the export: {peak / 2**20:,.0f} MiB, {peak / weight_bytes:.2f} x the weights")
+        _write_side_files(stage, checkpoint, capacity)
+        fields: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "headfold_version": version("headfold"),
+            "source": source.name,
+            "config": config.to_json(),
+            "vocab_size": config.vocab_size,
+            "parameters": sum(torch.Size(shape).numel() for shape in checkpoint.shapes().values()),
+            "dtype": options.dtype,
+            "logits": "all" if options.all_logits else "last",
+            "inputs": inputs,
+            "outputs": outputs,
+            "cache": CacheSpec(
+                num_hidden_layers=config.num_hidden_layers,
+                num_key_value_heads=config.num_key_value_heads,
+                head_dim=config.head_dim,
+                capacity=capacity,
+            ),
+            "tools": _tools(),
+        }
+        report = None
+        if options.verify:
+            report = verify_bundle(
+                stage, checkpoint, write_manifest(stage, parity=None, **fields), options.decode_steps, reporter
+            )
+            if not report.passed:
+                raise VerificationError(
+                    report.failure(), where=source, fix="No bundle was written; --no-verify publishes it anyway."
+                )
+            (stage / "manifest.json").unlink()
+            write_json(stage / PARITY, report.to_json())
+        with reporter.step("hash and publish"):
+            manifest = write_manifest(stage, parity=report.summary() if report else None, **fields)
+    return ExportResult(output, manifest, report, weight_bytes, peak)
+
+
+def verify(bundle: Path, source: Path, decode_steps: int, reporter: Reporter) -> ParityReport:
+    """Compare a finished bundle with the checkpoint it should have come from.
+
+    Raises:
+        BundleError: the bundle is damaged, or its configuration is not that of the checkpoint.
+    """
+    manifest = read_manifest(bundle)
+    with reporter.step("check the bundle's files"):
+        check_files(bundle, manifest)
+    checkpoint = open_checkpoint(source)
+    if checkpoint.config.to_json() != manifest.config:
+        differing = [name for name, x in checkpoint.config.to_json().items() if manifest.config.get(name) != x]
+        raise BundleError(
+            f"was made from another model than {source}: {', '.join(differing)} differ",
+            where=bundle,
+            fix="Name its checkpoint.",
+        )
+    return verify_bundle(bundle, checkpoint, manifest, decode_steps, reporter)
+
+
+def _capacity(asked: int | None, trained: int) -> int:
+    if asked is None:
+        return trained
+    if not 1 <= asked <= trained:
+        raise ConfigError(
+            f"a capacity of {asked} tokens is outside what the model was made for",
+            where="--capacity",
+            fix=f"Choose 1 to {trained}.",
+        )
+    return asked
+
+
+def _write_side_files(stage: Path, checkpoint: Checkpoint, capacity: int) -> None:
+    """Tokenizer and generation settings as they came; settings made from the configuration where none came."""
+    for name, content in checkpoint.tokenizer.files.items():
+        write_file(stage / name, content)
+    config = checkpoint.config
+    if "generation_config.json" not in checkpoint.tokenizer.files:
+        eos = list(config.eos_token_id)
+        ids = {"bos_token_id": config.bos_token_id, "eos_token_id": eos or None, "pad_token_id": config.pad_token_id}
+        write_json(stage / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
+    write_json(stage / "genai_config.json", genai_config(config, capacity))
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    assert value.name is not None
+    assert value.dtype is not None
+    assert value.shape is not None
+    shape = [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape]
+    return TensorSpec(name=value.name, dtype=value.dtype.numpy().name, shape=shape)
+
+
+def _tools() -> dict[str, str]:
+    """Versions of what made the bundle; of the two onnxruntime packages only one is installed."""
+    found = {}
+    for name in _TOOLS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found | {"python": ".".join(map(str, sys.version_info[:3]))}
+
+
+def _peak_memory() -> int:
+    """The process's largest resident size so far in bytes; Linux counts it in KiB, macOS in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
