@@ -69,13 +69,22 @@ def tokenizer_files(path: Path, metadata: Mapping[str, Any], config: ModelConfig
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]()
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.post_processor = _post_processor(metadata, tokens)
     added = [(token, kind) for token, kind in zip(tokens, types, strict=True) if kind in {_CONTROL, _USER_DEFINED}]
     tokenizer.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token, kind in added if kind == _CONTROL]
     )
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token, kind in added if kind == _USER_DEFINED])
     return TokenizerFiles(_files(tokenizer, metadata, tokens, config))
+
+
+def _post_processor(metadata: Mapping[str, Any], tokens: list[str]) -> processors.PostProcessor:
+    """Puts the beginning-of-sequence token before a text, if the model wants it."""
+    byte_level, bos = processors.ByteLevel(trim_offsets=False), metadata.get("tokenizer.ggml.bos_token_id")
+    if bos is None or not metadata.get("tokenizer.ggml.add_bos_token", False):
+        return byte_level
+    template = processors.TemplateProcessing(single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)])
+    return processors.Sequence([byte_level, template])
 
 
 def _files(
@@ -89,7 +98,6 @@ def _files(
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.max_position_embeddings,
         "clean_up_tokenization_spaces": False,
-        "add_bos_token": bool(metadata.get("tokenizer.ggml.add_bos_token", False)),
         "bos_token": token("bos"),
         "eos_token": token("eos"),
         "unk_token": token("unknown"),

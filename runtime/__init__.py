@@ -7,6 +7,7 @@ print(model.generate("The capital of France is").text)
 
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from headfold.runtime.errors import (
     BundleError,
@@ -18,9 +19,9 @@ from headfold.runtime.errors import (
     ProviderError,
     VerificationError,
 )
-from headfold.runtime.generate import Delta, Generation, Model
-from headfold.runtime.manifest import check_files, read_manifest
-from headfold.runtime.session import OrtSession
+
+if TYPE_CHECKING:
+    from headfold.runtime.generate import Delta, Generation, Model
 
 __all__ = [
     "BundleError",
@@ -38,7 +39,9 @@ __all__ = [
 ]
 
 
-def load(path: str | PathLike[str], *, provider: str = "cpu", threads: int | None = None, check: bool = True) -> Model:
+def load(
+    path: str | PathLike[str], *, provider: str = "cpu", threads: int | None = None, check: bool = True
+) -> "Model":
     """Open a bundle.
 
     Args:
@@ -50,9 +53,22 @@ def load(path: str | PathLike[str], *, provider: str = "cpu", threads: int | Non
     Raises:
         BundleError: the bundle is incomplete, altered, of a newer format, or cannot be loaded.
         ProviderError: the provider is not available, or cannot run the bundle. There is no silent fallback to the CPU.
+        InputError: less than one thread.
     """
+    from headfold.runtime.generate import Model  # here, so that a command line that only prints help is quick
+    from headfold.runtime.manifest import check_files, read_manifest
+    from headfold.runtime.session import OrtSession
+
     bundle = Path(path)
     manifest = read_manifest(bundle)
     if check:
         check_files(bundle, manifest)
     return Model(bundle, manifest, OrtSession(bundle, manifest, provider, threads))
+
+
+def __getattr__(name: str) -> Any:
+    if name in {"Delta", "Generation", "Model"}:
+        from headfold.runtime import generate
+
+        return getattr(generate, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

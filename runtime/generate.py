@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, overload
 
@@ -12,16 +13,19 @@ from tokenizers import Tokenizer
 from headfold.runtime.errors import CapacityError, InputError
 from headfold.runtime.manifest import Manifest
 from headfold.runtime.sampling import Sampler, SamplingParameters
-from headfold.runtime.session import OrtSession
+from headfold.runtime.session import Backend
 from headfold.runtime.text import Detokenizer, Messages, Text, read_json
 
 FinishReason = Literal["stop", "length"]
+Ids = NDArray[np.int64]
 _DEFAULT_NEW_TOKENS = 256
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_NO_PROMPT = "Give text, token ids, messages, or a list of them."
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One answer. `token_ids` has the end-of-sequence token if that ended it; `text` never has."""
+    """One answer. `token_ids` has the end-of-sequence token, or the stop string's tokens, if that ended it; `text` never has."""
 
     text: str
     token_ids: list[int]
@@ -29,9 +33,12 @@ class Generation:
     prompt_tokens: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Delta:
-    """What one step added to the answer number `index`; the last one of an answer has a finish reason."""
+    """What one token added to the answer number `index`; the last one of an answer has a finish reason.
+
+    `text` may be empty, while a character or a possible stop string is incomplete; all deltas' texts joined are the answer's.
+    """
 
     index: int
     text: str
@@ -40,11 +47,11 @@ class Delta:
 
 
 class Options(TypedDict, total=False):
-    """Options of `Model.generate`."""
+    """Options of `Model.generate`; None is the same as not given."""
 
-    max_new_tokens: int | None  # 256 by default, or what fits the cache
+    max_new_tokens: int | None  # per answer; by default 256, or what fits the cache
     temperature: float | None  # 0 is greedy; for this and the next four see SamplingParameters
-    top_k: int | None
+    top_k: int | None  # this and the next two do nothing where it is greedy
     top_p: float | None
     min_p: float | None
     repetition_penalty: float | None
@@ -54,14 +61,15 @@ class Options(TypedDict, total=False):
 
 
 class Model:
-    """A bundle, loaded. `session` is the onnxruntime.InferenceSession, for people who bring their own loop."""
+    """A bundle, loaded. `session` is the backend's own object, an onnxruntime.InferenceSession, for people with their own loop."""
 
-    def __init__(self, bundle: Path, manifest: Manifest, backend: OrtSession) -> None:
+    def __init__(self, bundle: Path, manifest: Manifest, backend: Backend[Any]) -> None:
         self.bundle, self.manifest, self.backend = bundle, manifest, backend
         self.session = backend.session
         self._text = Text(bundle)
         self._defaults = read_json(bundle / "generation_config.json")
         eos = self._defaults.get("eos_token_id")
+        eos = manifest.config.get("eos_token_id") if eos is None else eos
         self.eos_token_ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
 
     @property
@@ -76,14 +84,28 @@ class Model:
     @overload
     def generate(self, prompt: Any, *, stream: Literal[True], **options: Unpack[Options]) -> Iterator[Delta]: ...
     @overload
-    def generate(self, prompt: str, *, stream: Literal[False] = False, **options: Unpack[Options]) -> Generation: ...
+    def generate(
+        self,
+        prompt: str | list[int] | list[dict[str, str]],
+        *,
+        stream: Literal[False] = False,
+        **options: Unpack[Options],
+    ) -> Generation: ...
     @overload
-    def generate(self, prompt: Any, *, stream: Literal[False] = False, **options: Unpack[Options]) -> Any: ...
+    def generate(
+        self,
+        prompt: list[str] | list[list[int]] | list[list[dict[str, str]]],
+        *,
+        stream: Literal[False] = False,
+        **options: Unpack[Options],
+    ) -> list[Generation]: ...
+    @overload
+    def generate(self, prompt: Any, *, stream: bool = False, **options: Unpack[Options]) -> Any: ...
 
     def generate(self, prompt: Any, *, stream: bool = False, **options: Unpack[Options]) -> Any:
         """Continue a prompt (text or token ids), answer messages, or do so for a list of them, of any lengths.
 
-        What is not given comes from the bundle's generation_config.json, and is greedy if that does not sample.
+        What is not given comes from the bundle's generation_config.json; greedy, unless that or a given temperature samples.
 
         Args:
             prompt: text; token ids; messages `[{"role": ..., "content": ...}]`; or a list of these, which gives a list.
@@ -91,163 +113,182 @@ class Model:
             options: see `Options`.
 
         Raises:
-            InputError: an empty prompt, a token that does not exist, or a parameter out of range.
+            InputError: an empty prompt, malformed messages, a token that does not exist, or a parameter out of range; also a
+                text without a tokenizer or messages without a chat template in the bundle.
             CapacityError: prompt and answer do not fit the bundle's cache.
         """
         prompts, single = self._prompts(prompt)
-        deltas = self._deltas(prompts, **options)
+        deltas = self._deltas(prompts, **options)  # has checked everything
         if stream:
             return deltas
-        texts: list[list[str]] = [[] for _ in prompts]
-        tokens: list[list[int]] = [[] for _ in prompts]
-        reasons: list[FinishReason] = ["length"] * len(prompts)
+        answers: list[list[Delta]] = [[] for _ in prompts]
         for delta in deltas:
-            texts[delta.index].append(delta.text)
-            tokens[delta.index].append(delta.token_id)
-            reasons[delta.index] = delta.finish_reason or reasons[delta.index]
-        rows = zip(map("".join, texts), tokens, reasons, map(len, prompts), strict=True)
-        results = [Generation(*row) for row in rows]
+            answers[delta.index].append(delta)
+        results = [
+            Generation(
+                text="".join(delta.text for delta in answer),
+                token_ids=[delta.token_id for delta in answer],
+                finish_reason=answer[-1].finish_reason or "length",
+                prompt_tokens=len(ids),
+            )
+            for ids, answer in zip(prompts, answers, strict=True)
+        ]
         return results[0] if single else results
+
+    def logits(self, ids: ArrayLike) -> NDArray[np.float32]:
+        """Next-token logits after every token, for scoring: `ids` [S] or [B, S] gives float32 [S, vocab] or [B, S, vocab].
+
+        A bundle exported with --all-logits computes them 512 tokens at a time; any other one takes a step per token, which is
+        right but slow.
+
+        Raises:
+            InputError: no tokens, or one that does not exist.
+            CapacityError: more tokens than the cache holds.
+        """
+        array = _integers(ids)
+        if array.ndim not in (1, 2):
+            raise InputError(f"token ids have the shape {list(array.shape)}", fix="Give [S] or [B, S].")
+        rows = [self._checked(row) for row in np.atleast_2d(array)]
+        length, capacity = array.shape[-1], self.manifest.cache.capacity
+        if length > capacity:
+            raise CapacityError(
+                f"{length} tokens are {length - capacity} over the capacity of {capacity}",
+                where=self.bundle,
+                fix="Score them in parts, or export with a larger --capacity.",
+            )
+        result = np.empty((len(rows), length, self.manifest.vocab_size), np.float32)
+        for index, row in enumerate(rows):
+            result[index] = self.backend.prefill(self.backend.new_cache(1, length), 0, row, all_logits=True)
+        return result[0] if array.ndim == 1 else result
 
     def _deltas(
         self,
-        prompts: list[NDArray[np.int64]],
+        prompts: list[Ids],
         *,
         max_new_tokens: int | None = None,
         stop: str | Sequence[str] = (),
         seed: int | None = None,
         ignore_eos: bool = False,
-        **sampling: Any,
+        **sampling: float | None,
     ) -> Iterator[Delta]:
         """Check everything now; generate when iterated."""
         parameters = self._parameters(sampling, seed)
-        budget = self._budget(prompts, max_new_tokens)
+        budgets = [self._budget(index, len(ids), max_new_tokens) for index, ids in enumerate(prompts)]
         stops = [stop] if isinstance(stop, str) else list(stop)
+        if not all(isinstance(text, str) and text for text in stops):
+            raise InputError("a stop string is empty, or no text", fix="Give texts of at least one character.")
         if stops:
             _ = self.tokenizer  # stop strings need one
-        return self._stream(prompts, parameters, budget, stops, ignore_eos)
+        return self._stream(prompts, parameters, budgets, stops, ignore_eos)
 
     def _stream(
         self,
-        prompts: list[NDArray[np.int64]],
+        prompts: list[Ids],
         parameters: SamplingParameters,
-        budget: int,
+        budgets: list[int],
         stop: list[str],
         ignore_eos: bool,
     ) -> Iterator[Delta]:
         batch, vocab = len(prompts), self.manifest.vocab_size
-        cache = self.backend.new_cache(batch, max(map(len, prompts)) + budget)
-        samplers = [Sampler(parameters, vocab, prompt, row) for row, prompt in enumerate(prompts)]
-        has_text = self._text._tokenizer is not None
-        writers = [Detokenizer(self.tokenizer, stop) for _ in prompts] if has_text else None
+        ends = frozenset() if ignore_eos else self.eos_token_ids
+        capacity = max(len(ids) + budget for ids, budget in zip(prompts, budgets, strict=True))
+        cache = self.backend.new_cache(batch, capacity)
+        samplers = [Sampler(parameters, vocab, ids, row) for row, ids in enumerate(prompts)]
+        writers: list[Detokenizer] = []
+        if self._text.has_tokenizer:
+            writers = [Detokenizer(self.tokenizer, stop, int(ids[-1])) for ids in prompts]
         logits = np.empty((batch, vocab), np.float32)
-        for row, prompt in enumerate(prompts):
-            result = self.backend.prefill(cache, row, prompt)
-            logits[row] = result if result.ndim == 1 else result[-1]
-        active = np.ones(batch, np.bool_)
-        tokens = np.zeros(batch, np.int64)
-        for step in range(budget):
+        for row, ids in enumerate(prompts):
+            logits[row] = self.backend.prefill(cache, row, ids)
+        active, tokens = np.ones(batch, np.bool_), np.zeros(batch, np.int64)
+        for step in range(1, max(budgets) + 1):
             for row in map(int, np.flatnonzero(active)):
-                token = samplers[row](logits[row])
-                tokens[row] = token
-                ended = token in self.eos_token_ids and not ignore_eos
-                text = writers[row].push(None if ended else token) if writers else ""
-                reason: FinishReason | None = "stop" if ended or (writers and writers[row].stopped) else None
-                if reason is None and step == budget - 1:
-                    reason = "length"
-                    text += writers[row].push(None) if writers else ""
+                tokens[row] = token = samplers[row](logits[row])
+                ended, text = token in ends, ""
+                if writers:
+                    text = writers[row].push(None if ended else token)
+                    ended = ended or writers[row].stopped
+                reason: FinishReason | None = "stop" if ended else "length" if step == budgets[row] else None
+                if reason == "length" and writers:
+                    text += writers[row].push(None)
                 active[row] = reason is None
                 yield Delta(row, text, token, reason)
             if not active.any():
                 return
             logits = self.backend.decode(cache, tokens, active)
 
-    def logits(self, ids: ArrayLike) -> NDArray[np.float32]:
-        """Next-token logits after every token, for scoring: `ids` [S] or [B, S] gives [S, vocab] or [B, S, vocab].
-
-        A bundle exported with --all-logits computes them in one pass; any other one takes as many steps as there are tokens.
-
-        Raises:
-            InputError: no tokens, or one that does not exist.
-            CapacityError: more tokens than the cache holds.
-        """
-        array = np.asarray(ids)
-        if array.ndim not in (1, 2) or array.size == 0:
-            raise InputError(f"token ids have the shape {list(array.shape)}", fix="Give [S] or [B, S], not empty.")
-        rows = [self._ids(row) for row in np.atleast_2d(array)]
-        self._budget(rows, 0)
-        cache = self.backend.new_cache(len(rows), array.shape[-1])
-        if self.manifest.logits == "all":
-            result = np.stack([self.backend.prefill(cache, row, tokens) for row, tokens in enumerate(rows)])
-        else:
-            active = np.ones(len(rows), np.bool_)
-            steps = [self.backend.decode(cache, column, active) for column in np.stack(rows, 1)]  # S times [B, V]
-            result = np.stack(steps, 1)
-        return result[0] if array.ndim == 1 else result
-
-    def _prompts(self, prompt: Any) -> tuple[list[NDArray[np.int64]], bool]:
+    def _prompts(self, prompt: Any) -> tuple[list[Ids], bool]:
         """Token ids of each prompt, and whether there was only one, not in a list."""
         if _is_one(prompt):
             return [self._encode(prompt)], True
-        if not isinstance(prompt, Sequence) or not len(prompt) or not all(map(_is_one, prompt)):
-            raise InputError(
-                "that is no prompt" if prompt else "the prompt is empty",
-                fix="Give text, token ids, messages, or a list of them.",
-            )
+        if not isinstance(prompt, Sequence | np.ndarray):
+            raise InputError(f"a prompt cannot be a {type(prompt).__name__}", fix=_NO_PROMPT)
+        if not len(prompt):
+            raise InputError("the prompt is empty", fix=_NO_PROMPT)
         return [self._encode(one) for one in prompt], False
 
-    def _encode(self, prompt: Any) -> NDArray[np.int64]:
+    def _encode(self, prompt: Any) -> Ids:
         if isinstance(prompt, str):
-            return self._ids(self._text.encode(prompt))
-        if isinstance(prompt[0], Mapping):
-            return self._ids(self._text.encode_chat(prompt))
-        return self._ids(prompt)
+            return self._checked(self._text.encode(prompt))
+        if isinstance(prompt, Sequence) and any(isinstance(item, Mapping) for item in prompt):
+            return self._checked(self._text.encode_chat(prompt))
+        return self._checked(prompt)
 
-    def _ids(self, ids: ArrayLike) -> NDArray[np.int64]:
-        array = np.asarray(ids)
-        if array.size == 0:
-            raise InputError("the prompt is empty", fix="Give at least one token.")
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise InputError("token ids are not integers", fix="Give a list of integers.")
+    def _checked(self, ids: ArrayLike) -> Ids:
+        """Token ids [S] of one sequence, S >= 1, all in the vocabulary."""
+        array = _integers(ids)
+        if array.ndim != 1:
+            raise InputError("a prompt is neither text nor token ids nor messages", fix=_NO_PROMPT)
         if array.min() < 0 or array.max() >= self.manifest.vocab_size:
-            low, high = int(array.min()), int(array.max())
-            bad = low if low < 0 else high
+            bad = int(array.min()) if array.min() < 0 else int(array.max())
             raise InputError(
                 f"token {bad} is not in the vocabulary", fix=f"Token ids are 0 to {self.manifest.vocab_size - 1}."
             )
         return array.astype(np.int64)
 
-    def _budget(self, prompts: list[NDArray[np.int64]], asked: int | None) -> int:
-        """How many tokens to generate at most."""
-        capacity, longest = self.manifest.cache.capacity, max(map(len, prompts))
-        room = capacity - longest
-        if asked is None and room > 0:
-            return min(_DEFAULT_NEW_TOKENS, room)
-        if asked is not None and asked < 0:
-            raise InputError(f"max_new_tokens is {asked}", fix="It must be 0 or more.")
-        if room < (asked if asked is not None else 1):
-            wanted = f" and {asked} new ones" if asked else ""
+    def _budget(self, index: int, length: int, asked: int | None) -> int:
+        """How many tokens to generate at most for a prompt of `length` tokens."""
+        capacity = self.manifest.cache.capacity
+        if asked is not None and (not isinstance(asked, Integral) or asked < 1):
+            raise InputError(f"max_new_tokens is {asked!r}", fix="It must be a whole number, 1 or more.")
+        over = length + (asked or 1) - capacity
+        if over > 0:
             raise CapacityError(
-                f"a prompt of {longest} tokens{wanted} is {longest + (asked or 0) - capacity or 1} over the capacity of {capacity}",
-                where=self.bundle,
-                fix="Shorten it, ask for fewer tokens, or export with a larger --capacity.",
+                f"its {length} tokens and {asked or 1} new ones are {over} over the bundle's capacity of {capacity}",
+                where=f"prompt {index}",
+                fix="Shorten it, ask for fewer new tokens, or export with a larger --capacity.",
             )
-        return asked or 0
+        return asked or min(_DEFAULT_NEW_TOKENS, capacity - length)
 
-    def _parameters(self, given: dict[str, Any], seed: int | None) -> SamplingParameters:
-        """Explicit values first, then the bundle's if it samples, else greedy."""
-        explicit = {name: value for name, value in given.items() if value is not None}
-        defaults: dict[str, Any] = {}
-        if self._defaults.get("do_sample") and "temperature" not in explicit:
-            names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-            defaults = {"temperature": 1.0} | {n: self._defaults[n] for n in names if self._defaults.get(n) is not None}
-        return SamplingParameters(**defaults | explicit, seed=seed)
+    def _parameters(self, given: Mapping[str, float | None], seed: int | None) -> SamplingParameters:
+        """Given values first, then the bundle's, then what turns each off."""
+        if unknown := set(given) - set(_SAMPLING):
+            raise TypeError(f"generate() has no option {min(unknown)!r}")
+        values: dict[str, Any] = {
+            name: self._defaults[name] for name in _SAMPLING if self._defaults.get(name) is not None
+        }
+        if not self._defaults.get("do_sample"):
+            values["temperature"] = 0.0
+        values = {"temperature": 1.0} | values | {name: value for name, value in given.items() if value is not None}
+        return SamplingParameters(**values, seed=seed)
 
 
 def _is_one(prompt: Any) -> bool:
     """Whether it is one prompt, not a list of them."""
-    if isinstance(prompt, str):
-        return True
-    if not isinstance(prompt, Sequence | np.ndarray) or not len(prompt):
-        return isinstance(prompt, np.ndarray)
-    return isinstance(prompt[0], int | np.integer | Mapping)
+    if isinstance(prompt, np.ndarray):
+        return prompt.ndim == 1
+    first = prompt[0] if isinstance(prompt, Sequence) and len(prompt) else None
+    return isinstance(prompt, str) or isinstance(first, int | np.integer | Mapping)
+
+
+def _integers(ids: ArrayLike) -> NDArray[np.integer[Any]]:
+    """An array of at least one integer."""
+    try:
+        array = np.asarray(ids)
+    except ValueError as error:  # rows of different lengths
+        raise InputError("the rows of token ids differ in length", fix="Give them one by one.") from error
+    if array.size == 0:
+        raise InputError("the prompt is empty", fix="Give at least one token.")
+    if array.dtype.kind not in "iu":
+        raise InputError("token ids are not integers", fix=_NO_PROMPT)
+    return array

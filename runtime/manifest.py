@@ -122,7 +122,7 @@ def check_files(bundle: Path, manifest: Manifest) -> None:
             raise BundleError("does not have the SHA-256 of the manifest", where=path, fix=fix)
     for path in bundle.rglob("*"):
         name = path.relative_to(bundle).as_posix()
-        if not path.is_dir() and name != MANIFEST and name not in manifest.files:
+        if (path.is_symlink() or not path.is_dir()) and name != MANIFEST and name not in manifest.files:
             raise BundleError("is not listed in the manifest", where=path, fix="Remove it, or export the bundle again.")
 
 
