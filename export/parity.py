@@ -108,10 +108,10 @@ def verify_graph(
         with reporter.step("compare"):
             tolerance = TOLERANCES[dtype]
             iterations = list(zip(expected[0][1], actual[0][1], strict=True))
-            checks = [
-                _check(name, [pair for (n, _), pair in zip(steps, iterations, strict=True) if n == name], tolerance)
-                for name in dict.fromkeys(name for name, _ in steps)
-            ]
+            checks = []
+            for name in dict.fromkeys(name for name, _ in steps):
+                pairs = [pair for (n, _), pair in zip(steps, iterations, strict=True) if n == name]
+                checks += _check(name, pairs, tolerance)
             first, divergent = expected[0][1][0], None
             tokens = first[GREEDY], actual[0][1][0][GREEDY]
             if (tokens[0] != tokens[1]).any():
@@ -156,28 +156,37 @@ def pad(prompts: Sequence[NDArray[np.int64]], side: str) -> tuple[NDArray[np.int
     return ids, mask
 
 
-def _check(name: str, pairs: Sequence[tuple[Any, Any]], tolerance: Tolerance) -> CheckResult:
-    """One check over all iterations that belong to it: logits and caches, by polygraphy's comparison."""
-    worst: CheckResult | None = None
-    errors: list[float] = []
-    logits: list[tuple[float, float, float]] = []
-    for expected, actual in pairs:
-        outputs = [output for output in expected if output == "logits" or output.startswith("present.")]
-        limits = {output: tolerance.limit(output, expected[output]) for output in outputs}
-        results = _compare(expected, actual, limits)
-        for output in outputs:
-            result = results[output]
-            passed = bool(result) and bool(np.isfinite(actual[output]).all())
-            error = result.max_absdiff if passed or np.isfinite(result.max_absdiff) else float("nan")
-            found = CheckResult(name, error, 0.0, limits[output], output, passed)
-            if worst is None or _badness(found) > _badness(worst):
-                worst = found
-            errors.append(result.mean_absdiff)
-        logits.append(compare_logits(expected["logits"], actual["logits"]))
-    assert worst is not None
-    cosine, kl, top1 = zip(*logits, strict=True)
+def _check(name: str, pairs: Sequence[tuple[Any, Any]], tolerance: Tolerance) -> list[CheckResult]:
+    """The iterations of one check: the logits of all of them, and the caches after the last, which hold all that came before."""
+    last_expected, last_actual = pairs[-1]
+    caches = [output for output in last_expected if output.startswith("present.")]
+    errors = _errors(name, last_expected, last_actual, ["logits", *caches], tolerance)
+    logits, cache = errors[:1], errors[1:]
+    for expected, actual in pairs[:-1]:
+        logits += _errors(name, expected, actual, ["logits"], tolerance)
+    agreements = [compare_logits(expected["logits"], actual["logits"]) for expected, actual in pairs]
+    cosine, kl, top1 = zip(*agreements, strict=True)
     agreement = {"cosine": min(cosine), "kl": max(kl), "top1": float(np.mean(top1))}
-    return dataclasses.replace(worst, mean_error=float(np.mean(errors)), **agreement)
+    return [dataclasses.replace(_worst(logits), **agreement), dataclasses.replace(_worst(cache), name=f"{name}, cache")]
+
+
+def _errors(name: str, expected: Any, actual: Any, outputs: list[str], tolerance: Tolerance) -> list[CheckResult]:
+    """Polygraphy's comparison of some outputs of one iteration, in their order."""
+    limits = {output: tolerance.limit(output, expected[output]) for output in outputs}
+    results = _compare(expected, actual, limits)
+    found = []
+    for output in outputs:
+        result = results[output]
+        passed = bool(result) and bool(np.isfinite(actual[output]).all())
+        error = result.max_absdiff if passed or np.isfinite(result.max_absdiff) else float("nan")
+        found.append(CheckResult(name, error, float(result.mean_absdiff), limits[output], output, passed))
+    return found
+
+
+def _worst(results: Sequence[CheckResult]) -> CheckResult:
+    """The one nearest to its limit or furthest over it, with the mean error of all."""
+    worst = max(results, key=_badness)
+    return dataclasses.replace(worst, mean_error=float(np.mean([result.mean_error for result in results])))
 
 
 def _badness(check: CheckResult) -> float:

@@ -29,12 +29,13 @@ class Tolerance:
 
 TOLERANCES = {
     # float32: eps is 1.2e-7; sums of about a thousand products in another order, through some tens of layers, lose about two digits.
-    "float32": Tolerance(logits=(1e-4, 4e-6), other=(1e-4, 1e-5)),
+    # SmolLM2's logits reach 29, and are off by up to 7e-5 from float64 in ONNX Runtime as in PyTorch.
+    "float32": Tolerance(logits=(1e-4, 5e-6), other=(1e-4, 1e-5)),
     # float16: eps is 9.8e-4; every intermediate result is rounded in the graph, but not in the float32 oracle that has the same
     # weights; roundings add up like a random walk, about 8 eps after 30 layers.
     "float16": Tolerance(logits=(1e-2, 2e-2), other=(1e-2, 2e-2)),
     # bfloat16: the graph is compared in float32 arithmetic, with its bfloat16 weights and rotary tables on both sides.
-    "bfloat16": Tolerance(logits=(1e-4, 4e-6), other=(1e-4, 1e-5)),
+    "bfloat16": Tolerance(logits=(1e-4, 5e-6), other=(1e-4, 1e-5)),
 }
 ARITHMETIC = {
     "float32": "float32 on both sides",
@@ -45,7 +46,7 @@ ARITHMETIC = {
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One comparison: errors over all its tensors, and what holds for its logits. NaN anywhere fails."""
+    """One comparison, of logits or of other tensors. NaN anywhere fails."""
 
     name: str
     max_error: float

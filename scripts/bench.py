@@ -2,16 +2,20 @@
 """Speed and memory of generation, side by side: headfold, onnxruntime-genai (its own builder's model) and PyTorch eager.
 
 Each contender is a process of its own, kept warm; rounds are interleaved, so that a noisy machine hits all alike, and only medians
-and their ratios are told. Run it as `scripts/bench`, which makes the environments.
+and their ratios are told. headfold and onnxruntime-genai share one environment, so one build of onnxruntime. This process stays
+small: Linux counts the peak memory of a parent as its children's. Run it as `scripts/bench`, which makes the environments.
 """
 
 import argparse
 import json
 import os
+import random
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -91,9 +95,6 @@ def torch_eager(path: str, threads: int) -> Run:
     return run
 
 
-KINDS = {"headfold": headfold, "onnxruntime-genai": genai, "torch eager": torch_eager}
-
-
 def worker(kind: str, path: str, threads: int) -> None:
     """Serve rounds: a line of JSON in, a line of JSON out."""
     run = KINDS[kind](path, threads)
@@ -133,54 +134,55 @@ class Contender:
         return dict(json.loads(line))
 
 
-def bandwidth(threads: int) -> float:
-    """Bytes per second this machine reads from memory: the median of summing 1 GiB, larger than any cache."""
+def bandwidth(_: str, threads: int) -> Run:
+    """Seconds to read 1 GiB, larger than any cache."""
     import torch
 
     torch.set_num_threads(threads)
-    data, times = torch.ones(1 << 28), []
-    for _ in range(7):
+    data = torch.ones(1 << 28)
+
+    def run(ids: list[int], new: int) -> tuple[float, float]:
         start = time.perf_counter()
         data.sum()
-        times.append(time.perf_counter() - start)
-    return data.nbytes / statistics.median(times)
+        return time.perf_counter() - start, 0.0
+
+    return run
 
 
 def measured(command: list[str]) -> tuple[float, float]:
     """Wall seconds and peak memory in bytes of a command."""
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    _, errors = process.communicate()
-    if process.returncode:
-        raise SystemExit(errors.decode()[-2000:])
-    return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{command[0]} failed; its error is above")
+    return time.perf_counter() - start, usage.ru_maxrss * 1024
 
 
 def exports() -> Iterator[tuple[str, float, float]]:
-    """Make both models anew; wall seconds and peak bytes of each. Ours first: the peak of all children only ever grows."""
-    import shutil
-
-    import torch
-
-    from headfold.export.checkpoint import open_checkpoint
-    from headfold.export.hf import save_hf
-
+    """Make both models anew; wall seconds and peak bytes of each."""
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
-    if not (WORK / "hf").exists():
-        save_hf(WORK / "hf", open_checkpoint(GGUF), torch.float32)
+    save = (
+        "import sys, torch; from pathlib import Path; from headfold.export.checkpoint import open_checkpoint;"
+        "from headfold.export.hf import save_hf;"
+        "save_hf(Path(sys.argv[2]), open_checkpoint(Path(sys.argv[1])), torch.float32)"
+    )
+    measured([sys.executable, "-c", save, str(GGUF), str(WORK / "hf")])
     headfold_command = str(Path(sys.executable).parent / "headfold")
     arguments = ["export", str(WORK / "hf"), "-o", str(WORK / "headfold"), "--quiet"]
     yield "headfold, without parity", *measured([headfold_command, *arguments, "--no-verify"])
-    site = next(path for path in sys.path if path.endswith("site-packages"))
     build = (
-        f"import sys, runpy; sys.path.append({site!r});"  # torch and transformers come from the other environment
+        f"import sys, runpy; sys.path.append({sysconfig.get_path('purelib')!r});"  # torch and transformers are there
         f"sys.argv = ['builder', '-i', {str(WORK / 'hf')!r}, '-o', {str(WORK / 'genai')!r}, '-p', 'fp32', '-e', 'cpu',"
         f" '-c', {str(WORK / 'cache')!r}, '--extra_options', 'prune_lm_head=true'];"
         "runpy.run_module('onnxruntime_genai.models.builder', run_name='__main__')"
     )
     yield "onnxruntime-genai's builder", *measured([str(PEERS), "-c", build])
     yield "headfold, with parity", *measured([headfold_command, *arguments, "--force"])
+
+
+KINDS = {"headfold": headfold, "onnxruntime-genai": genai, "torch eager": torch_eager, "memory": bandwidth}
 
 
 def main() -> None:
@@ -208,24 +210,23 @@ def main() -> None:
 
 def generation(options: argparse.Namespace, figures: dict[str, Any]) -> None:
     """Interleaved rounds, then the table."""
-    import numpy as np
-
-    read = bandwidth(options.threads)
     ours = Path(sys.executable)
+    memory = Contender("memory", ours, WORK, options.threads)
     contenders = {
-        "headfold": Contender("headfold", ours, WORK / "headfold", options.threads),
+        "headfold": Contender("headfold", PEERS, WORK / "headfold", options.threads),
         "onnxruntime-genai": Contender("onnxruntime-genai", PEERS, WORK / "genai", options.threads),
         "torch eager": Contender("torch eager", ours, WORK / "hf", options.threads),
     }
-    ids = np.random.default_rng(0).integers(100, 40000, options.prompt).tolist()
+    ids = random.Random(0).choices(range(100, 40000), k=options.prompt)
     for number in range(options.rounds + 1):  # the first one warms up
-        for contender in contenders.values():
+        for contender in (memory, *contenders.values()):
             contender.round(ids, options.new, keep=number > 0)
     base = contenders["onnxruntime-genai"]
     weights = (WORK / "headfold" / "model.onnx.data").stat().st_size
     kv = (
         2 * 30 * 3 * 64 * 4 * (options.prompt + options.new / 2)
     )  # bytes of SmolLM2's cache that a step reads, on average
+    read = (1 << 30) / memory.median("prefill")
     bound = read / (weights + kv)  # tokens per second if reading memory were all there is to do
     print(
         f"{options.threads} threads, prompt {options.prompt}, {options.new} new tokens, medians of {options.rounds} rounds"
@@ -242,14 +243,14 @@ def generation(options: argparse.Namespace, figures: dict[str, Any]) -> None:
             base.median("prefill") / contender.median("prefill"),
             base.median("decode") / contender.median("decode"),
         )
-        memory = peak / base.median("peak")
+        share = peak / base.median("peak")
         print(
             f"{name:20}{prefill:15.1f}{ratios[0]:8.3f}{decode:15.1f}{ratios[1]:8.3f}"
-            f"{decode / bound:10.0%}{peak / 2**20:10,.0f}{memory:8.3f}"
+            f"{decode / bound:10.0%}{peak / 2**20:10,.0f}{share:8.3f}"
         )
-        figures[name] = {"prefill": prefill, "decode": decode, "peak_bytes": peak, "ratios": [*ratios, memory]}
+        figures[name] = {"prefill": prefill, "decode": decode, "peak_bytes": peak, "ratios": [*ratios, share]}
     figures["read_bytes_per_second"], figures["decode_bound"] = read, bound
-    for contender in contenders.values():
+    for contender in (memory, *contenders.values()):
         contender.process.kill()
 
 
