@@ -1,14 +1,18 @@
-"""Shared fixtures: small random models as checkpoints in memory, and where the real model is."""
+"""Shared fixtures: small random models as checkpoints in memory and on disk, a toy tokenizer, and where the real model is."""
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from headfold.export.checkpoint import TokenizerFiles
 from headfold.export.config import ModelConfig
+from headfold.export.hf import save_hf
 from headfold.export.model import Decoder
 
 torch.set_num_threads(2)
@@ -53,18 +57,61 @@ def config() -> ModelConfig:
     return CONFIG
 
 
+def random_checkpoint(config: ModelConfig) -> MemoryCheckpoint:
+    torch.manual_seed(0)
+    decoder = Decoder(config).eval().requires_grad_(False)
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return MemoryCheckpoint(decoder)
+
+
 @pytest.fixture
 def memory_checkpoint() -> Callable[[ModelConfig], MemoryCheckpoint]:
     """Makes a checkpoint of random weights, the same ones every time, large enough that every layer matters."""
+    return random_checkpoint
 
-    def make(config: ModelConfig) -> MemoryCheckpoint:
-        torch.manual_seed(0)
-        decoder = Decoder(config).eval().requires_grad_(False)
-        for parameter in decoder.parameters():
-            torch.nn.init.normal_(parameter, std=0.2)
-        return MemoryCheckpoint(decoder)
 
-    return make
+SPECIAL = ["<eos>", "<bos>", "<|im_start|>", "<|im_end|>"]
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOY = replace(CONFIG, vocab_size=300, num_hidden_layers=2)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """Byte-level, all 256 bytes are tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TOY.vocab_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[AddedToken(token, special=True) for token in SPECIAL],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(
+        ["the quick brown fox jumps over the lazy dog and the lazy dog sleeps on"] * 4, trainer
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def toy_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    """A Hugging Face directory: a random model of two layers, a tokenizer and a chat template. Not to be changed: copy it."""
+    checkpoint = random_checkpoint(TOY)
+    settings = {"bos_token": "<bos>", "eos_token": "<eos>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    files = {
+        "tokenizer.json": tokenizer.to_str().encode(),
+        "tokenizer_config.json": json.dumps(settings).encode(),
+        "chat_template.jinja": CHATML.encode(),
+        "generation_config.json": b'{"eos_token_id": 0}',
+    }
+    checkpoint.tokenizer = TokenizerFiles(files)
+    path = tmp_path_factory.mktemp("checkpoint") / "toy"
+    save_hf(path, checkpoint, torch.float32)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -1,41 +1,20 @@
-"""A toy bundle made by the real exporter: two layers, and a byte-level tokenizer whose 256 bytes are all tokens."""
+"""A toy bundle made by the real exporter, and ways to change it."""
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from headfold.export.bundle import write_json, write_manifest
+from headfold.export.bundle import write_manifest
+from headfold.export.checkpoint import load_decoder, open_checkpoint
 from headfold.export.config import ModelConfig
-from headfold.export.graph import export_graph
 from headfold.export.model import Decoder
-from headfold.export.weights import attach_weights, save_model
-from headfold.runtime.manifest import MODEL, CacheSpec, TensorSpec
-
-CAPACITY = 64
-CONFIG = ModelConfig(
-    model_type="llama",
-    vocab_size=300,
-    hidden_size=48,
-    intermediate_size=80,
-    num_hidden_layers=2,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=CAPACITY,
-    eos_token_id=(0,),
-)
-SPECIAL = ["<eos>", "<bos>", "<|im_start|>", "<|im_end|>"]
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+from headfold.export.pipeline import ExportOptions, export_bundle
+from headfold.export.progress import Reporter
 
 
 @dataclass(frozen=True)
@@ -54,77 +33,18 @@ class Toy:
         return tokens[len(ids) :]
 
 
-def train_tokenizer() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=CONFIG.vocab_size,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=[AddedToken(token, special=True) for token in SPECIAL],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(
-        ["the quick brown fox jumps over the lazy dog and the lazy dog sleeps on"] * 4, trainer
-    )
-    return tokenizer
-
-
 @pytest.fixture(scope="session")
-def tokenizer() -> Tokenizer:
-    return train_tokenizer()
-
-
-@pytest.fixture(scope="session")
-def make_toy(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Toy]:
-    """Exports the toy; the same weights every time. Each kind is exported once."""
+def make_toy(tmp_path_factory: pytest.TempPathFactory, toy_checkpoint: Path) -> Callable[..., Toy]:
+    """Exports the toy; each kind is exported once."""
     made: dict[tuple[object, ...], Toy] = {}
 
-    def make(all_logits: bool = False, dtype: str = "float32") -> Toy:
-        if (all_logits, dtype) in made:
-            return made[all_logits, dtype]
-        torch.manual_seed(0)
-        decoder = Decoder(CONFIG).eval().requires_grad_(False)
-        for parameter in decoder.parameters():
-            torch.nn.init.normal_(parameter, std=0.2)
-        tensors = decoder.state_dict()
-        checkpoint: Any = SimpleNamespace(
-            path=Path("memory"),
-            config=CONFIG,
-            shapes=lambda: {name: tuple(tensor.shape) for name, tensor in tensors.items()},
-            read=tensors.__getitem__,
-        )
-        path = tmp_path_factory.mktemp("bundle")
-        model = export_graph(CONFIG, getattr(torch, dtype), CAPACITY, all_logits)
-        attach_weights(model, checkpoint, getattr(torch, dtype), CAPACITY, allow_nan=False)
-        save_model(model, path / MODEL, lambda name, size: None)
-        train_tokenizer().save(str(path / "tokenizer.json"))
-        settings = {"bos_token": "<bos>", "eos_token": "<eos>", "tokenizer_class": "PreTrainedTokenizerFast"}
-        write_json(path / "tokenizer_config.json", settings)
-        (path / "chat_template.jinja").write_text(CHATML)
-        write_json(path / "generation_config.json", {"eos_token_id": 0})
-
-        def spec(value: Any) -> TensorSpec:
-            shape = [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape]
-            return TensorSpec(name=value.name, dtype=value.dtype.numpy().name, shape=shape)
-
-        write_manifest(
-            path,
-            format_version=1,
-            headfold_version="0",
-            source="memory",
-            config=CONFIG.to_json(),
-            vocab_size=CONFIG.vocab_size,
-            parameters=1,
-            dtype=dtype,
-            logits="all" if all_logits else "last",
-            inputs=[spec(value) for value in model.graph.inputs],
-            outputs=[spec(value) for value in model.graph.outputs],
-            cache=CacheSpec(num_hidden_layers=2, num_key_value_heads=2, head_dim=16, capacity=CAPACITY),
-            tools={},
-            parity=None,
-        )
-        made[all_logits, dtype] = Toy(path, decoder, CONFIG)
+    def make(all_logits: bool = False, dtype: Any = "float32") -> Toy:
+        if (all_logits, dtype) not in made:
+            path = tmp_path_factory.mktemp("bundle") / "toy"
+            options = ExportOptions(dtype, all_logits=all_logits, verify=False)
+            export_bundle(toy_checkpoint, path, options, Reporter(quiet=True))
+            decoder = load_decoder(open_checkpoint(toy_checkpoint))
+            made[all_logits, dtype] = Toy(path, decoder, decoder.config)
         return made[all_logits, dtype]
 
     return make
@@ -155,8 +75,3 @@ def changed(toy: Toy, tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return change
-
-
-@pytest.fixture
-def config() -> ModelConfig:
-    return replace(CONFIG)
