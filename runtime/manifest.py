@@ -78,7 +78,7 @@ def read_manifest(bundle: Path) -> Manifest:
     path = bundle / MANIFEST
     if not bundle.is_dir():
         raise BundleError(
-            "no such bundle directory", where=bundle, fix="Make one with: headfold export CHECKPOINT -o BUNDLE"
+            "no such bundle directory", where=bundle, fix="Make one: `headfold export CHECKPOINT -o BUNDLE`."
         )
     if not path.is_file():
         raise BundleError("has no manifest.json", where=bundle, fix="Only a finished export has one: export again.")

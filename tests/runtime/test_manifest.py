@@ -57,7 +57,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "unknown dtype": (edit(dtype="int3"), "dtype: Input should be 'float32', 'float16' or 'bfloat16'"),
     "outside": (edit(files={"../x": {"size": 1, "sha256": "0" * 64}}), "points outside the bundle"),
     "no manifest": (lambda p: (p / "manifest.json").unlink(), "has no manifest.json"),
-    "no directory": (lambda p: shutil.rmtree(p), "no such bundle directory. Make one with: headfold export"),
+    "no directory": (lambda p: shutil.rmtree(p), r"no such bundle directory\. Make one: `headfold export"),
 }
 
 
