@@ -15,7 +15,7 @@ from headfold.export.config import ModelConfig
 from headfold.export.hf import save_hf
 from headfold.export.model import Decoder
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 class MemoryCheckpoint:
