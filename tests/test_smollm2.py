@@ -27,18 +27,8 @@ TOLERANCE = 1e-4  # float32 logits that reach 29: 30 eps
 @pytest.fixture(scope="module")
 def exported(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     path = tmp_path_factory.mktemp("smollm2") / "bundle"
-    command = [
-        sys.executable,
-        "-m",
-        "headfold.export.cli",
-        "export",
-        smollm2,
-        "-o",
-        path,
-        "--json",
-        "--decode-steps",
-        "8",
-    ]
+    program = Path(sys.executable).parent / "headfold"
+    command = [program, "export", smollm2, "-o", path, "--json", "--decode-steps", "8"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return path, json.loads(result.stdout)
