@@ -25,10 +25,23 @@ TRITON_TYPES = {
 }
 ITEM_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1, "float8_e4m3fn": 1}
 CAPABILITIES = (75, 80, 86, 87, 89, 90, 100, 120)  # compute capability, 86 for 8.6
-BFLOAT16_SINCE = 80  # Turing has no bfloat16 arithmetic
-FLOAT8_SINCE = 89  # Ada is the first with conversions from and to e4m3fn
+FLOAT8_SINCE = 89  # Ada is the first that converts from and to e4m3fn
+# Most shared memory of a block, in bytes (CUDA C++ Programming Guide, technical specifications per compute capability)
+SHARED_LIMITS = {
+    75: 64 << 10,
+    80: 163 << 10,
+    86: 99 << 10,
+    87: 163 << 10,
+    89: 99 << 10,
+    90: 227 << 10,
+    100: 227 << 10,
+    120: 99 << 10,
+}
 MANIFEST = "kernels.json"
-SCRATCH = ("global_scratch", "profile_scratch")  # two pointers that Triton appends to every entry; null, for we use neither
+SCRATCH = (
+    "global_scratch",
+    "profile_scratch",
+)  # two pointers that Triton appends to every entry; null, for we use neither
 _MAX_SPLITS = 32
 _PROGRAMS = 256  # programs that fill a GPU: decode splits the keys until it has that many
 _ATTENTION = (  # of prefill and decode; G consecutive heads of `query` share a key/value head
@@ -142,15 +155,14 @@ class Tiles(_Strict):
 def tiles(spec: KernelSpec, kernel: KernelName) -> Tiles:
     """Sizes that fit every architecture's shared memory: 64 KiB on Turing, 99 KiB on consumer GPUs since Ampere."""
     row_bytes = spec.padded_dim * ITEM_SIZES[spec.dtype]
-    keys = min(64, max(16, (16 << 10) // row_bytes))
+    side = min(64, max(16, (16 << 10) // row_bytes))  # of a square of queries and keys
     match kernel:
         case "append":
             return Tiles(rows=16, keys=1, num_warps=4, num_stages=1)
         case "prefill":
-            rows = min(64, max(16, (32 << 10) // row_bytes))
-            return Tiles(rows=rows, keys=keys, num_warps=4, num_stages=2)
+            return Tiles(rows=side, keys=side, num_warps=4, num_stages=2)
         case "decode":  # all the heads of a group, so that a key is read once
-            return Tiles(rows=max(16, _power_of_two(spec.group)), keys=keys, num_warps=4, num_stages=2)
+            return Tiles(rows=max(16, _power_of_two(spec.group)), keys=side, num_warps=4, num_stages=2)
         case "reduce":
             return Tiles(rows=_MAX_SPLITS, keys=1, num_warps=4, num_stages=1)
 

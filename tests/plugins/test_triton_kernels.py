@@ -95,7 +95,7 @@ class Problem:
         kept = keep if s.quantized else keep[:1]
         tensors = {
             name: torch.from_numpy(x.copy()) if name in kept or x.dtype == np.int8 else
-            torch.from_numpy(x).to(getattr(torch, s.dtype))
+            torch.from_numpy(x.copy()).to(getattr(torch, s.dtype))
             for name, x in self.feeds.items()
         }  # fmt: skip
         for b, length in enumerate(self.past):  # what is behind the last token is undefined: NaN must not leak
@@ -157,3 +157,113 @@ def test_head_sizes(head_dim: int, dtype: str) -> None:
     s = spec((3, 1), head_dim, dtype)
     Problem(s, past=[3, 17], new=1, capacity=24).check()
     Problem(s, past=[0, 5], new=19, capacity=24).check()
+
+
+@pytest.mark.parametrize(
+    "heads", [(1, 1), (3, 1), (8, 2), (8, 1), (32, 1)], ids=lambda heads: f"{heads[0]}q{heads[1]}kv"
+)
+def test_group_sizes(heads: tuple[int, int]) -> None:
+    Problem(spec(heads, 16), past=[30, 2], new=1, capacity=40).check()
+    Problem(spec(heads, 16), past=[30, 0], new=5, capacity=40).check()
+
+
+SIDE = contract.tiles(spec((2, 1), 16), "prefill").keys
+
+
+@pytest.mark.parametrize("window", [-1, 1, SIDE])
+@pytest.mark.parametrize("length", [1, 2, SIDE - 1, SIDE, SIDE + 1, 2 * SIDE + 1])
+def test_lengths_around_the_tiles_edges(length: int, window: int) -> None:
+    s = spec((2, 1), 16)
+    capacity = length + 2
+    Problem(s, past=[length - 1, 0], new=1, capacity=capacity, window=window).check()  # decode
+    Problem(s, past=[0], new=length, capacity=capacity, window=window).check()  # a prompt
+    if length > SIDE:
+        Problem(s, past=[length - 20, 3], new=20, capacity=capacity, window=window).check()  # a later chunk
+
+
+@pytest.mark.parametrize("new", [1, 12])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"softcap": 5.0},
+        {"qk_norm": True},
+        {"rotary_interleaved": True},
+        {"rotary_dim": 16},
+        {"rotary_dim": 16, "rotary_interleaved": True, "qk_norm": True, "softcap": 2.0},
+    ],
+    ids=lambda options: "+".join(options),
+)
+def test_options(options: dict, new: int) -> None:
+    Problem(spec((4, 2), 32, **options), past=[9, 0], new=new, capacity=24, window=6).check()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("new", [1, 9])
+def test_int8_cache(new: int, dtype: str) -> None:
+    Problem(spec((6, 2), 32, dtype, cache_dtype="int8"), past=[0, 21, 5], new=new, capacity=40).check()
+
+
+def test_int8_cache_holds_what_is_over_its_range() -> None:
+    problem = Problem(spec((2, 1), 16, cache_dtype="int8"), past=[3], new=1, capacity=8)
+    problem.feeds["value"][:] = 1e4
+    problem.feeds["value"][..., 0] = -1e4
+    assert problem.run()[2][0, 0, 3].tolist() == [-128] + [127] * 15
+
+
+def test_many_splits_of_which_most_are_empty() -> None:
+    s = spec((2, 1), 16)
+    assert contract.splits(s, 1, 64 * 40) == 32
+    Problem(s, past=[70], new=1, capacity=64 * 40).check()
+
+
+def test_what_does_not_fit_the_capacity_is_not_written() -> None:
+    """A row without room must not write into the next row's cache."""
+    problem = Problem(spec((2, 1), 16), past=[8, 2], new=1, capacity=8)
+    output, key, _ = problem.run(poison=False)
+    assert np.isfinite(output).all()
+    before = problem.feeds["past_key"]
+    assert (key[0] == before[0]).all()
+    assert [n for n in range(8) if (key[1, 0, n] != before[1, 0, n]).any()] == [2]
+
+
+@given(data=st.data())
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_any_shape(data: st.DataObject) -> None:
+    draw = data.draw
+    head_dim = draw(st.sampled_from([16, 32, 48]))
+    kv, group = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 3, 5]))
+    dtype = draw(st.sampled_from(["float32", "float16"]))
+    past = draw(st.lists(st.integers(0, 75), min_size=1, max_size=3))
+    new = draw(st.integers(1, 24))
+    s = spec(
+        (kv * group, kv),
+        head_dim,
+        dtype,
+        rotary_dim=draw(st.sampled_from([2, 8, head_dim])),
+        rotary_interleaved=draw(st.booleans()),
+        qk_norm=draw(st.booleans()),
+        softcap=draw(st.sampled_from([0.0, 3.0])),
+        cache_dtype=draw(st.sampled_from([dtype, "int8"])),
+    )
+    capacity = max(past) + new + draw(st.integers(0, 9))
+    window = draw(st.sampled_from([-1, 1, 5, 40]))
+    Problem(s, past, new, capacity, window, seed=draw(st.integers(0, 9))).check()
+
+
+@pytest.mark.parametrize("plant", ["window off by one", "softcap dropped", "wrong RoPE pairs", "upper-left mask"])
+def test_the_comparison_would_notice(plant: str) -> None:
+    """The same problem, run with one thing wrong, is far off."""
+    s = spec((4, 2), 32, softcap=2.0, rotary_interleaved=True)
+    problem = Problem(s, past=[9, 0], new=5, capacity=16, window=4)
+    expected = problem.reference()[0]
+    match plant:
+        case "window off by one":
+            problem.attributes = Attributes(4, 2, 32**-0.5, 5, 2.0, 1, 1e-3)
+        case "softcap dropped":
+            problem.spec = s.model_copy(update={"softcap": 0.0})
+        case "wrong RoPE pairs":
+            problem.spec = s.model_copy(update={"rotary_interleaved": False})
+        case "upper-left mask":
+            problem.past = [0, 0]
+            problem.feeds["past_lengths"] = np.zeros(2, np.int64)
+    assert np.abs(problem.run()[0] - expected).max() > 0.05
