@@ -24,24 +24,11 @@ TRITON_TYPES = {
     "int32": "i32",
 }
 ITEM_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1, "float8_e4m3fn": 1}
-CAPABILITIES = (75, 80, 86, 87, 89, 90, 100, 120)  # compute capability, 86 for 8.6
+# Compute capability, 86 for 8.6, and the most shared memory of a block in KiB (CUDA programming guide, technical specifications)
+SHARED_KIB = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 FLOAT8_SINCE = 89  # Ada is the first that converts from and to e4m3fn
-# Most shared memory of a block, in bytes (CUDA C++ Programming Guide, technical specifications per compute capability)
-SHARED_LIMITS = {
-    75: 64 << 10,
-    80: 163 << 10,
-    86: 99 << 10,
-    87: 163 << 10,
-    89: 99 << 10,
-    90: 227 << 10,
-    100: 227 << 10,
-    120: 99 << 10,
-}
 MANIFEST = "kernels.json"
-SCRATCH = (
-    "global_scratch",
-    "profile_scratch",
-)  # two pointers that Triton appends to every entry; null, for we use neither
+SCRATCH = ("global_scratch", "profile_scratch")  # pointers that Triton appends to every entry; null, for we use neither
 _MAX_SPLITS = 32
 _PROGRAMS = 256  # programs that fill a GPU: decode splits the keys until it has that many
 _ATTENTION = (  # of prefill and decode; G consecutive heads of `query` share a key/value head
@@ -270,7 +257,7 @@ class KernelEntry(_Strict):
     num_warps: int = Field(ge=1)
     shared_bytes: int = Field(ge=0)
     registers: int = Field(ge=0)
-    spilled_bytes: int = Field(ge=0)
+    stack_bytes: int = Field(ge=0)  # of a thread, in local memory: what did not fit the registers
     grid: tuple[Axis, Axis, Axis]
     tile: int = Field(ge=1)
 

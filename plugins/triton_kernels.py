@@ -8,8 +8,18 @@ Sources: online softmax, Milakov and Gimelshein 2018 section 3; tiling, FlashAtt
 Flash-Decoding (Dao et al. 2023). Scores are kept in base 2, where the exponential is one instruction.
 """
 
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from headfold.plugins.kernel_contract import KernelName, KernelSpec, constants, parameters, tiles
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: no bit is left for a fraction, so adding it rounds half to even
@@ -185,3 +195,60 @@ def reduce(  # type: ignore[no-untyped-def]
     total = tl.sum(weights, 0)
     result = tl.sum(parts * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
     tl.store(output + row * D + d, result.to(output.dtype.element_ty), mask=d < D)
+
+
+KERNELS = {"append": append, "prefill": attention, "decode": attention, "reduce": reduce}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel's code for one architecture, and what its launch must know; `scratch_bytes` must be 0."""
+
+    cubin: bytes
+    ptx: str
+    entry: str
+    num_warps: int
+    shared_bytes: int
+    scratch_bytes: int
+    registers: int
+    stack_bytes: int
+
+
+def compile_kernel(spec: KernelSpec, kernel: KernelName, capability: int) -> Compiled:
+    """Compile one kernel; no driver and no GPU are needed. Pointers must be aligned to 16 bytes when it is launched.
+
+    The code depends on nothing but this source, the arguments and Triton's version, if TRITON_DISABLE_LINE_INFO is set.
+    """
+    function, types, fixed = KERNELS[kernel], parameters(spec, kernel), constants(spec, kernel)
+    given = zip(function.arg_names, types, strict=False)
+    signature = {name: parameter.type for name, parameter in given} | dict.fromkeys(fixed, "constexpr")
+    aligned = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(types) if p.type.startswith("*")}
+    sizes = tiles(spec, kernel)
+    result = triton.compile(
+        ASTSource(function, signature, fixed, aligned),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": sizes.num_warps, "num_stages": sizes.num_stages, "enable_fp_fusion": True},
+    )
+    facts, cubin = result.metadata, result.asm["cubin"]
+    registers, stack = _resources(cubin)
+    return Compiled(
+        cubin=cubin,
+        ptx=result.asm["ptx"],
+        entry=facts.name,
+        num_warps=facts.num_warps,
+        shared_bytes=facts.shared,
+        scratch_bytes=facts.global_scratch_size + facts.profile_scratch_size,
+        registers=registers,
+        stack_bytes=stack,
+    )
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack of each thread, as cuobjdump, which comes with Triton, reads them off the code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    return int(found[1]), int(found[2])
