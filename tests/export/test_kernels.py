@@ -66,7 +66,7 @@ def test_code_is_for_the_architecture_it_names(built) -> None:
         if entry.kernel == "append":
             command = [triton.knobs.nvidia.cuobjdump.path, "-elf", str(directory / entry.file)]
             shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-                assert re.search(rf"sm={entry.capability}a?,", shown)
+            assert re.search(rf"sm={entry.capability}a?,", shown)
 
 
 def test_the_same_source_gives_the_same_bytes(built, tmp_path) -> None:
