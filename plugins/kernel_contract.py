@@ -24,14 +24,11 @@ TRITON_TYPES = {
     "int32": "i32",
 }
 ITEM_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1, "float8_e4m3fn": 1}
-CAPABILITIES = (75, 80, 86, 87, 89, 90, 100, 120)  # compute capability, 86 for 8.6
-BFLOAT16_SINCE = 80  # Turing has no bfloat16 arithmetic
-FLOAT8_SINCE = 89  # Ada is the first with conversions from and to e4m3fn
+# Compute capability, 86 for 8.6, and the most shared memory of a block in KiB (CUDA programming guide, technical specifications)
+SHARED_KIB = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}
+FLOAT8_SINCE = 89  # Ada is the first that converts from and to e4m3fn
 MANIFEST = "kernels.json"
-SCRATCH = (
-    "global_scratch",
-    "profile_scratch",
-)  # two pointers that Triton appends to every entry; null, for we use neither
+SCRATCH = ("global_scratch", "profile_scratch")  # pointers that Triton appends to every entry; null, for we use neither
 _MAX_SPLITS = 32
 _PROGRAMS = 256  # programs that fill a GPU: decode splits the keys until it has that many
 _ATTENTION = (  # of prefill and decode; G consecutive heads of `query` share a key/value head
@@ -145,15 +142,14 @@ class Tiles(_Strict):
 def tiles(spec: KernelSpec, kernel: KernelName) -> Tiles:
     """Sizes that fit every architecture's shared memory: 64 KiB on Turing, 99 KiB on consumer GPUs since Ampere."""
     row_bytes = spec.padded_dim * ITEM_SIZES[spec.dtype]
-    keys = min(64, max(16, (16 << 10) // row_bytes))
+    side = min(64, max(16, (16 << 10) // row_bytes))  # of a square of queries and keys
     match kernel:
         case "append":
             return Tiles(rows=16, keys=1, num_warps=4, num_stages=1)
         case "prefill":
-            rows = min(64, max(16, (32 << 10) // row_bytes))
-            return Tiles(rows=rows, keys=keys, num_warps=4, num_stages=2)
+            return Tiles(rows=side, keys=side, num_warps=4, num_stages=2)
         case "decode":  # all the heads of a group, so that a key is read once
-            return Tiles(rows=max(16, _power_of_two(spec.group)), keys=keys, num_warps=4, num_stages=2)
+            return Tiles(rows=max(16, _power_of_two(spec.group)), keys=side, num_warps=4, num_stages=2)
         case "reduce":
             return Tiles(rows=_MAX_SPLITS, keys=1, num_warps=4, num_stages=1)
 
@@ -261,7 +257,7 @@ class KernelEntry(_Strict):
     num_warps: int = Field(ge=1)
     shared_bytes: int = Field(ge=0)
     registers: int = Field(ge=0)
-    spilled_bytes: int = Field(ge=0)
+    stack_bytes: int = Field(ge=0)  # of a thread, in local memory: what did not fit the registers
     grid: tuple[Axis, Axis, Axis]
     tile: int = Field(ge=1)
 
