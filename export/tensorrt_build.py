@@ -79,21 +79,21 @@ def build_engine(bundle: Path, options: BuildOptions, reporter: Reporter) -> Bui
     with reporter.step("lower and parse the graph"):
         _, parsed = lowered_network(trt, bundle, manifest, options)
         layers = report(parsed, options.attention, manifest.cache.num_hidden_layers)
-    with reporter.step("build the engine"):
-        engine = _serialize(parsed, manifest, options, reporter)
     file = f"{ENGINES}/{options.target}-{options.attention}.engine"
-    with reporter.step("hash and publish"), staged(bundle, force=True) as stage:
+    with staged(bundle, force=True) as stage:
         _link(bundle, stage, manifest, skip={file})
-        (stage / ENGINES).mkdir(exist_ok=True)
-        (stage / file).write_bytes(engine)
-        new = {file}
-        plugin = None
+        plugin, new = None, {file}
         if options.attention == "plugin":
             plugin, kernels = _add_kernels(stage, manifest, options, reporter)
             new |= kernels
-        entry = _entry(parsed, manifest, options, file, capacity, layers, plugin)
-        check_engine(stage, entry)
-        _write_manifest(stage, manifest, entry, new)
+        with reporter.step("build the engine"):
+            engine = _serialize(parsed, manifest, options, reporter)
+        with reporter.step("hash and publish"):
+            (stage / ENGINES).mkdir(exist_ok=True)
+            (stage / file).write_bytes(engine)
+            entry = _entry(parsed, manifest, options, file, capacity, layers, plugin)
+            check_engine(stage, entry)
+            _write_manifest(stage, manifest, entry, new)
     return BuildResult(bundle, entry, layers, len(engine))
 
 
