@@ -25,10 +25,14 @@ def grouped_query_attention(
     attributes: Attributes,
     q_norm_weight: Array | None = None,
     k_norm_weight: Array | None = None,
+    key_scale: Array | None = None,
+    value_scale: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """Append the new tokens to the caches and attend causally, one query at a time.
 
     Shapes are those of `headfold.plugins.schema`. Computes in float64 and returns the dtype of `query`.
+    With scales [Hkv] the caches are int8 and stand for `stored * scale`: a new token is rounded to the nearest (half to even), held
+    to -128..127, and attended to as it is stored.
     Sources: grouped heads, Ainslie et al. 2023 section 2.2; RoPE, Su et al. 2021 section 3.4.2; RMSNorm, Zhang and
     Sennrich 2019 equation 4; soft cap, Gemma 2 report section 2.
 
@@ -48,6 +52,9 @@ def grouped_query_attention(
         k = rms_norm(k, k_norm_weight, a.qk_norm_epsilon)
 
     present_key, present_value = past_key.astype(np.float64), past_value.astype(np.float64)
+    if key_scale is not None and value_scale is not None:
+        present_key *= key_scale[:, None, None]
+        present_value *= value_scale[:, None, None]
     output = np.zeros((batch, length, a.num_heads, head_dim))
     for b in range(batch):
         start = int(past_lengths[b])
@@ -56,8 +63,8 @@ def grouped_query_attention(
         for s in range(length):
             position = start + s
             cos, sin = cos_cache[position].astype(np.float64), sin_cache[position].astype(np.float64)  # [R/2]
-            present_key[b, :, position] = rotate(k[b, s], cos, sin, bool(a.rotary_interleaved))
-            present_value[b, :, position] = v[b, s]
+            present_key[b, :, position] = quantize(rotate(k[b, s], cos, sin, bool(a.rotary_interleaved)), key_scale)
+            present_value[b, :, position] = quantize(v[b, s], value_scale)
             rotated = rotate(q[b, s], cos, sin, bool(a.rotary_interleaved))  # [Hq, D]
             first = max(0, position + 1 - a.local_window_size) if a.local_window_size > 0 else 0
             for h in range(a.num_heads):
@@ -66,11 +73,22 @@ def grouped_query_attention(
                     scores = a.softcap * np.tanh(scores / a.softcap)
                 weights = np.exp(scores - scores.max())
                 output[b, s, h] = weights / weights.sum() @ present_value[b, h // group, first : position + 1]
+    if key_scale is not None and value_scale is not None:
+        present_key = np.rint(present_key / key_scale[:, None, None])
+        present_value = np.rint(present_value / value_scale[:, None, None])
     return (
         output.reshape(query.shape).astype(query.dtype),
         present_key.astype(past_key.dtype),
         present_value.astype(past_value.dtype),
     )
+
+
+def quantize(x: Array, scale: Array | None) -> Array:
+    """What an int8 cache with these scales [H] makes of `x` [H, D]; `x` itself without scales."""
+    if scale is None:
+        return x
+    stored: Array = np.clip(np.rint(x / scale[:, None]), -128, 127)
+    return stored * scale[:, None]
 
 
 def rms_norm(x: Array, weight: Array, epsilon: float) -> Array:

@@ -32,12 +32,24 @@ class ProviderError(HeadfoldError):
     """The execution provider asked for is not available, or cannot run this bundle."""
 
 
+class KernelError(HeadfoldError):
+    """Attention kernels that cannot be compiled, or that this GPU cannot run."""
+
+
+class EngineError(HeadfoldError):
+    """A TensorRT engine that is missing, damaged, or not for this GPU or this TensorRT."""
+
+
 class CapacityError(HeadfoldError):
     """More tokens than the KV cache holds."""
 
 
 class InputError(HeadfoldError):
     """A prompt, message list or sampling parameter that cannot be used."""
+
+
+class BuildError(HeadfoldError):
+    """A graph, option or machine from which no right engine can be built."""
 
 
 class VerificationError(HeadfoldError):

@@ -3,17 +3,20 @@
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from headfold.export.checkpoint import TokenizerFiles
+from headfold.export.checkpoint import TokenizerFiles, load_decoder, open_checkpoint
 from headfold.export.config import ModelConfig
 from headfold.export.hf import save_hf
 from headfold.export.model import Decoder
+from headfold.export.pipeline import ExportOptions, export_bundle
+from headfold.export.progress import Reporter
+from headfold.runtime.manifest import Manifest
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
@@ -122,3 +125,44 @@ def smollm2() -> Path:
     if not path.is_file():
         pytest.skip(f"{path} is missing: scripts/test fetches it, or set HEADFOLD_SMOLLM2")
     return path
+
+
+@dataclass
+class TensorRTToy:
+    """A bundle of random weights in 16 bits, and the decoder whose weights it has, rounded alike."""
+
+    bundle: Path
+    decoder: Decoder
+    manifest: Manifest
+
+
+TENSORRT_CAPACITY = 40
+TENSORRT_TOYS = {  # between them: grouped heads, a window in one layer, q/k norms, biases, both norms, two activations
+    "float16": {"sliding_window": 5, "sliding_layers": (1,), "qk_norm": True},
+    "bfloat16": {
+        "norm": "layer_norm",
+        "qkv_bias": True,
+        "hidden_act": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def tensorrt_toy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TensorRTToy]:
+    """Exports a small bundle of a dtype, once; whoever changes it copies it first."""
+    made: dict[str, TensorRTToy] = {}
+
+    def make(dtype: str) -> TensorRTToy:
+        if dtype in made:
+            return made[dtype]
+        own = {"model_type": "headfold", "num_hidden_layers": 2}
+        directory = tmp_path_factory.mktemp("tensorrt")
+        save_hf(directory / "hf", random_checkpoint(replace(CONFIG, **own, **TENSORRT_TOYS[dtype])), torch.float32)
+        options = ExportOptions(dtype, TENSORRT_CAPACITY, all_logits=True, verify=False)
+        result = export_bundle(directory / "hf", directory / "bundle", options, Reporter(quiet=True))
+        decoder = load_decoder(open_checkpoint(directory / "hf"), getattr(torch, dtype), TENSORRT_CAPACITY).float()
+        made[dtype] = TensorRTToy(directory / "bundle", decoder, result.manifest)
+        return made[dtype]
+
+    return make

@@ -1,0 +1,269 @@
+"""The Triton kernels in Triton's interpreter, on the CPU, against the numpy reference.
+
+The interpreter computes fp16 products in float32 as tensor cores do; its bfloat16 arithmetic is wrong, so bfloat16 is multiplied
+in float32 (UPCAST). Tolerances: an element of the output is a mean of values of order 1, so float32 is off by a few of its eps in the
+products and exponentials, float16 by the rounding of queries, keys, weights and output (eps 1e-3 each).
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headfold.plugins import kernel_contract as contract
+from headfold.plugins.kernel_contract import KernelSpec
+from headfold.plugins.reference import grouped_query_attention
+from headfold.plugins.schema import Attributes
+
+assert "triton" not in sys.modules, "Triton was imported before this module: it can no longer interpret"
+os.environ["TRITON_INTERPRET"] = "1"  # Triton looks at it while it is imported
+try:
+    import triton
+
+    from headfold.plugins import triton_kernels
+finally:
+    del os.environ["TRITON_INTERPRET"]  # for processes that compile
+triton.knobs.runtime.interpret = True  # for what it imports later
+
+TOLERANCES = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
+KERNELS = {
+    "append": triton_kernels.append,
+    "prefill": triton_kernels.attention,
+    "decode": triton_kernels.attention,
+    "reduce": triton_kernels.reduce,
+}
+
+
+@dataclass
+class Problem:
+    """One call of the op, in float32; `spec` says in which dtypes the kernels see it."""
+
+    spec: KernelSpec
+    past: list[int]
+    new: int
+    capacity: int
+    window: int = -1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rng, s, batch = np.random.default_rng(self.seed), self.spec, len(self.past)
+
+        def normal(*shape: int) -> np.ndarray:  # representable in the dtype, so that the reference sees the same
+            return torch.from_numpy(rng.standard_normal(shape)).to(getattr(torch, s.dtype)).float().numpy()
+
+        angles = np.arange(self.capacity)[:, None] / 10000 ** (np.arange(0, s.rotary_dim, 2) / s.rotary_dim)
+        to = getattr(torch, s.dtype)
+        self.feeds = {
+            "query": normal(batch, self.new, s.num_heads * s.head_dim),
+            "key": normal(batch, self.new, s.kv_num_heads * s.head_dim),
+            "value": normal(batch, self.new, s.kv_num_heads * s.head_dim),
+            "past_key": normal(batch, s.kv_num_heads, self.capacity, s.head_dim),
+            "past_value": normal(batch, s.kv_num_heads, self.capacity, s.head_dim),
+            "past_lengths": np.array(self.past, np.int64),
+            "cos_cache": torch.from_numpy(np.cos(angles)).to(to).float().numpy(),
+            "sin_cache": torch.from_numpy(np.sin(angles)).to(to).float().numpy(),
+        }
+        if s.qk_norm:
+            self.feeds |= {"q_norm_weight": normal(s.head_dim), "k_norm_weight": normal(s.head_dim)}
+        if s.cache_dtype == "int8":
+            scales = rng.uniform(0.01, 0.03, (2, s.kv_num_heads)).astype(np.float32)
+            self.feeds |= {"key_scale": scales[0], "value_scale": scales[1]}
+            for name in ("past_key", "past_value"):
+                self.feeds[name] = rng.integers(-128, 128, self.feeds[name].shape).astype(np.int8)
+        self.attributes = Attributes(
+            s.num_heads,
+            s.kv_num_heads,
+            s.head_dim**-0.5,
+            self.window,
+            s.softcap,
+            int(s.rotary_interleaved),
+            1e-3,
+        )
+
+    def reference(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return grouped_query_attention(**self.feeds, attributes=self.attributes)
+
+    def run(self, poison: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Launch the kernels as the launcher does: by the contract's parameters, grids and constants."""
+        s, a, batch = self.spec, self.attributes, len(self.past)
+        keep = ("past_lengths", "key_scale", "value_scale")
+        kept = keep if s.quantized else keep[:1]
+        tensors = {
+            name: torch.from_numpy(x.copy()) if name in kept or x.dtype == np.int8 else
+            torch.from_numpy(x.copy()).to(getattr(torch, s.dtype))
+            for name, x in self.feeds.items()
+        }  # fmt: skip
+        for b, length in enumerate(self.past):  # what is behind the last token is undefined: NaN must not leak
+            for name in ("past_key", "past_value"):
+                if poison and not s.quantized:
+                    tensors[name][b, :, length:] = float("nan")
+        rows = batch * self.new * s.num_heads
+        splits = contract.splits(s, batch, self.capacity)
+        output = torch.full((batch, self.new, s.num_heads * s.head_dim), float("nan"), dtype=tensors["query"].dtype)
+        partial = torch.full((rows, splits, s.head_dim), float("nan"))
+        values = tensors | {
+            "present_key": tensors["past_key"],
+            "present_value": tensors["past_value"],
+            "new_tokens": self.new,
+            "capacity": self.capacity,
+            "window": a.local_window_size,
+            "scale": a.scale,
+            "epsilon": a.qk_norm_epsilon,
+            "lse": torch.full((rows, splits), float("nan")),
+            "partial": partial,
+            "splits": splits,
+        }
+        split = contract.decodes(s, self.new)
+        for kernel in ("append", "decode", "reduce") if split else ("append", "prefill"):
+            values["output"] = partial if kernel == "decode" else output
+            arguments = [values.get(name, 0) for name, _ in contract.PARAMETERS[kernel]]
+            sizes = contract.tiles(s, kernel)
+            grid = contract.grid(s, contract.GRIDS[kernel], sizes.rows, batch, self.new, self.capacity)
+            constants = contract.constants(s, kernel) | {"UPCAST": s.dtype == "bfloat16"}
+            KERNELS[kernel][grid](*arguments, **constants)
+        return tuple(
+            x.numpy() if x.dtype == torch.int8 else x.float().numpy()
+            for x in (output, tensors["past_key"], tensors["past_value"])
+        )
+
+    def check(self) -> None:
+        actual, expected, tolerance = self.run(), self.reference(), TOLERANCES[self.spec.dtype]
+        np.testing.assert_allclose(actual[0], expected[0], atol=tolerance, rtol=tolerance)
+        for row, length in enumerate(self.past):
+            end = length + self.new
+            for cache in (1, 2):
+                a, e = actual[cache][row, :, :end], expected[cache][row, :, :end]
+                if self.spec.quantized:  # a value halfway between two integers may be rounded either way
+                    assert np.abs(a.astype(int) - e).max() <= 1
+                    assert (a != e).mean() < 0.01
+                else:
+                    np.testing.assert_allclose(a, e, atol=tolerance, rtol=tolerance)
+                assert (a[:, :length] == self.feeds[("past_key", "past_value")[cache - 1]][row, :, :length]).all()
+
+
+def spec(heads: tuple[int, int] = (6, 2), head_dim: int = 64, dtype: str = "float32", **options) -> KernelSpec:
+    defaults = {"rotary_dim": head_dim, "cache_dtype": dtype}
+    return KernelSpec(num_heads=heads[0], kv_num_heads=heads[1], head_dim=head_dim, dtype=dtype, **defaults | options)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_head_sizes(head_dim: int, dtype: str) -> None:
+    s = spec((3, 1), head_dim, dtype)
+    Problem(s, past=[3, 17], new=1, capacity=24).check()
+    Problem(s, past=[0, 5], new=19, capacity=24).check()
+
+
+@pytest.mark.parametrize(
+    "heads", [(1, 1), (3, 1), (8, 2), (8, 1), (32, 1)], ids=lambda heads: f"{heads[0]}q{heads[1]}kv"
+)
+def test_group_sizes(heads: tuple[int, int]) -> None:
+    Problem(spec(heads, 16), past=[30, 2], new=1, capacity=40).check()
+    Problem(spec(heads, 16), past=[30, 0], new=5, capacity=40).check()
+
+
+SIDE = contract.tiles(spec((2, 1), 16), "prefill").keys
+
+
+@pytest.mark.parametrize("window", [-1, 1, SIDE])
+@pytest.mark.parametrize("length", [1, 2, SIDE - 1, SIDE, SIDE + 1, 2 * SIDE + 1])
+def test_lengths_around_the_tiles_edges(length: int, window: int) -> None:
+    s = spec((2, 1), 16)
+    capacity = length + 2
+    Problem(s, past=[length - 1, 0], new=1, capacity=capacity, window=window).check()  # decode
+    Problem(s, past=[0], new=length, capacity=capacity, window=window).check()  # a prompt
+    if length > SIDE:
+        Problem(s, past=[length - 20, 3], new=20, capacity=capacity, window=window).check()  # a later chunk
+
+
+@pytest.mark.parametrize("new", [1, 12])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"softcap": 5.0},
+        {"qk_norm": True},
+        {"rotary_interleaved": True},
+        {"rotary_dim": 16},
+        {"rotary_dim": 16, "rotary_interleaved": True, "qk_norm": True, "softcap": 2.0},
+    ],
+    ids=lambda options: "+".join(options),
+)
+def test_options(options: dict, new: int) -> None:
+    Problem(spec((4, 2), 32, **options), past=[9, 0], new=new, capacity=24, window=6).check()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("new", [1, 9])
+def test_int8_cache(new: int, dtype: str) -> None:
+    Problem(spec((6, 2), 32, dtype, cache_dtype="int8"), past=[0, 21, 5], new=new, capacity=40).check()
+
+
+def test_int8_cache_holds_what_is_over_its_range() -> None:
+    problem = Problem(spec((2, 1), 16, cache_dtype="int8"), past=[3], new=1, capacity=8)
+    problem.feeds["value"][:] = 1e4
+    problem.feeds["value"][..., 0] = -1e4
+    assert problem.run()[2][0, 0, 3].tolist() == [-128] + [127] * 15
+
+
+def test_many_splits_of_which_most_are_empty() -> None:
+    s = spec((2, 1), 16)
+    assert contract.splits(s, 1, 64 * 40) == 32
+    Problem(s, past=[70], new=1, capacity=64 * 40).check()
+
+
+def test_what_does_not_fit_the_capacity_is_not_written() -> None:
+    """A row without room must not write into the next row's cache."""
+    problem = Problem(spec((2, 1), 16), past=[8, 2], new=1, capacity=8)
+    output, key, _ = problem.run(poison=False)
+    assert np.isfinite(output).all()
+    before = problem.feeds["past_key"]
+    assert (key[0] == before[0]).all()
+    assert [n for n in range(8) if (key[1, 0, n] != before[1, 0, n]).any()] == [2]
+
+
+@given(data=st.data())
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_any_shape(data: st.DataObject) -> None:
+    draw = data.draw
+    head_dim = draw(st.sampled_from([16, 32, 48]))
+    kv, group = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 3, 5]))
+    dtype = draw(st.sampled_from(["float32", "float16"]))
+    past = draw(st.lists(st.integers(0, 75), min_size=1, max_size=3))
+    new = draw(st.integers(1, 24))
+    s = spec(
+        (kv * group, kv),
+        head_dim,
+        dtype,
+        rotary_dim=draw(st.sampled_from([2, 8, head_dim])),
+        rotary_interleaved=draw(st.booleans()),
+        qk_norm=draw(st.booleans()),
+        softcap=draw(st.sampled_from([0.0, 3.0])),
+        cache_dtype=draw(st.sampled_from([dtype, "int8"])),
+    )
+    capacity = max(past) + new + draw(st.integers(0, 9))
+    window = draw(st.sampled_from([-1, 1, 5, 40]))
+    Problem(s, past, new, capacity, window, seed=draw(st.integers(0, 9))).check()
+
+
+@pytest.mark.parametrize("plant", ["window off by one", "softcap dropped", "wrong RoPE pairs", "upper-left mask"])
+def test_the_comparison_would_notice(plant: str) -> None:
+    """The same problem, run with one thing wrong, is far off."""
+    s = spec((4, 2), 32, softcap=2.0, rotary_interleaved=True)
+    problem = Problem(s, past=[9, 0], new=5, capacity=16, window=4)
+    expected = problem.reference()[0]
+    match plant:
+        case "window off by one":
+            problem.attributes = Attributes(4, 2, 32**-0.5, 5, 2.0, 1, 1e-3)
+        case "softcap dropped":
+            problem.spec = s.model_copy(update={"softcap": 0.0})
+        case "wrong RoPE pairs":
+            problem.spec = s.model_copy(update={"rotary_interleaved": False})
+        case "upper-left mask":
+            problem.past = [0, 0]
+            problem.feeds["past_lengths"] = np.zeros(2, np.int64)
+    assert np.abs(problem.run()[0] - expected).max() > 0.05
