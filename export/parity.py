@@ -96,7 +96,7 @@ def verify_graph(
     capacity = max(feed["attention_mask"].shape[1] for _, feed in steps) + max(decode_steps, 1)
     feeds = [inputs for _, inputs in steps]
     greedy = max(decode_steps, 1)
-    with _quiet_polygraphy():
+    with quiet_polygraphy():
         oracle = TorchRunner(load, all_logits, greedy)
         with reporter.step("run PyTorch"):
             expected = Comparator.run([oracle], data_loader=feeds, use_subprocess=False)
@@ -229,7 +229,7 @@ def _layer_check(layers: Sequence[LayerResult]) -> CheckResult:
 
 
 @contextmanager
-def _quiet_polygraphy() -> Iterator[None]:
+def quiet_polygraphy() -> Iterator[None]:
     """Polygraphy narrates; our report says it shorter."""
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         yield

@@ -110,16 +110,20 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
         return np.array(tokens[start:])
 
 
-class OrtRunner(OnnxrtRunner):  # type: ignore[misc]
-    """The exported graph, which sees each token once: the rest is in its cache."""
+class CachedRunner(BaseRunner):  # type: ignore[misc]
+    """A compiled graph, which sees each token once: the rest is in its cache. What a backend has to offer is `start` and `step`."""
 
-    def __init__(
-        self, load: Callable[[], ort.InferenceSession], config: ModelConfig, capacity: int, greedy_tokens: int
-    ) -> None:
-        super().__init__(load, name="onnxruntime")
-        self._config, self._capacity, self._greedy_tokens = config, capacity, greedy_tokens
-        self._past: Feed = {}
-        self._first = True
+    def __init__(self, name: str, greedy_tokens: int) -> None:
+        super().__init__(name=name, prefix=name)
+        self._greedy_tokens, self._first = greedy_tokens, True
+
+    def start(self, batch: int) -> None:
+        """Empty the caches, and make room for `batch` rows."""
+        raise NotImplementedError
+
+    def step(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> Outputs:
+        """Run the graph once; all its outputs, as arrays of numbers."""
+        raise NotImplementedError
 
     def get_input_metadata_impl(self) -> TensorMetadata:
         """See module: the caches are the runner's own business."""
@@ -129,22 +133,20 @@ class OrtRunner(OnnxrtRunner):  # type: ignore[misc]
         """See module; the first call also gives greedy tokens, and whatever else the graph has as outputs."""
         outputs = self._step(feed_dict)
         if self._first and self._greedy_tokens:
-            self._first, kept = False, self._past
+            self._first = False
             outputs[GREEDY] = self._greedy(feed_dict["attention_mask"], outputs["logits"])
-            self._past = kept
+        self.inference_time = 0.0
         return outputs
 
     def _step(self, feed_dict: Feed) -> Outputs:
         ids, mask = feed_dict["input_ids"], feed_dict["attention_mask"]
         batch, length = ids.shape
         if mask.shape[1] == length:
-            self._past = self._empty(batch)
-        raw = super().infer_impl({**feed_dict, **self._past})
-        self._past = {n.replace("present", "past_key_values"): x for n, x in raw.items() if n.startswith("present.")}
+            self.start(batch)
         lengths = mask.sum(1)  # [B]
         real = np.arange(int(lengths.max())) < lengths[:, None]  # [B, longest]
         outputs: Outputs = OrderedDict()
-        for name, x in raw.items():
+        for name, x in self.step(ids, mask).items():
             if name.startswith("present."):
                 x = np.where(real[:, None, :, None], x[:, :, : real.shape[1]].astype(np.float32), 0)
             elif name == "logits" and x.shape[1] == length:
@@ -152,13 +154,8 @@ class OrtRunner(OnnxrtRunner):  # type: ignore[misc]
             outputs[name] = x.astype(np.float32)
         return outputs
 
-    def _empty(self, batch: int) -> Feed:
-        dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-        shape = (batch, self._config.num_key_value_heads, self._capacity, self._config.head_dim)
-        inputs = [node for node in self.sess.get_inputs() if node.name.startswith("past")]
-        return {node.name: np.zeros(shape, dtypes[node.type]) for node in inputs}
-
     def _greedy(self, mask: NDArray[np.int64], logits: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Decode on; the cache keeps what these tokens leave behind the sequence, where the next feed overwrites it."""
         tokens: list[int] = []
         while True:
             tokens.append(int(logits[0, -1].argmax()))
@@ -166,6 +163,41 @@ class OrtRunner(OnnxrtRunner):  # type: ignore[misc]
                 return np.array(tokens)
             mask = np.concatenate([mask, [[1]]], axis=1)
             logits = self._step(feed(np.array([tokens[-1:]]), mask))["logits"]
+
+
+class OrtRunner(CachedRunner):
+    """The exported graph in ONNX Runtime."""
+
+    def __init__(
+        self, load: Callable[[], ort.InferenceSession], config: ModelConfig, capacity: int, greedy_tokens: int
+    ) -> None:
+        super().__init__("onnxruntime", greedy_tokens)
+        self._runner = OnnxrtRunner(load)
+        self._config, self._capacity = config, capacity
+        self._past: Outputs = OrderedDict()
+
+    def activate_impl(self) -> None:
+        """Open the session."""
+        self._runner.activate()
+
+    def deactivate_impl(self) -> None:
+        """Close it."""
+        self._runner.deactivate()
+
+    def start(self, batch: int) -> None:
+        """See CachedRunner."""
+        dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+        shape = (batch, self._config.num_key_value_heads, self._capacity, self._config.head_dim)
+        inputs = [node for node in self._runner.sess.get_inputs() if node.name.startswith("past")]
+        self._past = OrderedDict((node.name, np.zeros(shape, dtypes[node.type])) for node in inputs)
+
+    def step(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> Outputs:
+        """See CachedRunner."""
+        raw: Outputs = self._runner.infer({"input_ids": ids, "attention_mask": mask, **self._past})
+        self._past = OrderedDict(
+            (n.replace("present", "past_key_values"), x) for n, x in raw.items() if n.startswith("present.")
+        )
+        return raw
 
 
 def open_session(path: Path, dtype: str, expose: bool = False) -> ort.InferenceSession:

@@ -48,6 +48,10 @@ class InputError(HeadfoldError):
     """A prompt, message list or sampling parameter that cannot be used."""
 
 
+class BuildError(HeadfoldError):
+    """A graph, option or machine from which no right engine can be built."""
+
+
 class VerificationError(HeadfoldError):
     """The exported graph does not compute what PyTorch computes."""
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from headfold.runtime.errors import BundleError
 
 FORMAT_VERSION = 1
+ENGINES_VERSION = 2  # of a bundle with engines, which readers of version 1 refuse
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 _CHUNK = 1 << 22  # bytes hashed at a time
@@ -50,6 +51,53 @@ class CacheSpec(_Strict):
     capacity: int = Field(ge=1)  # the most tokens (prompt and answer) a sequence may have
 
 
+class ShapeRange(_Strict):
+    """The shapes one input may have in one profile."""
+
+    min: list[int]
+    opt: list[int]  # what the engine is tuned for
+    max: list[int]
+
+
+class EngineProfile(_Strict):
+    """One optimization profile of an engine; its number is its place in the list."""
+
+    name: Literal["prefill", "decode"]
+    shapes: dict[str, ShapeRange]  # by input
+
+
+class PluginEntry(_Strict):
+    """The plugin that an engine calls, and the kernels it launches."""
+
+    name: str
+    version: str
+    namespace: str
+    kernels: str  # directory of kernels.json, relative to the bundle
+    kernels_sha256: Sha256  # of kernels.json, which has the SHA-256 of every kernel
+
+
+class EngineEntry(_Strict):
+    """One TensorRT engine of the bundle."""
+
+    file: str  # relative to the bundle
+    flavour: Literal["tensorrt-rtx", "tensorrt"]
+    version: str  # of TensorRT: an engine runs on exactly the version that built it
+    attention: Literal["native", "plugin"]
+    dtype: DType
+    compute_capabilities: list[int]  # 86 for 8.6
+    max_batch: int = Field(ge=1)
+    max_input: int = Field(ge=1)  # new tokens of one prefill step, padding included
+    capacity: int = Field(ge=1)  # positions of its caches
+    weight_streaming: bool
+    profiles: list[EngineProfile]
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    aliases: dict[str, str]  # output: the input whose address it must be given
+    plugin: PluginEntry | None
+    layers: dict[str, int]  # TensorRT layers that the attention ops became, over the whole model
+    tools: dict[str, str]  # package and version that made it
+
+
 class Manifest(_Strict):
     """Everything a user of the bundle must know before opening its graph."""
 
@@ -67,6 +115,7 @@ class Manifest(_Strict):
     files: dict[str, FileEntry]  # every file but the manifest itself, by its name relative to the bundle
     tools: dict[str, str]  # package and version that made it
     parity: dict[str, Any] | None  # summary of parity.json; None if the export was told not to verify
+    engines: list[EngineEntry] = []
 
 
 def read_manifest(bundle: Path) -> Manifest:
@@ -87,9 +136,9 @@ def read_manifest(bundle: Path) -> Manifest:
     except ValueError as error:
         raise BundleError(f"is not JSON: {error}", where=path, fix="Export the bundle again.") from error
     version = content.get("format_version") if isinstance(content, dict) else None
-    if isinstance(version, int) and version > FORMAT_VERSION:
+    if isinstance(version, int) and version > ENGINES_VERSION:
         raise BundleError(
-            f"has format version {version}, this headfold reads up to {FORMAT_VERSION}",
+            f"has format version {version}, this headfold reads up to {ENGINES_VERSION}",
             where=path,
             fix="Upgrade headfold, or export the bundle with this version.",
         )

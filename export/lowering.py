@@ -1,0 +1,156 @@
+"""From a bundle's master graph to the graph that TensorRT's parser is given, as small passes over onnx-ir.
+
+Inputs, outputs and weights stay those of the master; only the attention op and the size of the cache change. What no pass here can
+make right, `preflight.py` refuses.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import onnx_ir as ir
+import onnxscript.optimizer
+from onnx_ir.passes import common as common_passes
+
+from headfold.export.graph import set_attention_body
+from headfold.plugins.onnx_functions import standard_body
+from headfold.plugins.schema import DOMAIN, INPUTS, OP_TYPE, VERSION
+from headfold.runtime.errors import BundleError
+
+Attention = Literal["native", "plugin"]
+_TOTAL = INPUTS.index("total_sequence_length")
+
+
+def lower(path: Path, attention: Attention, capacity: int) -> ir.Model:
+    """The master graph at `path`, lowered for TensorRT; its weights stay in the master's data file.
+
+    Args:
+        path: of the master's ONNX file.
+        attention: `native` for TensorRT's own KV-cache, rotary and attention layers, `plugin` for one plugin per layer.
+        capacity: C of the caches, which TensorRT wants static.
+
+    Raises:
+        BundleError: the graph is not one that headfold exported.
+    """
+    model = ir.load(path)
+    nodes = attention_nodes(model)
+    if not nodes:
+        raise BundleError(f"has no {DOMAIN}::{OP_TYPE} node", where=path, fix="Export the bundle again.")
+    fix_capacity(model, capacity)
+    if attention == "native":
+        inline_standard_body(model)
+    else:
+        call_plugin(model)
+    spell_out_argmax(model)
+    share_dimensions(model)
+    onnxscript.optimizer.fold_constants(model)
+    ir.passes.Sequential(
+        common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=1),
+        common_passes.DeduplicateInitializersPass(size_limit=64),  # bytes: shapes and window limits, never weights
+        common_passes.CommonSubexpressionEliminationPass(),
+        common_passes.IdentityEliminationPass(),
+        common_passes.RemoveUnusedNodesPass(),
+        common_passes.RemoveUnusedOpsetsPass(),
+    )(model)
+    return model
+
+
+def attention_nodes(model: ir.Model) -> list[ir.Node]:
+    """The nodes of the custom op, in order: one per layer."""
+    return [node for node in model.graph if node.domain == DOMAIN and node.op_type == OP_TYPE]
+
+
+def fix_capacity(model: ir.Model, capacity: int) -> None:
+    """Give every cache this many positions: [batch, Hkv, capacity, D]."""
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.name is not None and value.name.startswith(("past_key_values.", "present.")):
+            assert value.shape is not None
+            value.shape = ir.Shape([*value.shape[:2], capacity, *value.shape[3:]])
+
+
+def inline_standard_body(model: ir.Model) -> None:
+    """Replace the attention op by standard ops, which TensorRT imports as its own layers."""
+    node = attention_nodes(model)[0]
+    cos = node.inputs[INPUTS.index("cos_cache")]
+    assert cos is not None
+    assert cos.shape is not None
+    qk_norm = len(node.inputs) > len(INPUTS) and node.inputs[len(INPUTS)] is not None
+    set_attention_body(model, standard_body(2 * int(cos.shape[1]), qk_norm))  # type: ignore[arg-type]  # a number here
+    common_passes.InlinePass()(model)
+    for node in model.graph:
+        if (
+            node.op_type == "Attention"
+            and "softcap" in node.attributes
+            and node.attributes["softcap"].as_float() == 0.0
+        ):
+            node.attributes.pop("softcap")  # off; what is left is a real one, and TensorRT has none
+
+
+def call_plugin(model: ir.Model) -> None:
+    """Leave the attention op in place, but as a call of the plugin of its name.
+
+    `total_sequence_length` is a number on the host, which a plugin cannot have; but it can see its inputs' shapes. So that input
+    becomes `attention_mask` [B, T], of which only T counts.
+    """
+    mask = next(value for value in model.graph.inputs if value.name == "attention_mask")
+    for node in attention_nodes(model):
+        node.replace_input_with(_TOTAL, mask)
+        node.attributes["plugin_namespace"] = ir.AttrString("plugin_namespace", DOMAIN)
+        node.attributes["plugin_version"] = ir.AttrString("plugin_version", str(VERSION))
+    model.functions.clear()
+    for domain in set(model.opset_imports) - {"", DOMAIN}:
+        del model.opset_imports[domain]
+
+
+def spell_out_argmax(model: ir.Model) -> None:
+    """`ArgMax` becomes the smallest index that holds the maximum.
+
+    TensorRT makes it a TopK, which does not say which of equal elements it finds; and the layout of a padded batch is read off a mask
+    of zeros and ones.
+    """
+    for node in list(model.graph):
+        if node.op_type != "ArgMax" or node.domain or node.attributes.get_int("select_last_index", 0):
+            continue
+        x, axis, keepdims = node.inputs[0], node.attributes.get_int("axis", 0), node.attributes.get_int("keepdims", 1)
+        assert x is not None
+        if axis != len(x.shape or ()) - 1:
+            continue  # the range of indices below is made for the last axis; preflight refuses what is left
+        tape = ir.tape.Tape()
+        along = tape.initializer(ir.tensor([axis]), name=f"{node.name}.axis")
+        zero = tape.initializer(ir.tensor(0), name=f"{node.name}.zero")
+        one = tape.initializer(ir.tensor(1), name=f"{node.name}.one")
+        size = tape.op("Squeeze", [tape.op("Shape", [x], {"start": axis, "end": axis + 1})])
+        largest = tape.op("ReduceMax", [x, along], {"keepdims": 1})
+        indices = tape.op("Where", [tape.op("Equal", [x, largest]), tape.op("Range", [zero, size, one]), size])
+        first = tape.op("ReduceMin", [indices, along], {"keepdims": keepdims})
+        for initializer in tape.initializers:
+            model.graph.register_initializer(initializer)
+        model.graph.insert_before(node, tape.nodes)
+        first.type, first.shape = node.outputs[0].type, node.outputs[0].shape
+        ir.convenience.replace_all_uses_with(node.outputs[0], first)
+        model.graph.remove(node, safe=True)
+
+
+def share_dimensions(model: ir.Model) -> None:
+    """Read a dynamic dimension off the graph's inputs wherever it is read off something else.
+
+    Each layer's body asks its own query for the number of new tokens. Once all of them ask `input_ids`, positions and masks are
+    the same expressions in all layers, and one is enough.
+    """
+    sources: dict[str, tuple[ir.Value, int]] = {}
+    for value in model.graph.inputs:
+        for axis, dim in enumerate(value.shape or ()):
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+                sources.setdefault(str(dim.value), (value, axis))
+    for node in model.graph:
+        start, end = node.attributes.get("start"), node.attributes.get("end")
+        if node.op_type != "Shape" or node.domain or start is None or end is None:
+            continue
+        value, axis = node.inputs[0], start.as_int()
+        if value is None or value.shape is None or end.as_int() != axis + 1 or axis < 0:
+            continue
+        dim = value.shape[axis]
+        if not isinstance(dim, ir.SymbolicDim) or (source := sources.get(str(dim.value))) is None or source[0] is value:
+            continue
+        node.replace_input_with(0, source[0])
+        node.attributes["start"] = ir.AttrInt64("start", source[1])
+        node.attributes["end"] = ir.AttrInt64("end", source[1] + 1)

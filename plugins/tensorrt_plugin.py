@@ -1,0 +1,230 @@
+"""headfold::GroupedQueryAttention as a TensorRT plugin: one IPluginV3, written once for TensorRT and TensorRT-RTX.
+
+Inputs and outputs are the op's, in its order, but for `total_sequence_length`: a plugin has no numbers on the host, so `attention_mask`
+[B, T] stands in for it, and only its shape counts. The caches are aliased: `present_*` is `past_*`, updated in place.
+"""
+
+from dataclasses import asdict, fields
+from typing import Any
+
+import numpy as np
+
+from headfold.plugins.kernel_contract import KernelSpec, max_workspace_bytes
+from headfold.plugins.launcher import Launcher, Pointers, Shape
+from headfold.plugins.schema import DOMAIN, INPUTS, OP_TYPE, OPTIONAL_INPUTS, OUTPUTS, VERSION, Attributes
+
+NAME, PLUGIN_VERSION, NAMESPACE = OP_TYPE, str(VERSION), DOMAIN
+ALIASES = {1: INPUTS.index("past_key"), 2: INPUTS.index("past_value")}  # output: the input whose memory it is
+_INTEGERS = {"num_heads", "kv_num_heads", "local_window_size", "rotary_interleaved"}
+_LENGTHS, _COS = INPUTS.index("past_lengths"), INPUTS.index("cos_cache")
+_INT64 = {_LENGTHS, INPUTS.index("total_sequence_length")}
+_creators: dict[str, Any] = {}  # by module name: TensorRT keeps no reference, so we do
+
+
+def register(trt: Any, launcher: Launcher | None) -> None:
+    """Make the plugin known to this TensorRT. Called again, it only exchanges the launcher of plugins created from then on.
+
+    Args:
+        trt: the module, from `headfold.plugins.tensorrt_library.open_tensorrt`.
+        launcher: what runs the kernels; None where engines are only built.
+    """
+    known = _creators.get(trt.__name__)
+    if known is not None:
+        known.launcher = launcher
+        return
+    creator = _creator_class(trt)(launcher)
+    if not trt.get_plugin_registry().register_creator(creator, NAMESPACE):
+        raise RuntimeError(
+            f"{trt.__name__} refused to register the plugin {NAMESPACE}::{NAME}: another one has its name"
+        )
+    _creators[trt.__name__] = creator
+
+
+def registered(trt: Any) -> bool:
+    """Whether `register` was called for this TensorRT."""
+    return trt.__name__ in _creators
+
+
+def _plugin_class(trt: Any) -> type:
+    class GroupedQueryAttention(  # type: ignore[misc]  # the bases are Any
+        trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime
+    ):
+        """See module."""
+
+        def __init__(self, attributes: Attributes, launcher: Launcher | None) -> None:
+            for base in (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime):
+                base.__init__(self)
+            self.attributes, self.launcher = attributes, launcher
+            self.plugin_name, self.plugin_version, self.plugin_namespace = NAME, PLUGIN_VERSION, NAMESPACE
+            self.num_outputs = len(OUTPUTS)
+
+        def get_capability_interface(self, _: Any) -> Any:
+            return self
+
+        def clone(self) -> Any:
+            copy = GroupedQueryAttention(self.attributes, self.launcher)
+            copy.__dict__.update(self.__dict__)
+            return copy
+
+        # Build: what it takes and gives
+
+        def get_output_data_types(self, inputs: list[Any]) -> list[Any]:
+            return [inputs[0], *(inputs[source] for source in ALIASES.values())]
+
+        def get_output_shapes(self, inputs: list[Any], _: Any, __: Any) -> list[Any]:
+            return [trt.DimsExprs(inputs[0]), *(trt.DimsExprs(inputs[source]) for source in ALIASES.values())]
+
+        def get_aliased_input(self, output: int) -> int:
+            return ALIASES.get(output, -1)
+
+        def supports_format_combination(self, position: int, tensors: list[Any], inputs: int) -> bool:
+            described = tensors[position].desc
+            if described.format != trt.TensorFormat.LINEAR or inputs not in (len(INPUTS), len(INPUTS) + 2):
+                return False
+            if position in _INT64:
+                return bool(described.type == trt.int64)
+            if position == 0:
+                return described.type in (trt.float16, trt.bfloat16, trt.float32)
+            return bool(described.type == tensors[0].desc.type)  # one dtype throughout
+
+        def configure_plugin(self, inputs: list[Any], outputs: list[Any]) -> None:
+            del inputs, outputs
+
+        def get_valid_tactics(self) -> list[int]:
+            return []
+
+        def get_workspace_size(self, inputs: list[Any], _: Any) -> int:
+            batch, new_tokens, _width = inputs[0].max
+            spec = kernel_spec(trt, self.attributes, [tensor.desc for tensor in inputs])
+            return max_workspace_bytes(spec, batch, new_tokens, inputs[ALIASES[1]].max[2])
+
+        def get_fields_to_serialize(self) -> Any:
+            self._kept = _fields(trt, self.attributes)  # TensorRT reads the memory after this returns
+            return trt.PluginFieldCollection(self._kept)
+
+        # Run
+
+        def set_tactic(self, _: int) -> None:
+            return None
+
+        def on_shape_change(self, inputs: list[Any], outputs: list[Any]) -> None:
+            del inputs, outputs
+
+        def attach_to_context(self, _: Any) -> Any:
+            return self.clone()
+
+        def enqueue(
+            self,
+            input_desc: list[Any],
+            output_desc: list[Any],
+            inputs: list[int],
+            outputs: list[int],
+            workspace: int,
+            stream: int,
+        ) -> None:
+            del output_desc
+            if self.launcher is None:
+                raise RuntimeError("the plugin was registered without a launcher: it can build engines, not run them")
+            launch(
+                self.launcher, self.attributes, [tuple(d.dims) for d in input_desc], inputs, outputs, workspace, stream
+            )
+
+    return GroupedQueryAttention
+
+
+def _creator_class(trt: Any) -> type:
+    plugin = _plugin_class(trt)
+
+    class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc]  # the base is Any
+        """Makes plugins from a node's attributes, or from an engine."""
+
+        def __init__(self, launcher: Launcher | None) -> None:
+            trt.IPluginCreatorV3One.__init__(self)
+            self.launcher = launcher
+            self.name, self.plugin_version, self.plugin_namespace = NAME, PLUGIN_VERSION, NAMESPACE
+            self._fields = _fields(trt, None)
+            self.field_names = trt.PluginFieldCollection(self._fields)
+            self._made: list[Any] = []
+
+        def create_plugin(self, name: str, collection: Any, phase: Any) -> Any:
+            del name, phase
+            made = plugin(read_attributes(collection), self.launcher)
+            self._made.append(made)  # TensorRT keeps no reference
+            return made
+
+    return Creator
+
+
+def launch(
+    launcher: Launcher,
+    attributes: Attributes,
+    shapes: list[tuple[int, ...]],
+    inputs: list[int],
+    outputs: list[int],
+    workspace: int,
+    stream: int,
+) -> None:
+    """One launch from what TensorRT hands to `enqueue`: `shapes` of the inputs, and addresses."""
+    named = dict(zip((*INPUTS, *OPTIONAL_INPUTS), inputs, strict=False))
+    _, present_key, present_value = outputs  # are past_key and past_value
+    launcher.launch(
+        Pointers(
+            query=named["query"],
+            key=named["key"],
+            value=named["value"],
+            present_key=present_key,
+            present_value=present_value,
+            past_lengths=named["past_lengths"],
+            cos_cache=named["cos_cache"],
+            sin_cache=named["sin_cache"],
+            output=outputs[0],
+            q_norm_weight=named.get("q_norm_weight", 0),
+            k_norm_weight=named.get("k_norm_weight", 0),
+        ),
+        Shape(batch=shapes[0][0], new_tokens=shapes[0][1], capacity=shapes[ALIASES[1]][2]),
+        scale=attributes.scale,
+        window=attributes.local_window_size,
+        epsilon=attributes.qk_norm_epsilon,
+        workspace=workspace,
+        stream=stream,
+    )
+
+
+def kernel_spec(trt: Any, attributes: Attributes, inputs: list[Any]) -> KernelSpec:
+    """Which kernels a node needs, by its attributes and the descriptions of its inputs."""
+    dtypes = {trt.float16: "float16", trt.bfloat16: "bfloat16", trt.float32: "float32"}
+    dtype: Any = dtypes[inputs[0].type]
+    return KernelSpec(
+        num_heads=attributes.num_heads,
+        kv_num_heads=attributes.kv_num_heads,
+        head_dim=inputs[ALIASES[1]].dims[3],
+        rotary_dim=2 * inputs[_COS].dims[1],
+        rotary_interleaved=bool(attributes.rotary_interleaved),
+        qk_norm=len(inputs) > len(INPUTS),
+        softcap=attributes.softcap,
+        dtype=dtype,
+        cache_dtype=dtype,
+    )
+
+
+def read_attributes(collection: Any) -> Attributes:
+    """The op's attributes from plugin fields; a field that TensorRT adds (name, version, namespace) is none of them."""
+    known = {field.name for field in fields(Attributes)}
+    values: dict[str, Any] = {}
+    for field in collection:
+        if field.name in known:
+            number = np.asarray(field.data).reshape(-1)[0]
+            values[field.name] = int(number) if field.name in _INTEGERS else float(number)
+    return Attributes(**values)
+
+
+def _fields(trt: Any, attributes: Attributes | None) -> list[Any]:
+    """The attributes as plugin fields; without values, only their names and types."""
+    values = asdict(attributes) if attributes is not None else {}
+    result = []
+    for name in (field.name for field in fields(Attributes)):
+        integer = name in _INTEGERS
+        kind = trt.PluginFieldType.INT32 if integer else trt.PluginFieldType.FLOAT32
+        content = [values[name]] if values else []
+        result.append(trt.PluginField(name, np.array(content, np.int32 if integer else np.float32), kind))
+    return result
