@@ -17,7 +17,7 @@ def evaluate(decoder: nn.Module, data: TokenData, sequence: int, sequences: int,
 def cross_entropy(model: nn.Module, rows: Tensor, batch: int, device: torch.device) -> Tensor:
     """The mean over rows [N, S + 1], as a scalar tensor."""
     total = torch.zeros((), dtype=torch.float64)
-    for part in rows.split(batch):
+    for part in torch.split(rows, batch):
         part = part.to(device)
         logits = model(part[:, :-1]).logits.float()
         total += F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum").double().cpu()

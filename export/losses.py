@@ -29,8 +29,10 @@ def objective(
         ce_weight: share of the cross-entropy in `kl+ce`, 0 to 1.
     """
     rows = max(_CHUNK // logits.shape[-1], 1)
-    students, targets = logits.flatten(0, 1).split(rows), labels.flatten().split(rows)
-    teachers = teacher_logits.flatten(0, 1).split(rows) if teacher_logits is not None else (None,) * len(students)
+    students, targets = torch.split(logits.flatten(0, 1), rows), torch.split(labels.flatten(), rows)
+    teachers = (
+        torch.split(teacher_logits.flatten(0, 1), rows) if teacher_logits is not None else (None,) * len(students)
+    )
     total = logits.new_zeros((), dtype=torch.float32)
     for student, target, teacher in zip(students, targets, teachers, strict=True):
         if len(students) == 1:

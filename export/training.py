@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.checkpoint import checkpoint as recompute
 
-from headfold.export.checkpoint import TokenizerFiles
+from headfold.export.checkpoint import MemoryCheckpoint, TokenizerFiles
 from headfold.export.evaluation import cross_entropy, evaluate
 from headfold.export.initialize import new_decoder, trainable
 from headfold.export.losses import objective
@@ -34,7 +34,6 @@ from headfold.export.train_options import Evaluation, TrainOptions, TrainResult
 from headfold.export.training_state import (
     RunState,
     StepLog,
-    TensorsCheckpoint,
     latest,
     load_state,
     optimizer_tensors,
@@ -109,7 +108,7 @@ class _Run:
         identity: dict[str, Any] | None,
     ) -> None:
         self.decoder, self.data, self.options, self.validation = decoder, data, options, validation
-        self.directory, self.tokenizer = directory, tokenizer
+        self.directory, self.tokenizer = directory, tokenizer or TokenizerFiles()
         self.accelerator = accelerator(options)
         self.main = self.accelerator.is_main_process
         self.reporter = reporter if reporter is not None and self.main else Reporter(quiet=True)
@@ -190,7 +189,7 @@ class _Run:
         if others:
             groups.append({"params": others, "weight_decay": 0.0})
         betas = (options.beta1, options.beta2)
-        adamw = torch.optim.AdamW(groups, lr=options.rate(0), betas=betas)
+        adamw = torch.optim.AdamW(groups, lr=options.rate(0), betas=betas, fused=True)  # one kernel
         self.model, self.optimizer = self.accelerator.prepare(decoder, adamw)
         self.teacher = (
             self.accelerator.prepare_model(teacher, evaluation_mode=True).eval() if teacher is not None else None
@@ -254,7 +253,7 @@ class _Run:
             )
         for group in self.optimizer.param_groups:
             group["lr"] = options.rate(step)
-        parts = rows.split(self.micro)
+        parts = torch.split(rows, self.micro)
         total = torch.zeros((), device=accelerator.device)
         for index, part in enumerate(parts):
             part = part.to(accelerator.device, non_blocking=True)
@@ -327,7 +326,9 @@ class _Run:
         weights = get_model_state_dict(self.model, options=_GATHERED)
         moments = optimizer_tensors(self.model, self.optimizer.optimizer)
         if self.main:
-            checkpoint = TensorsCheckpoint(self.decoder.config, cast(dict[str, Tensor], weights), self.tokenizer)
+            checkpoint = MemoryCheckpoint(
+                self.directory, self.decoder.config, cast(dict[str, Tensor], weights), self.tokenizer
+            )
             save_state(self.directory, checkpoint, moments, self.state, self.options.keep)
         self.accelerator.wait_for_everyone()
 

@@ -8,10 +8,10 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -24,14 +24,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from headfold.export.checkpoint import Checkpoint, TokenizerFiles
-from headfold.export.config import ModelConfig
+from headfold.export.checkpoint import Checkpoint
 from headfold.export.hf import HuggingFaceCheckpoint, read_json, save_hf
 from headfold.export.model import Decoder
 from headfold.runtime.errors import CheckpointError, InputError
 
 OPTIMIZER, STATE, LOG = "optimizer.safetensors", "state.json", "log.jsonl"
 _PARTIAL = ".partial-"
+_States = dict[str, dict[str, Tensor]]  # by parameter and name
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered from all processes, on the first one
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM}
 
@@ -46,41 +46,12 @@ class RunState:
     evaluations: list[dict[str, float]] = field(default_factory=list)
 
 
-class TensorsCheckpoint:
-    """Tensors in memory as a `headfold.export.checkpoint.Checkpoint`, for `save_hf` and the exporter."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        tensors: Mapping[str, Tensor],
-        tokenizer: TokenizerFiles | None = None,
-        path: Path = Path("memory"),
-    ) -> None:
-        self.path, self.config, self.tokenizer, self.tensors = path, config, tokenizer or TokenizerFiles(), tensors
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """See Checkpoint."""
-        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
-
-    def dtype(self, name: str) -> torch.dtype:
-        """See Checkpoint."""
-        return self.tensors[name].dtype
-
-    def read(self, name: str) -> Tensor:
-        """See Checkpoint."""
-        return self.tensors[name].detach().cpu()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """AdamW's moments and step counts as `parameter:name`; under FSDP a collective, and full only on the first process."""
-    state = get_optimizer_state_dict(model, optimizer, options=_FULL)["state"]
+    state = cast(_States, get_optimizer_state_dict(model, optimizer, options=_FULL)["state"])
     return {
         f"{parameter}:{name}": value.contiguous()
         for parameter, values in state.items()
-        if isinstance(values, dict)
         for name, value in values.items()
     }
 
@@ -91,20 +62,20 @@ def restore_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optim
     Raises:
         CheckpointError: the file is missing, damaged, or another model's.
     """
-    state = get_optimizer_state_dict(model, optimizer, options=_FULL)
+    state = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer, options=_FULL))
     try:
         with safe_open(path / OPTIMIZER, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a mapping
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"is damaged: {error}", where=path / OPTIMIZER, fix=_older(path)) from error
-    names = {f"{parameter}:{name}" for parameter, values in state["state"].items() for name in values}  # type: ignore[union-attr]
+    names = {f"{parameter}:{name}" for parameter, values in state["state"].items() for name in values}
     if names and names != set(tensors):
         raise CheckpointError("does not belong to this model", where=path / OPTIMIZER, fix=_older(path))
-    full: dict[str, dict[str, Tensor]] = {}
+    full: _States = {}
     for name, tensor in tensors.items():
         parameter, _, entry = name.rpartition(":")
         full.setdefault(parameter, {})[entry] = tensor
-    set_optimizer_state_dict(model, optimizer, {**state, "state": full}, options=_FULL)  # type: ignore[dict-item]
+    set_optimizer_state_dict(model, optimizer, state | {"state": full}, options=_FULL)
 
 
 def _older(path: Path) -> str:
