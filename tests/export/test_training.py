@@ -149,7 +149,7 @@ def test_killed_ten_times_it_ends_bit_identical(data, tmp_path, monkeypatch):
     """kill -9 at random moments, also while a checkpoint is written."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the fork server's children
     context = multiprocessing.get_context("forkserver")  # it has torch imported, and never computed anything
-    context.set_forkserver_preload(["headfold.export.training"])
+    context.set_forkserver_preload(["headfold.export.training", "torch._dynamo", "torch._inductor.config"])
     options = replace(OPTIONS, steps=40, checkpoint_every=2)
 
     def start(name: str) -> multiprocessing.Process:
