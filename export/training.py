@@ -344,6 +344,8 @@ class _Run:
             if self.options.activation_checkpointing:
                 for layer in decoder.model.layers:
                     del layer.forward
+        if self.teacher is not None and self.accelerator.distributed_type.value != "FSDP":
+            self.accelerator.unwrap_model(self.teacher, keep_fp32_wrapper=False)  # it may teach again
         self.accelerator.free_memory()
         return decoder.eval().requires_grad_(False)
 
