@@ -1,0 +1,182 @@
+"""What a conversion knows of a model's data: tokens, each layer's inputs, second moments of them, and what a conversion costs there.
+
+One layer at a time: a layer's inputs are kept, its moments and its errors computed, then it hands its outputs to the next.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from headfold.export.checkpoint import Checkpoint
+from headfold.export.merge_heads import Moments
+from headfold.export.model import Attention, Decoder, Layout, sequence_layout
+from headfold.export.progress import Reporter
+from headfold.plugins.torch_op import rms_norm, rotate
+from headfold.runtime.errors import InputError
+
+TOKENS, LENGTH = 8192, 256  # by default: tokens in all, and of each sequence
+_TOGETHER = 2048  # tokens that go through a layer at a time
+
+
+def calibration_tokens(
+    checkpoint: Checkpoint,
+    decoder: Decoder,
+    data: Sequence[Path] = (),
+    count: int = TOKENS,
+    length: int = LENGTH,
+    seed: int = 0,
+    reporter: Reporter | None = None,
+) -> Tensor:
+    """Token ids int64 [N, S] to calibrate on, about `count` of them.
+
+    From text files (JSONL: the field `text` of each line), evenly spread windows. Without files the model writes its own text:
+    sampled at temperature 1 from a random first token (Liu et al. 2023, arXiv 2305.17888, section 3.1), which needs no
+    tokenizer, no network, and follows the distribution that the model was trained on.
+
+    Raises:
+        InputError: a file cannot be read or holds fewer than two tokens, or there is no tokenizer for it.
+    """
+    length = min(length, decoder.capacity)
+    rows = max(count // length, 1)
+    if data:
+        ids = _tokenized(checkpoint, data)
+        length = min(length, len(ids))
+        starts = torch.linspace(0, len(ids) - length, min(rows, len(ids) // length)).long()  # [N]
+        return ids[starts[:, None] + torch.arange(length)]
+    with (reporter or Reporter(quiet=True)).step("write text to calibrate on", length) as advance:
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(checkpoint.config.vocab_size, (rows, 1), generator=generator)  # [N, 1]
+        cache = decoder.new_cache(rows, length)
+        with torch.inference_mode():
+            for step in range(1, length):
+                seen = torch.ones(rows, step, dtype=torch.long)
+                logits = decoder(tokens[:, -1:], seen, cache, last_only=True).logits[:, -1].float()  # [N, V]
+                chosen = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+                tokens = torch.cat((tokens, chosen), 1)
+                advance(1)
+    return tokens
+
+
+def _tokenized(checkpoint: Checkpoint, data: Sequence[Path]) -> Tensor:
+    """All files' ids, one after the other, int64 [N]."""
+    file = checkpoint.tokenizer.files.get("tokenizer.json")
+    if file is None:
+        raise InputError(
+            "has no tokenizer.json, so text cannot be read",
+            where=checkpoint.path,
+            fix="Leave out --data: the model then writes its own text.",
+        )
+    tokenizer = Tokenizer.from_buffer(file)
+    ids: list[int] = []
+    for path in data:
+        ids += tokenizer.encode(_text(path), add_special_tokens=False).ids
+    if len(ids) < 2:
+        raise InputError("holds fewer than two tokens", where=", ".join(map(str, data)), fix="Give more text.")
+    return torch.tensor(ids)
+
+
+def _text(path: Path, most: int = 4 << 20) -> str:
+    """At most the first `most` characters of a file: more than enough for calibration."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(most)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is not UTF-8"
+        raise InputError(f"cannot be read: {reason}", where=path, fix="Give a text or JSONL file.") from error
+    if path.suffix != ".jsonl":
+        return text
+    lines = [line for line in text.splitlines() if line.strip()]
+    if len(text) == most:
+        lines.pop()  # may be cut
+    try:
+        return "\n".join(json.loads(line)["text"] for line in lines)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError("has a line that is no object with a text", where=path, fix='{"text": "..."} on each.') from error
+
+
+class LayerInputs:
+    """What enters one layer's attention on all calibration tokens, and the means to run attentions on it."""
+
+    def __init__(self, decoder: Decoder, index: int, hidden: Tensor) -> None:
+        self.index, self._attention = index, decoder.model.layers[index].self_attn
+        self._norm = decoder.model.layers[index].input_layernorm
+        self._rope = (decoder.cos_cache.to(hidden.dtype), decoder.sin_cache.to(hidden.dtype))
+        self._hidden = hidden  # [N, S, hidden]
+
+    def _batches(self) -> Iterator[tuple[Tensor, Layout]]:
+        for rows in self._hidden.split(_rows(self._hidden)):
+            yield self._norm(rows), _layout(rows)
+
+    @torch.inference_mode()
+    def moments(self) -> Moments:
+        """The statistics that `convert` takes."""
+        attention = self._attention
+        a, biased = attention.attributes, attention.q_proj.bias is not None
+        width = self._hidden.shape[2] + biased
+        head_dim = attention.q_proj.out_features // a.num_heads
+        inputs = torch.zeros(width, width, dtype=torch.float64)
+        attended = torch.zeros(a.num_heads, width, width, dtype=torch.float64)
+        queries = torch.zeros(a.num_heads, head_dim, head_dim, dtype=torch.float64)
+        for x, _ in self._batches():
+            wide = torch.cat((x, torch.ones_like(x[..., :1])), 2) if biased else x  # [n, S, I]
+            q, weights = attention_weights(attention, x, self._rope)  # [n, H, S, D], [n, H, S, S]
+            inputs += _second_moment(wide.flatten(0, 1))
+            for head in range(a.num_heads):
+                attended[head] += _second_moment((weights[:, head] @ wide).flatten(0, 1))
+                queries[head] += _second_moment(q[:, head].flatten(0, 1))
+        count = self._hidden.shape[0] * self._hidden.shape[1]
+        return Moments(inputs / count, attended / count, queries / count)
+
+    @torch.inference_mode()
+    def error(self, converted: Attention) -> float:
+        """Relative squared error of the converted attention's output, |new - old|^2 / |old|^2; 0 where nothing changed."""
+        wrong, whole = 0.0, 0.0
+        for x, layout in self._batches():
+            old = self._attention(x, layout, self._rope, None)[0].double()
+            new = converted(x, layout, self._rope, None)[0].double()
+            wrong, whole = wrong + (new - old).square().sum().item(), whole + old.square().sum().item()
+        return wrong / whole if whole else 0.0
+
+
+@torch.inference_mode()
+def layer_inputs(decoder: Decoder, tokens: Tensor) -> Iterator[LayerInputs]:
+    """The inputs of each layer in turn, for int64 tokens [N, S] without padding."""
+    hidden = decoder.model.embed_tokens(tokens)  # [N, S, hidden]
+    rope = (decoder.cos_cache.to(hidden.dtype), decoder.sin_cache.to(hidden.dtype))
+    for index, layer in enumerate(decoder.model.layers):
+        yield LayerInputs(decoder, index, hidden)
+        hidden = torch.cat([layer(rows, _layout(rows), rope, None)[0] for rows in hidden.split(_rows(hidden))])
+
+
+def attention_weights(attention: Attention, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The queries before RoPE, [n, H, S, D], and the softmax of the scores, [n, H, S, S], of normed inputs [n, S, hidden]."""
+    a, (n, length, _) = attention.attributes, x.shape
+    q = attention.q_proj(x).view(n, length, a.num_heads, -1).transpose(1, 2)
+    k = attention.k_proj(x).view(n, length, a.kv_num_heads, -1).transpose(1, 2)
+    if attention.q_norm is not None and attention.k_norm is not None:
+        q = rms_norm(q, attention.q_norm.weight, a.qk_norm_epsilon)
+        k = rms_norm(k, attention.k_norm.weight, a.qk_norm_epsilon)
+    cos, sin = (table[None, None, :length] for table in rope)  # [1, 1, S, R/2]
+    keys = rotate(k, cos, sin, False).repeat_interleave(a.num_heads // a.kv_num_heads, 1)
+    scores = rotate(q, cos, sin, False) @ keys.mT * a.scale  # [n, H, S, S]
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    visible = (distance >= 0) & ((distance < a.local_window_size) | (a.local_window_size <= 0))
+    return q, scores.masked_fill(~visible, float("-inf")).softmax(-1)
+
+
+def _second_moment(rows: Tensor) -> Tensor:
+    """The sum of x x^T over rows [N, I]: each batch in the decoder's dtype, then float64."""
+    return (rows.T @ rows).double()
+
+
+def _rows(hidden: Tensor) -> int:
+    return max(_TOGETHER // hidden.shape[1], 1)
+
+
+def _layout(hidden: Tensor) -> Layout:
+    ones = torch.ones(hidden.shape[:2], dtype=torch.long)
+    return sequence_layout(ones, ones)
