@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import rich_click as click
 
+from headfold.export import cli_train
 from headfold.runtime.errors import HeadfoldError, InputError
 
 if TYPE_CHECKING:
@@ -274,3 +275,7 @@ def inspect(path: str, as_json: bool) -> None:
         _print_json(facts)
     else:
         render(facts)
+
+
+for _command in cli_train.COMMANDS:
+    main.add_command(_command)

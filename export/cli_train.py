@@ -1,0 +1,154 @@
+"""The commands that train: uptrain, sweep, study. Thin, as in cli.py."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import rich_click as click
+
+from headfold.runtime.errors import InputError
+
+QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress on standard error.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+
+
+def _options(command: Callable[..., None], *options: Callable[..., Any]) -> Callable[..., None]:
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def corpus_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What text to train on."""
+    return _options(
+        command,
+        click.option(
+            "--data",
+            multiple=True,
+            required=True,
+            help="Text, JSONL or parquet file, a directory of them, or a data set's name[:config[:split]]; may be repeated.",
+        ),
+        click.option("--validation", multiple=True, help="Data to validate on. [default: the end of --data]"),
+        click.option("--holdout", type=float, default=0.01, show_default=True, help="Share of --data to validate on."),
+        click.option("--text-field", default="text", show_default=True, help="Column that holds the text."),
+        click.option("--cache", type=click.Path(path_type=Path), help="Where tokenized data is kept."),
+    )
+
+
+def training_options(command: Callable[..., None]) -> Callable[..., None]:
+    """How to train."""
+    return _options(
+        command,
+        click.option("--loss", type=click.Choice(["ce", "kl", "kl+ce"]), help="[default: kl with a teacher, else ce]"),
+        click.option("--ce-weight", type=float, default=0.5, show_default=True, help="Share of ce in kl+ce."),
+        click.option("--batch", type=int, default=8, show_default=True, help="Sequences per step, over all processes."),
+        click.option(
+            "--micro-batch", type=int, help="Sequences per forward pass; the rest is accumulated. [default: all]"
+        ),
+        click.option("--sequence", type=int, default=512, show_default=True, help="Tokens."),
+        click.option("--learning-rate", type=float, default=3e-4, show_default=True, help="At its peak."),
+        click.option("--warmup", type=float, default=0.05, show_default=True, help="Share of the steps."),
+        click.option("--weight-decay", type=float, default=0.1, show_default=True),
+        click.option("--clip", type=float, default=1.0, show_default=True, help="Largest norm of the gradient."),
+        click.option("--seed", type=int, default=0, show_default=True, help="Of the order of the data."),
+        click.option("--bf16", is_flag=True, help="Compute in bfloat16; weights stay float32."),
+        click.option("--activation-checkpointing", is_flag=True, help="Less memory, about a third more time."),
+        click.option(
+            "--max-spike", type=float, default=2.0, show_default=True, help="Rise of the loss in nats that stops."
+        ),
+        click.option("--cpu", is_flag=True, help="Even if there is a GPU."),
+    )
+
+
+@click.command()
+@click.argument("student", metavar="STUDENT")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Hugging Face directory to make.")
+@click.option("--teacher", metavar="CHECKPOINT", help="What the student was converted from.")
+@click.option("--tokens", type=int, help="How many to train on.")
+@click.option("--alpha", type=float, help="How many, as a share of --pretrain-tokens; the paper's is 0.05.")
+@click.option("--pretrain-tokens", type=float, help="How many the model was pretrained on; 2e12 is a number, too.")
+@corpus_options
+@training_options
+@click.option("--evaluate-every", type=int, default=0, show_default=True, help="Steps; 0: only before and after.")
+@click.option("--checkpoint-every", type=int, default=500, show_default=True, help="Steps; 0: only at the end.")
+@click.option("--keep", type=int, default=2, show_default=True, help="Checkpoints.")
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in OUTPUT.training, if there is one.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the output. [default: the student's]"
+)
+@click.option("--tensorboard", type=click.Path(path_type=Path), help="Directory for its logs.")
+@JSON
+@QUIET
+def uptrain(
+    student: str,
+    output: Path,
+    teacher: str | None,
+    tokens: int | None,
+    alpha: float | None,
+    pretrain_tokens: float | None,
+    resume: bool,
+    dtype: Literal["float32", "float16", "bfloat16"] | None,
+    as_json: bool,
+    quiet: bool,
+    **rest: Any,
+) -> None:
+    """Train STUDENT for a share of its pretraining, so that it recovers what its conversion lost.
+
+    Checkpoints and log.jsonl are written to OUTPUT.training; a run that was stopped, however, goes on with --resume and ends with
+    the same weights. On several GPUs or machines: `accelerate launch -m headfold.export uptrain …`
+
+    **Example**
+
+    `headfold uptrain smol-mqa --teacher SmolLM2-135M-Instruct --data corpus.jsonl --alpha 0.001 --pretrain-tokens 2e12 -o smol-up`
+    """
+    import torch
+
+    from headfold.export.progress import Reporter
+    from headfold.export.uptrain import Budget, run_directory
+    from headfold.export.uptrain import uptrain as run
+
+    corpus, options = _split(rest, teacher is not None)
+    budget = Budget(tokens, alpha, None if pretrain_tokens is None else round(pretrain_tokens))
+    result = run(
+        Path(student),
+        output,
+        corpus,
+        options,
+        budget,
+        Reporter(quiet=quiet),
+        teacher=Path(teacher) if teacher else None,
+        dtype=getattr(torch, dtype) if dtype else None,
+        resume=resume,
+    )
+    evaluations = [vars(evaluation) for evaluation in result.evaluations]
+    if as_json:
+        content = {"output": str(output), "training": str(run_directory(output)), "tokens": result.tokens}
+        click.echo(json.dumps(content | {"evaluations": evaluations}, indent=2))
+        return
+    if evaluations:
+        click.echo(f"validation loss {evaluations[0]['loss']:.4f} -> {evaluations[-1]['loss']:.4f} nats per token")
+    click.echo(f"wrote {output}")
+
+
+def _split(values: dict[str, Any], taught: bool) -> tuple[Any, Any]:
+    """A corpus and training options from the options of the two decorators above."""
+    from headfold.export.train_options import TrainOptions
+    from headfold.export.uptrain import Corpus
+
+    fields = ("data", "validation", "holdout", "text_field", "cache")
+    corpus = Corpus(**{name: values.pop(name) for name in fields})
+    values["loss"] = values.pop("loss") or ("kl" if taught else "ce")
+    if values["tensorboard"] is not None:
+        _need_tensorboard()
+    return corpus, TrainOptions(steps=1, **values)  # steps: see Budget
+
+
+def _need_tensorboard() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("tensorboard") is None and find_spec("tensorboardX") is None:
+        raise InputError("tensorboard is not installed", fix="Install it: pip install tensorboard.")
+
+
+COMMANDS = (uptrain,)
