@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from headfold.export.checkpoint import Checkpoint
 from headfold.export.merge_heads import Moments
@@ -19,6 +19,7 @@ from headfold.plugins.torch_op import rms_norm, rotate
 from headfold.runtime.errors import InputError
 
 TOKENS, LENGTH = 8192, 256  # by default: tokens in all, and of each sequence
+RIDGE = 1e-3  # of the mean energy of a head's outputs: what `refit` adds to each
 _TOGETHER = 2048  # tokens that go through a layer at a time
 
 
@@ -130,6 +131,26 @@ class LayerInputs:
                 queries[head] += _second_moment(q[:, head].flatten(0, 1))
         count = self._hidden.shape[0] * self._hidden.shape[1]
         return Moments(inputs / count, attended / count, queries / count)
+
+    @torch.inference_mode()
+    def refit(self, converted: Attention) -> Tensor:
+        """The output projection [hidden, H * D] with which the converted attention comes closest to the original one.
+
+        Linear least squares with a small ridge towards the present projection, over what the converted heads really put out: it makes
+        good what the new attention weights got wrong, too, and heads make good each other's errors.
+        """
+        projection, converted.o_proj = converted.o_proj, nn.Identity()  # type: ignore[assignment]
+        width = projection.in_features
+        gram = torch.zeros(width, width, dtype=torch.float64)
+        missing = torch.zeros(width, projection.out_features, dtype=torch.float64)
+        for x, layout in self._batches():
+            features = converted(x, layout, self._rope, None)[0]  # [n, S, H * D]
+            wrong = self._attention(x, layout, self._rope, None)[0] - projection(features)
+            gram += _second_moment(features.flatten(0, 1))
+            missing += (features.flatten(0, 1).T @ wrong.flatten(0, 1)).double()
+        converted.o_proj = projection
+        ridge = RIDGE * gram.diagonal().mean() * torch.eye(width, dtype=torch.float64)
+        return projection.weight.double() + torch.linalg.solve(gram + ridge, missing).T
 
     @torch.inference_mode()
     def error(self, converted: Attention) -> float:
