@@ -5,6 +5,7 @@ One layer at a time: a layer's inputs are kept, its moments and its errors compu
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from headfold.export.checkpoint import Checkpoint
 from headfold.export.merge_heads import Moments
-from headfold.export.model import Attention, Decoder, Layout, sequence_layout
+from headfold.export.model import Attention, Decoder, sequence_layout
 from headfold.export.progress import Reporter
 from headfold.plugins.torch_op import rms_norm, rotate
 from headfold.runtime.errors import InputError
@@ -100,21 +101,20 @@ def _text(path: Path, most: int = 4 << 20) -> str:
 
 
 class LayerInputs:
-    """What enters one layer's attention on all calibration tokens, and the means to run attentions on it."""
+    """What enters one layer on all calibration tokens: in the original model, and in the one whose earlier layers are converted.
 
-    def __init__(self, decoder: Decoder, index: int, hidden: Tensor) -> None:
-        self.index, self._attention = index, decoder.model.layers[index].self_attn
-        self._norm = decoder.model.layers[index].input_layernorm
+    Set `converted` to the layer's new attention before asking for the next layer; without it the layer counts as unchanged.
+    """
+
+    def __init__(self, decoder: Decoder, index: int, hidden: Tensor, follower: Tensor) -> None:
+        self.index, self.converted = index, decoder.model.layers[index].self_attn
+        self._layer, self._attention = decoder.model.layers[index], self.converted
         self._rope = (decoder.cos_cache.to(hidden.dtype), decoder.sin_cache.to(hidden.dtype))
-        self._hidden = hidden  # [N, S, hidden]
-
-    def _batches(self) -> Iterator[tuple[Tensor, Layout]]:
-        for rows in self._hidden.split(_rows(self._hidden)):
-            yield self._norm(rows), _layout(rows)
+        self._hidden, self._follower = hidden, follower  # [N, S, hidden]: residual streams
 
     @torch.inference_mode()
     def moments(self) -> Moments:
-        """The statistics that `convert` takes."""
+        """The statistics that `convert` takes, of the original model."""
         attention = self._attention
         a, biased = attention.attributes, attention.q_proj.bias is not None
         width = self._hidden.shape[2] + biased
@@ -122,7 +122,8 @@ class LayerInputs:
         inputs = torch.zeros(width, width, dtype=torch.float64)
         attended = torch.zeros(a.num_heads, width, width, dtype=torch.float64)
         queries = torch.zeros(a.num_heads, head_dim, head_dim, dtype=torch.float64)
-        for x, _ in self._batches():
+        for rows in self._hidden.split(_together(self._hidden)):
+            x = self._layer.input_layernorm(rows)
             wide = torch.cat((x, torch.ones_like(x[..., :1])), 2) if biased else x  # [n, S, I]
             q, weights = attention_weights(attention, x, self._rope)  # [n, H, S, D], [n, H, S, S]
             inputs += _second_moment(wide.flatten(0, 1))
@@ -134,43 +135,60 @@ class LayerInputs:
 
     @torch.inference_mode()
     def refit(self, converted: Attention) -> Tensor:
-        """The output projection [hidden, H * D] with which the converted attention comes closest to the original one.
+        """The output projection [hidden, H * D] that brings the converted residual stream closest to the original one.
 
-        Linear least squares with a small ridge towards the present projection, over what the converted heads really put out: it makes
-        good what the new attention weights got wrong, too, and heads make good each other's errors.
+        Linear least squares with a small ridge towards the present projection, on what the converted heads put out where all earlier
+        layers are converted, too. It makes good what the new attention weights and the earlier layers got wrong, and lets heads
+        make good each other's errors; it changes nothing where there is no error.
         """
-        projection, converted.o_proj = converted.o_proj, nn.Identity()  # type: ignore[assignment]
-        width = projection.in_features
-        gram = torch.zeros(width, width, dtype=torch.float64)
-        missing = torch.zeros(width, projection.out_features, dtype=torch.float64)
-        for x, layout in self._batches():
-            features = converted(x, layout, self._rope, None)[0]  # [n, S, H * D]
-            wrong = self._attention(x, layout, self._rope, None)[0] - projection(features)
+        projection = converted.o_proj
+        gram = torch.zeros(projection.in_features, projection.in_features, dtype=torch.float64)
+        missing = torch.zeros(projection.in_features, projection.out_features, dtype=torch.float64)
+        size = _together(self._hidden)
+        for rows, follower in zip(self._hidden.split(size), self._follower.split(size), strict=True):
+            target = rows - follower + self._attend(self._attention, rows)
+            with _without_projection(converted):
+                features = self._attend(converted, follower)  # [n, S, H * D]
+            wrong = (target - projection(features)).flatten(0, 1)
             gram += _second_moment(features.flatten(0, 1))
-            missing += (features.flatten(0, 1).T @ wrong.flatten(0, 1)).double()
-        converted.o_proj = projection
-        ridge = RIDGE * gram.diagonal().mean() * torch.eye(width, dtype=torch.float64)
+            missing += (features.flatten(0, 1).T @ wrong).double()
+        ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
         return projection.weight.double() + torch.linalg.solve(gram + ridge, missing).T
 
     @torch.inference_mode()
-    def error(self, converted: Attention) -> float:
-        """Relative squared error of the converted attention's output, |new - old|^2 / |old|^2; 0 where nothing changed."""
+    def error(self) -> float:
+        """Relative squared error of the converted attention's output on the original inputs, |new - old|^2 / |old|^2."""
         wrong, whole = 0.0, 0.0
-        for x, layout in self._batches():
-            old = self._attention(x, layout, self._rope, None)[0].double()
-            new = converted(x, layout, self._rope, None)[0].double()
+        for rows in self._hidden.split(_together(self._hidden)):
+            old, new = (self._attend(a, rows).double() for a in (self._attention, self.converted))
             wrong, whole = wrong + (new - old).square().sum().item(), whole + old.square().sum().item()
         return wrong / whole if whole else 0.0
 
+    @torch.inference_mode()
+    def after(self) -> tuple[Tensor, Tensor]:
+        """Both residual streams behind the layer, [N, S, hidden] each."""
+        return self._through(self._attention, self._hidden), self._through(self.converted, self._follower)
 
-@torch.inference_mode()
+    def _attend(self, attention: Attention, rows: Tensor) -> Tensor:
+        ones = torch.ones(rows.shape[:2], dtype=torch.long)
+        return attention(self._layer.input_layernorm(rows), sequence_layout(ones, ones), self._rope, None)[0]
+
+    def _through(self, attention: Attention, hidden: Tensor) -> Tensor:
+        parts = []
+        for rows in hidden.split(_together(hidden)):
+            x = rows + self._attend(attention, rows)
+            parts.append(x + self._layer.mlp(self._layer.post_attention_layernorm(x)))
+        return torch.cat(parts)
+
+
 def layer_inputs(decoder: Decoder, tokens: Tensor) -> Iterator[LayerInputs]:
     """The inputs of each layer in turn, for int64 tokens [N, S] without padding."""
-    hidden = decoder.model.embed_tokens(tokens)  # [N, S, hidden]
-    rope = (decoder.cos_cache.to(hidden.dtype), decoder.sin_cache.to(hidden.dtype))
-    for index, layer in enumerate(decoder.model.layers):
-        yield LayerInputs(decoder, index, hidden)
-        hidden = torch.cat([layer(rows, _layout(rows), rope, None)[0] for rows in hidden.split(_rows(hidden))])
+    with torch.inference_mode():
+        hidden = follower = decoder.model.embed_tokens(tokens)  # [N, S, hidden]
+    for index in range(decoder.config.num_hidden_layers):
+        inputs = LayerInputs(decoder, index, hidden, follower)
+        yield inputs
+        hidden, follower = inputs.after()
 
 
 def attention_weights(attention: Attention, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -194,10 +212,15 @@ def _second_moment(rows: Tensor) -> Tensor:
     return (rows.T @ rows).double()
 
 
-def _rows(hidden: Tensor) -> int:
+def _together(hidden: Tensor) -> int:
+    """How many sequences go through a layer at a time."""
     return max(_TOGETHER // hidden.shape[1], 1)
 
 
-def _layout(hidden: Tensor) -> Layout:
-    ones = torch.ones(hidden.shape[:2], dtype=torch.long)
-    return sequence_layout(ones, ones)
+@contextmanager
+def _without_projection(attention: Attention) -> Iterator[None]:
+    projection, attention.o_proj = attention.o_proj, nn.Identity()  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        attention.o_proj = projection

@@ -258,6 +258,9 @@ def convert_checkpoint(
 ) -> Conversion:
     """Convert a checkpoint, calibrated on int64 tokens [N, S]; `decoder`, if it is loaded already, saves reading it again.
 
+    Layer by layer, as `convert` does; with `svd` each layer's output projection is then fitted once more, on what the converted
+    model really computes up to there: see `LayerInputs.refit`.
+
     Raises:
         ConfigError: see `converted_config`.
     """
@@ -267,17 +270,26 @@ def convert_checkpoint(
     with reporter.step(f"convert {config.num_key_value_heads} key/value heads to {target.num_key_value_heads}") as advance:
         for inputs in layer_inputs(decoder, tokens):
             prefix = attention_prefix(inputs.index)
-            part = {n.removeprefix(prefix): tensors[n].float() for n in tensors if n.startswith(prefix)}
+            part = {n.removeprefix(prefix): tensors[n].double() for n in tensors if n.startswith(prefix)}
             moments = inputs.moments() if options.needs_statistics else None
-            converted = convert_layer(part, config, options, moments, inputs.index)
-            with torch.device("meta"):
-                attention = Attention(target, inputs.index)
-            attention.load_state_dict(converted, assign=True)
-            errors.append(inputs.error(attention))
-            tensors |= {prefix + name: value.to(tensors[prefix + name].dtype) for name, value in converted.items()}
+            part = convert_layer(part, config, options, moments, inputs.index)
+            inputs.converted = _attention(part, target, inputs.index)
+            if options.init == "svd":
+                part["o_proj.weight"] = inputs.refit(inputs.converted)
+                inputs.converted = _attention(part, target, inputs.index)
+            errors.append(inputs.error())
+            tensors |= {prefix + name: value.to(tensors[prefix + name].dtype) for name, value in part.items()}
             advance(1)
     result = MemoryCheckpoint(checkpoint.path, target, tensors, checkpoint.tokenizer)
     return Conversion(result, tuple(errors), tokens.numel(), _notes(config, options))
+
+
+def _attention(part: Tensors, config: ModelConfig, layer: int) -> Attention:
+    """A float32 module with these weights."""
+    with torch.device("meta"):
+        attention = Attention(config, layer)
+    attention.load_state_dict({name: tensor.float() for name, tensor in part.items()}, assign=True)
+    return attention.requires_grad_(False)
 
 
 def _notes(config: ModelConfig, options: ConvertOptions) -> tuple[str, ...]:
