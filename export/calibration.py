@@ -3,21 +3,20 @@
 One layer at a time: a layer's inputs are kept, its moments and its errors computed, then it hands its outputs to the next.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from typing import cast
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from headfold.export.checkpoint import Checkpoint
 from headfold.export.merge_heads import Moments
-from headfold.export.model import Attention, Decoder, sequence_layout
+from headfold.export.model import Attention, Decoder, Layer, sequence_layout
 from headfold.export.progress import Reporter
+from headfold.export.token_data import tokenize
 from headfold.plugins.torch_op import rms_norm, rotate
-from headfold.runtime.errors import InputError
+from headfold.runtime.errors import DataError
 
 TOKENS, LENGTH = 8192, 256  # by default: tokens in all, and of each sequence
 RIDGE = 1e-3  # of the mean energy of a head's outputs: what `refit` adds to each
@@ -27,7 +26,7 @@ _TOGETHER = 2048  # tokens that go through a layer at a time
 def calibration_tokens(
     checkpoint: Checkpoint,
     decoder: Decoder,
-    data: Sequence[Path] = (),
+    data: Sequence[str] = (),
     count: int = TOKENS,
     length: int = LENGTH,
     seed: int = 0,
@@ -35,21 +34,26 @@ def calibration_tokens(
 ) -> Tensor:
     """Token ids int64 [N, S] to calibrate on, about `count` of them.
 
-    From text files (JSONL: the field `text` of each line), evenly spread windows. Without files the model writes its own text:
-    sampled at temperature 1 from a random first token (Liu et al. 2023, arXiv 2305.17888, section 3.1), which needs no
-    tokenizer, no network, and follows the distribution that the model was trained on.
+    From `data`, sources as `tokenize` takes them, evenly spread windows. Without, the model writes its own text: sampled at
+    temperature 1 from a random first token (Liu et al. 2023, arXiv 2305.17888, section 3.1), which needs no tokenizer and no
+    network, and follows the distribution that the model was trained on.
 
     Raises:
-        InputError: a file cannot be read or holds fewer than two tokens, or there is no tokenizer for it.
+        DataError: see `tokenize`; or less data than one sequence.
     """
+    reporter = reporter or Reporter(quiet=True)
     length = min(length, decoder.capacity)
     rows = max(count // length, 1)
     if data:
-        ids = _tokenized(checkpoint, data)
-        length = min(length, len(ids))
-        starts = torch.linspace(0, len(ids) - length, min(rows, len(ids) // length)).long()  # [N]
-        return ids[starts[:, None] + torch.arange(length)]
-    with (reporter or Reporter(quiet=True)).step("write text to calibrate on", length) as advance:
+        text = tokenize(data, checkpoint.tokenizer, checkpoint.config, reporter)
+        if not text.windows(length):
+            raise DataError(
+                f"{len(text)} tokens are less than a sequence of {length} to calibrate on",
+                where=", ".join(data),
+                fix="Give more text, or a shorter --calibration-length.",
+            )
+        return text.spread(rows, length)[:, :-1]
+    with reporter.step("write text to calibrate on", length) as advance:
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(checkpoint.config.vocab_size, (rows, 1), generator=generator)  # [N, 1]
         cache = decoder.new_cache(rows, length)
@@ -63,43 +67,6 @@ def calibration_tokens(
     return tokens
 
 
-def _tokenized(checkpoint: Checkpoint, data: Sequence[Path]) -> Tensor:
-    """All files' ids, one after the other, int64 [N]."""
-    file = checkpoint.tokenizer.files.get("tokenizer.json")
-    if file is None:
-        raise InputError(
-            "has no tokenizer.json, so text cannot be read",
-            where=checkpoint.path,
-            fix="Leave out --data: the model then writes its own text.",
-        )
-    tokenizer = Tokenizer.from_buffer(file)
-    ids: list[int] = []
-    for path in data:
-        ids += tokenizer.encode(_text(path), add_special_tokens=False).ids
-    if len(ids) < 2:
-        raise InputError("holds fewer than two tokens", where=", ".join(map(str, data)), fix="Give more text.")
-    return torch.tensor(ids)
-
-
-def _text(path: Path, most: int = 4 << 20) -> str:
-    """At most the first `most` characters of a file: more than enough for calibration."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(most)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "is not UTF-8"
-        raise InputError(f"cannot be read: {reason}", where=path, fix="Give a text or JSONL file.") from error
-    if path.suffix != ".jsonl":
-        return text
-    lines = [line for line in text.splitlines() if line.strip()]
-    if len(text) == most:
-        lines.pop()  # may be cut
-    try:
-        return "\n".join(json.loads(line)["text"] for line in lines)
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError("has a line that is no object with a text", where=path, fix='{"text": "..."} on each.') from error
-
-
 class LayerInputs:
     """What enters one layer on all calibration tokens: in the original model, and in the one whose earlier layers are converted.
 
@@ -107,8 +74,8 @@ class LayerInputs:
     """
 
     def __init__(self, decoder: Decoder, index: int, hidden: Tensor, follower: Tensor) -> None:
-        self.index, self.converted = index, decoder.model.layers[index].self_attn
-        self._layer, self._attention = decoder.model.layers[index], self.converted
+        self._layer = cast(Layer, decoder.model.layers[index])
+        self.index, self.converted, self._attention = index, self._layer.self_attn, self._layer.self_attn
         self._rope = (decoder.cos_cache.to(hidden.dtype), decoder.sin_cache.to(hidden.dtype))
         self._hidden, self._follower = hidden, follower  # [N, S, hidden]: residual streams
 
@@ -122,7 +89,7 @@ class LayerInputs:
         inputs = torch.zeros(width, width, dtype=torch.float64)
         attended = torch.zeros(a.num_heads, width, width, dtype=torch.float64)
         queries = torch.zeros(a.num_heads, head_dim, head_dim, dtype=torch.float64)
-        for rows in self._hidden.split(_together(self._hidden)):
+        for rows in torch.split(self._hidden, _together(self._hidden)):
             x = self._layer.input_layernorm(rows)
             wide = torch.cat((x, torch.ones_like(x[..., :1])), 2) if biased else x  # [n, S, I]
             q, weights = attention_weights(attention, x, self._rope)  # [n, H, S, D], [n, H, S, S]
@@ -145,7 +112,7 @@ class LayerInputs:
         gram = torch.zeros(projection.in_features, projection.in_features, dtype=torch.float64)
         missing = torch.zeros(projection.in_features, projection.out_features, dtype=torch.float64)
         size = _together(self._hidden)
-        for rows, follower in zip(self._hidden.split(size), self._follower.split(size), strict=True):
+        for rows, follower in zip(torch.split(self._hidden, size), torch.split(self._follower, size), strict=True):
             target = rows - follower + self._attend(self._attention, rows)
             with _without_projection(converted):
                 features = self._attend(converted, follower)  # [n, S, H * D]
@@ -153,13 +120,14 @@ class LayerInputs:
             gram += _second_moment(features.flatten(0, 1))
             missing += (features.flatten(0, 1).T @ wrong).double()
         ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
-        return projection.weight.double() + torch.linalg.solve(gram + ridge, missing).T
+        correction: Tensor = torch.linalg.solve(gram + ridge, missing)
+        return projection.weight.double() + correction.T
 
     @torch.inference_mode()
     def error(self) -> float:
         """Relative squared error of the converted attention's output on the original inputs, |new - old|^2 / |old|^2."""
         wrong, whole = 0.0, 0.0
-        for rows in self._hidden.split(_together(self._hidden)):
+        for rows in torch.split(self._hidden, _together(self._hidden)):
             old, new = (self._attend(a, rows).double() for a in (self._attention, self.converted))
             wrong, whole = wrong + (new - old).square().sum().item(), whole + old.square().sum().item()
         return wrong / whole if whole else 0.0
@@ -171,11 +139,12 @@ class LayerInputs:
 
     def _attend(self, attention: Attention, rows: Tensor) -> Tensor:
         ones = torch.ones(rows.shape[:2], dtype=torch.long)
-        return attention(self._layer.input_layernorm(rows), sequence_layout(ones, ones), self._rope, None)[0]
+        output: Tensor = attention(self._layer.input_layernorm(rows), sequence_layout(ones, ones), self._rope, None)[0]
+        return output
 
     def _through(self, attention: Attention, hidden: Tensor) -> Tensor:
         parts = []
-        for rows in hidden.split(_together(hidden)):
+        for rows in torch.split(hidden, _together(hidden)):
             x = rows + self._attend(attention, rows)
             parts.append(x + self._layer.mlp(self._layer.post_attention_layernorm(x)))
         return torch.cat(parts)

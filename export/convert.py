@@ -1,23 +1,19 @@
 """Multi-head to grouped-query attention, or fewer groups of it: a pure function on a state dict and calibration statistics.
 
-The result is a plain checkpoint of the same family. All arithmetic is in float64; `merge_heads` has the mathematics of a group,
-`calibration` collects the statistics and measures what a conversion costs.
+The result is a plain model of the same family. All arithmetic is in float64; `merge_heads` has the mathematics of a group,
+`calibration` collects the statistics, `conversion` converts checkpoints.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from headfold.export import merge_heads
-from headfold.export.calibration import layer_inputs
-from headfold.export.checkpoint import Checkpoint, MemoryCheckpoint, load_decoder
 from headfold.export.config import ModelConfig
 from headfold.export.merge_heads import INITS, NEED_STATISTICS, Geometry, Heads, Init, Moments
-from headfold.export.model import Attention, Decoder
-from headfold.export.progress import Reporter
 from headfold.runtime.errors import ConfigError, InputError
 
 Grouping = Literal["contiguous", "cluster"]
@@ -175,7 +171,9 @@ def _merge(
 
 def _required(moments: Moments | None) -> Moments:
     if moments is None:
-        raise InputError("needs calibration statistics", where="convert", fix="Give them: see headfold.export.calibration.")
+        raise InputError(
+            "needs calibration statistics", where="convert", fix="Give them: see headfold.export.calibration."
+        )
     return moments
 
 
@@ -230,69 +228,3 @@ def partition(losses: Tensor, start: list[list[int]]) -> list[list[int]]:
                             groups[a][i], groups[b][j] = y, x
                             improved = True
     return sorted(sorted(group) for group in groups)
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """A converted checkpoint, and per layer the relative squared error of its attention's output on the calibration tokens."""
-
-    checkpoint: MemoryCheckpoint
-    errors: tuple[float, ...]
-    tokens: int  # calibrated on
-    notes: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        heads = self.checkpoint.config.num_key_value_heads
-        return {
-            "kv_heads": heads,
-            "calibration_tokens": self.tokens,
-            "layer_errors": list(self.errors),
-            "mean_error": sum(self.errors) / len(self.errors),
-            "notes": list(self.notes),
-        }
-
-
-def convert_checkpoint(
-    checkpoint: Checkpoint, options: ConvertOptions, tokens: Tensor, reporter: Reporter, decoder: Decoder | None = None
-) -> Conversion:
-    """Convert a checkpoint, calibrated on int64 tokens [N, S]; `decoder`, if it is loaded already, saves reading it again.
-
-    Layer by layer, as `convert` does; with `svd` each layer's output projection is then fitted once more, on what the converted
-    model really computes up to there: see `LayerInputs.refit`.
-
-    Raises:
-        ConfigError: see `converted_config`.
-    """
-    config, target = checkpoint.config, converted_config(checkpoint.config, options)
-    decoder = decoder or load_decoder(checkpoint)
-    tensors, errors = {name: checkpoint.read(name) for name in checkpoint}, []
-    with reporter.step(f"convert {config.num_key_value_heads} key/value heads to {target.num_key_value_heads}") as advance:
-        for inputs in layer_inputs(decoder, tokens):
-            prefix = attention_prefix(inputs.index)
-            part = {n.removeprefix(prefix): tensors[n].double() for n in tensors if n.startswith(prefix)}
-            moments = inputs.moments() if options.needs_statistics else None
-            part = convert_layer(part, config, options, moments, inputs.index)
-            inputs.converted = _attention(part, target, inputs.index)
-            if options.init == "svd":
-                part["o_proj.weight"] = inputs.refit(inputs.converted)
-                inputs.converted = _attention(part, target, inputs.index)
-            errors.append(inputs.error())
-            tensors |= {prefix + name: value.to(tensors[prefix + name].dtype) for name, value in part.items()}
-            advance(1)
-    result = MemoryCheckpoint(checkpoint.path, target, tensors, checkpoint.tokenizer)
-    return Conversion(result, tuple(errors), tokens.numel(), _notes(config, options))
-
-
-def _attention(part: Tensors, config: ModelConfig, layer: int) -> Attention:
-    """A float32 module with these weights."""
-    with torch.device("meta"):
-        attention = Attention(config, layer)
-    attention.load_state_dict({name: tensor.float() for name, tensor in part.items()}, assign=True)
-    return attention.requires_grad_(False)
-
-
-def _notes(config: ModelConfig, options: ConvertOptions) -> tuple[str, ...]:
-    if config.qk_norm and options.init in NEED_STATISTICS:
-        return ("q/k norm: keys can only be aligned by signs, so their merge is a weighted mean; values are not affected",)
-    return ()

@@ -67,7 +67,8 @@ def mean(heads: Heads) -> Heads:
 def random(heads: Heads, generator: torch.Generator) -> Heads:
     """Normal keys and values of the group's own root mean square (Ainslie et al. 2023, section 2.1: from scratch)."""
     k, v = (
-        torch.randn(w.shape[1:], generator=generator, dtype=w.dtype) * w.pow(2).mean().sqrt() for w in (heads.k, heads.v)
+        torch.randn(w.shape[1:], generator=generator, dtype=w.dtype) * w.pow(2).mean().sqrt()
+        for w in (heads.k, heads.v)
     )
     return replace(heads, k=k, v=v)
 

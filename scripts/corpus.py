@@ -3,6 +3,7 @@ domain, out of the packages r-cran-janeaustenr and bible-kjv-text; where `apt-ge
 documentation and sources.
 """
 
+import itertools
 import lzma
 import pydoc_data.topics
 import struct
@@ -42,13 +43,16 @@ def _texts() -> tuple[list[str], str]:
     library = Path(sysconfig.get_path("stdlib"))
     sources = [path.read_text(errors="ignore") for path in sorted(library.glob("*.py"))]
     topics = pydoc_data.topics.topics
-    return ["\n".join(topics[name] for name in sorted(topics)), "\n".join(sources)], "Python's documentation and sources"
+    return [
+        "\n".join(topics[name] for name in sorted(topics)),
+        "\n".join(sources),
+    ], "Python's documentation and sources"
 
 
 def king_james(data: bytes) -> str:
     """The text of bible.data: 68 LZW blocks without their magic number, whose offsets stand big-endian at byte 92."""
     offsets = struct.unpack(">69i", data[92 : 92 + 69 * 4])
-    blocks = [b"\x1f\x9d\x90" + data[start:end] for start, end in zip(offsets, offsets[1:], strict=False)]
+    blocks = [b"\x1f\x9d\x90" + data[start:end] for start, end in itertools.pairwise(offsets)]
     text = b"".join(subprocess.run(["gzip", "-dc"], input=b, capture_output=True, check=True).stdout for b in blocks)
     return text.decode("ascii", errors="ignore")
 

@@ -21,7 +21,8 @@ import torch
 
 from headfold.export.checkpoint import Checkpoint, load_decoder, open_checkpoint
 from headfold.export.config import ModelConfig
-from headfold.export.convert import ConvertOptions, Init, convert_checkpoint
+from headfold.export.conversion import convert_checkpoint
+from headfold.export.convert import ConvertOptions, Init
 from headfold.export.losses import Loss
 from headfold.export.progress import Reporter
 from headfold.export.token_data import TokenData
@@ -36,7 +37,7 @@ OUTPUT = ROOT / "bundles" / "uptraining"
 RATES = (5e-4, 1.5e-3, 4.5e-3)
 BATCH, SEEDS, VALIDATION, CALIBRATION = 8, 3, 256, 32  # sequences, seeds, sequences, sequences
 PRETRAIN_TOKENS = STEPS * PRETRAIN_BATCH * CONTEXT
-Budget = Literal["0.05", "0.005", "flops"]  # flops: those of the paper's recipe at 0.05, the teacher's forward pass included
+Budget = Literal["0.05", "0.005", "flops"]  # flops: as many as the paper's recipe takes at 0.05, the teacher counted
 HEADS = 8
 
 
@@ -138,7 +139,10 @@ class Bench:
             file.flush()
             os.fsync(file.fileno())
         kind = f"{arm.groups} groups, {arm.name}, {arm.budget}"
-        print(f"{kind}: rate {rate:g}, seed {seed}: {cell['before']:.4f} -> {cell['after']:.4f}, {cell['seconds']} s", flush=True)
+        print(
+            f"{kind}: rate {rate:g}, seed {seed}: {cell['before']:.4f} -> {cell['after']:.4f}, {cell['seconds']} s",
+            flush=True,
+        )
         return cell
 
     def run(self, arms: Iterable[Arm]) -> None:
@@ -201,10 +205,15 @@ def verdicts(rows: list[dict[str, Any]]) -> list[str]:
             if paper and row and control:
                 share = (paper["after"] - row["after"]) / (paper["after"] - control["after"])
                 verdict = "holds" if share >= 0.7 else "does NOT hold"
-                lines.append(f"{groups} groups, {label}: svd+kl closes {share:.0%} of mean+ce's gap to the MHA control (70%: {verdict})")
-        order = [(r["after"], init) for init in ("mean", "first", "random") if (r := find(groups, f"{init}+ce", "0.05"))]
+                claim = f"svd+kl closes {share:.0%} of mean+ce's gap to the MHA control"
+                lines.append(f"{groups} groups, {label}: {claim} (70%: {verdict})")
+        order = [
+            (r["after"], init) for init in ("mean", "first", "random") if (r := find(groups, f"{init}+ce", "0.05"))
+        ]
         if len(order) == 3:
-            lines.append(f"{groups} groups, order of the paper's starts, best first: {', '.join(n for _, n in sorted(order))}")
+            lines.append(
+                f"{groups} groups, order of the paper's starts, best first: {', '.join(n for _, n in sorted(order))}"
+            )
     return lines
 
 
@@ -225,12 +234,14 @@ def report(bench: Bench, output: Path) -> None:
             f"| {row['after']:.4f} | {spread} | {row['seeds']} | {row['rate']:g}{mark} |"
         )
     lines += ["", *(f"- {line}" for line in verdicts(rows)), "", "Every cell:", ""]
-    lines += ["| groups | start+loss | alpha | rate | seed | before | after |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    lines += [
+        "| groups | start+loss | alpha | rate | seed | before | after |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
     for arm in ARMS:
         for cell in sorted((c for c in cells if of(c, arm)), key=lambda c: (c["seed"], c["rate"])):
-            lines.append(
-                f"| {arm.groups} | {arm.name} | {arm.budget} | {cell['rate']:g} | {cell['seed']} | {cell['before']:.4f} | {cell['after']:.4f} |"
-            )
+            figures = f"{cell['rate']:g} | {cell['seed']} | {cell['before']:.4f} | {cell['after']:.4f}"
+            lines.append(f"| {arm.groups} | {arm.name} | {arm.budget} | {figures} |")
     (output / "uptraining.md").write_text("\n".join(lines) + "\n")
     content = {"subject_loss": base, "arms": rows, "verdicts": verdicts(rows), "cells": cells}
     (output / "uptraining.json").write_text(json.dumps(content, indent=1) + "\n")

@@ -117,7 +117,9 @@ def train(steps: int, log: int = 200) -> Decoder:
         optimizer.step()
         if (step + 1) % log == 0 or step + 1 == steps:
             held = evaluate(decoder, validation) if (step + 1) % (5 * log) == 0 or step + 1 == steps else math.nan
-            line = f"step {step + 1}/{steps}: loss {loss.item():.4f}, validation {held:.4f}, {time.time() - start:.0f} s"
+            line = (
+                f"step {step + 1}/{steps}: loss {loss.item():.4f}, validation {held:.4f}, {time.time() - start:.0f} s"
+            )
             print(line, flush=True)
     return decoder
 
