@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import rich_click as click
 
-from headfold.export import cli_train
+from headfold.export import cli_convert, cli_train
 from headfold.runtime.errors import HeadfoldError, InputError
 
 if TYPE_CHECKING:
@@ -277,5 +277,5 @@ def inspect(path: str, as_json: bool) -> None:
         render(facts)
 
 
-for _command in cli_train.COMMANDS:
+for _command in (*cli_train.COMMANDS, *cli_convert.COMMANDS):
     main.add_command(_command)
