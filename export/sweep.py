@@ -1,25 +1,26 @@
-"""The trade-off made visible: convert a checkpoint to several numbers of key/value heads, uptrain each, measure size and speed.
-
-The conversion is passed in, so that this file knows nothing of how heads are merged.
-"""
+"""The trade-off made visible: convert a checkpoint to several numbers of key/value heads, uptrain each, measure size and speed."""
 
 import platform
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from headfold.export.calibration import LENGTH, TOKENS
 from headfold.export.checkpoint import Checkpoint, MemoryCheckpoint, load_decoder, open_checkpoint
 from headfold.export.config import ModelConfig
+from headfold.export.conversion import convert_checkpoint
+from headfold.export.convert import ConvertOptions
 from headfold.export.evaluation import evaluate
 from headfold.export.hf import save_hf
 from headfold.export.initialize import trainable
 from headfold.export.inspection import inspect_path
+from headfold.export.merge_heads import Init
 from headfold.export.model import Decoder
 from headfold.export.pipeline import ExportOptions, export_bundle
 from headfold.export.progress import Reporter
@@ -34,8 +35,6 @@ from headfold.runtime.manifest import DType
 from headfold.runtime.session import physical_cores
 
 PAPER_ALPHA = 0.05  # Ainslie et al. 2023, section 3.1
-Convert = Callable[[Checkpoint, Decoder, int, str], tuple[Checkpoint, Sequence[float]]]
-"""Checkpoint, its decoder, key/value heads, init: the converted checkpoint, and an error per layer."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class SweepOptions:
     """What to measure. `memory` is in bytes, contexts are in tokens."""
 
     kv_heads: tuple[int, ...]
-    init: str = "svd"
+    init: Init = "svd"
     contexts: tuple[int, ...] = ()  # to decode at; default: see `default_contexts`
     memory: int = 8 << 30
     dtype: DType = "float32"  # of weights and cache, when they are timed and counted
@@ -63,7 +62,6 @@ def sweep(
     training: TrainOptions,
     budget: Budget,
     options: SweepOptions,
-    convert: Convert,
     reporter: Reporter,
     resume: bool = False,
 ) -> SweepReport:
@@ -76,7 +74,6 @@ def sweep(
         training: of every run; its loss is the students'.
         budget: of every run.
         options: what to measure.
-        convert: see `Convert`.
         reporter: told what goes on.
         resume: see `output`.
 
@@ -108,11 +105,10 @@ def sweep(
             student, errors, curve, before = checkpoint, [0.0] * config.num_hidden_layers, [], loss
             baseline: Curve = []
         else:
-            student, found = convert(checkpoint, full, count, options.init)
-            errors = list(found)
+            student, errors = runs.convert(full, count, options.init)
             curve = runs.train(f"kv-{count}", student, training, original, publish=True)
             before, loss = curve[0][1], curve[-1][1]
-            baseline = runs.baseline(count, convert, full, budget) if options.baseline else []
+            baseline = runs.baseline(count, full, budget) if options.baseline else []
         bundles[count] = _bundle(student, output, count, contexts, options, reporter)
         points.append(_point(student, options, contexts, count, before, loss, curve, errors, baseline))
     control = runs.train("control", checkpoint, replace(training, loss="ce"), None) if options.control else []
@@ -147,6 +143,14 @@ class _Runs:
     options: TrainOptions
     reporter: Reporter
 
+    def convert(self, decoder: Decoder, count: int, init: Init) -> tuple[Checkpoint, list[float]]:
+        """The checkpoint with so many key/value heads, calibrated on training data, and each layer's error."""
+        length = min(LENGTH, self.options.sequence)
+        tokens = self.data.spread(max(TOKENS // length, 1), length)[:, :-1]
+        options = ConvertOptions(count, init, seed=self.options.seed)
+        conversion = convert_checkpoint(self.checkpoint, options, tokens, self.reporter, decoder)
+        return conversion.checkpoint, list(conversion.errors)
+
     def train(
         self, name: str, student: Checkpoint, options: TrainOptions, teacher: Decoder | None, publish: bool = False
     ) -> Curve:
@@ -169,9 +173,9 @@ class _Runs:
             save_hf(self.output / name, trained, self.checkpoint.dtype(next(iter(self.checkpoint))))
         return [(evaluation.tokens, evaluation.loss) for evaluation in result.evaluations]
 
-    def baseline(self, count: int, convert: Convert, decoder: Decoder, budget: Budget) -> Curve:
+    def baseline(self, count: int, decoder: Decoder, budget: Budget) -> Curve:
         """The paper's recipe: mean pooling, then cross-entropy on 5 % of the pretraining's tokens."""
-        student, _ = convert(self.checkpoint, decoder, count, "mean")
+        student, _ = self.convert(decoder, count, "mean")
         steps = Budget(alpha=PAPER_ALPHA, pretrain_tokens=budget.pretrain_tokens).steps(self.options)
         options = replace(self.options, loss="ce", steps=steps, evaluate_every=max(steps // 8, 1))
         return self.train(f"baseline-{count}", student, options, None)

@@ -83,11 +83,10 @@ def _quality(axes: Axes, report: SweepReport) -> None:
     before, after = [p.converted_loss for p in new], [p.loss for p in new]
     axes.scatter(xs, before, s=46, facecolors="white", edgecolors=shades, zorder=3, label="right after conversion")
     axes.scatter(xs, after, s=52, color=shades, zorder=3, label="after uptraining")
-    paper = [(p.kv_bytes_per_token, p.baseline_loss) for p in new if p.baseline_loss is not None]
+    paper = {p.kv_bytes_per_token: p.baseline_loss for p in new if p.baseline_loss is not None}
     if paper:
-        axes.scatter(
-            *zip(*paper, strict=True), marker="x", s=48, color=INK, zorder=4, label="paper's recipe: mean, ce, 5 %"
-        )
+        label = "paper's recipe: mean, ce, 5 %"
+        axes.scatter(list(paper), list(paper.values()), s=48, marker="x", color=INK, zorder=4, label=label)
     original = report.point(report.original)
     axes.scatter([original.kv_bytes_per_token], [original.loss], s=52, color=ORIGINAL, zorder=3, label="original")
     if report.choice.kv_heads is not None:
