@@ -274,4 +274,76 @@ def _need_tensorboard() -> None:
         raise InputError("tensorboard is not installed", fix="Install it: pip install tensorboard.")
 
 
-COMMANDS = (uptrain, sweep)
+@click.group()
+def study() -> None:
+    """Small experiments that papers report, to repeat."""
+
+
+@study.command()
+@click.option("--data", multiple=True, required=True, help="Text, JSONL or parquet files, directories, data sets.")
+@click.option("--validation", multiple=True, help="Data to validate on. [default: the end of --data]")
+@click.option("--holdout", type=click.FloatRange(0, 1, max_open=True), default=0.05, show_default=True)
+@click.option("--text-field", default="text", show_default=True, help="Column that holds the text.")
+@click.option("--steps", type=int, default=1000, show_default=True)
+@click.option("--seeds", type=int, default=3, show_default=True)
+@click.option("--batch", type=int, default=16, show_default=True)
+@click.option("--sequence", type=int, default=128, show_default=True, help="Bytes.")
+@click.option("--learning-rate", type=float, default=3e-3, show_default=True)
+@click.option("--hidden-size", type=int, default=64, show_default=True)
+@click.option(
+    "--d-ff", type=int, default=384, show_default=True, help="Of plain feed-forwards; gated ones have 2/3 of it."
+)
+@click.option("--layers", type=int, default=2, show_default=True)
+@click.option("--heads", type=int, default=4, show_default=True)
+@click.option("--variants", help="Some of them only, with commas between. [default: all eight]")
+@click.option("--evaluate-sequences", type=int, default=128, show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Also write the table here, as JSON.")
+@JSON
+@QUIET
+def glu(
+    data: tuple[str, ...],
+    validation: tuple[str, ...],
+    holdout: float,
+    text_field: str,
+    steps: int,
+    seeds: int,
+    batch: int,
+    sequence: int,
+    learning_rate: float,
+    hidden_size: int,
+    d_ff: int,
+    layers: int,
+    heads: int,
+    variants: str | None,
+    evaluate_sequences: int,
+    output: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Compare the eight feed-forwards of Shazeer 2020 at equal parameters, as its table 1 does, on a small model of bytes.
+
+    **Example**: `headfold study glu --data corpus.txt --steps 2000 --seeds 5 -o glu.json`
+    """
+    from rich.console import Console
+
+    from headfold.export.config import FEED_FORWARDS
+    from headfold.export.progress import Reporter
+    from headfold.export.study import GluOptions, byte_tokens, render, study_glu
+    from headfold.export.train_options import TrainOptions
+
+    names = tuple(variants.split(",")) if variants else tuple(FEED_FORWARDS)
+    options = GluOptions(hidden_size, d_ff, layers, heads, seeds, names)
+    training = TrainOptions(steps, batch, sequence, learning_rate, evaluate_sequences=evaluate_sequences)
+    tokens = byte_tokens(data, text_field)
+    train_on, validate_on = (tokens, byte_tokens(validation, text_field)) if validation else tokens.split(holdout)
+    result = study_glu(train_on, validate_on, training, options, Reporter(quiet=quiet))
+    text = json.dumps(result.to_json(), indent=2, default=str)
+    if output is not None:
+        output.write_text(text + "\n")
+    if as_json:
+        click.echo(text)
+    else:
+        render(result, Console(highlight=False))
+
+
+COMMANDS = (uptrain, sweep, study)

@@ -123,8 +123,6 @@ class _Run:
             with torch.no_grad():
                 self.state = load_state(self.saved, self.state.identity, decoder)
             self.reporter.note(f"resume from {self.saved}")
-        elif resume:
-            self.reporter.note("no checkpoint to resume from: start at step 0")
         self._prepare(teacher)
 
     def _check(self, teacher: Decoder | None) -> None:
