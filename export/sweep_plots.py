@@ -127,17 +127,7 @@ def _curves(axes: Axes, report: SweepReport) -> None:
         shade = colour(report, point)
         axes.plot(*zip(*point.curve, strict=True), color=shade, marker="o", ms=3.5, label=_heads(point))
         if point.baseline_loss is not None:
-            axes.axhline(point.baseline_loss, color=shade, lw=1.1, ls="--")
-            axes.annotate(
-                f"mean@5 %, {point.kv_heads}",
-                (1.0, point.baseline_loss),
-                (-2, 2),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                ha="right",
-                color=shade,
-                fontsize=8.5,
-            )
+            axes.axhline(point.baseline_loss, color=shade, lw=1.1, ls="--", label=f"mean@5 %, {_heads(point)}")
     axes.set_xlabel("tokens of uptraining")
     axes.set_ylabel("validation loss, nats per token")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))

@@ -82,7 +82,7 @@ def choose(points: Sequence[Point], budget_kv_bytes: int | None, max_loss: float
         least = min(points, key=lambda p: p.kv_bytes_per_token)
         return Choice(
             None,
-            f"No count is within {budget_kv_bytes:,} bytes per token: {_heads(least)} take{'' if least.kv_heads > 1 else 's'} {least.kv_bytes_per_token:,}.",
+            f"No count is within {budget_kv_bytes:,} bytes per token: for {_heads(least)} it is {least.kv_bytes_per_token:,}.",
         )
     budget = f" within {budget_kv_bytes:,} bytes per token" if budget_kv_bytes is not None else ""
     if max_loss is None:

@@ -40,7 +40,7 @@ def test_the_front_leaves_out_what_is_larger_and_worse():
     [
         (4096, None, 2, "lowest loss after uptraining, 2.5000, of the 3 counts within 4,096 bytes"),
         (1 << 20, None, 8, "lowest loss"),
-        (100, None, None, "No count is within 100 bytes per token: 1 key/value head takes 1,024"),
+        (100, None, None, "No count is within 100 bytes per token: for 1 key/value head it is 1,024"),
         (None, 2.7, 2, "smallest cache, 2,048 bytes per token, of the 3 counts whose loss"),
         (None, 1.0, None, "No count has a loss of at most 1: the lowest, of 8 key/value heads, is 2.2000"),
         (2048, 2.4, None, "No count within 2,048 bytes per token has a loss of at most 2.4"),
@@ -245,6 +245,6 @@ def test_resuming_repeats_no_training_and_a_choice_that_fails_is_exit_code_1(swe
     again = [*arguments, "--resume", "--kv-heads", "2", "--max-loss", "0.5"]
     done = CliRunner().invoke(main, [str(argument) for argument in again])
     assert done.exit_code == 1, done.stderr
-    assert done.stderr.startswith("headfold: error: No count within 300 bytes per token: 2 key/value heads take 512")
+    assert done.stderr.startswith("headfold: error: No count within 300 bytes per token: for 2 key/value heads it is 512")
     after = json.loads((output / "report.json").read_text())
     assert [p["curve"] for p in after["points"]] == [p["curve"] for p in before["points"][1:]]
