@@ -57,6 +57,31 @@ class Checkpoint(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class MemoryCheckpoint:
+    """A checkpoint whose tensors are in memory: what a conversion or a training run hands on. See Checkpoint."""
+
+    path: Path  # where it came from, for messages
+    config: ModelConfig
+    tensors: Mapping[str, torch.Tensor]  # a decoder's state dict
+    tokenizer: TokenizerFiles = field(default_factory=TokenizerFiles)
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """See Checkpoint."""
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+    def dtype(self, name: str) -> torch.dtype:
+        """See Checkpoint."""
+        return self.tensors[name].dtype
+
+    def read(self, name: str) -> torch.Tensor:
+        """See Checkpoint."""
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a GGUF file, a Hugging Face directory, or `organisation/name` on the Hugging Face hub.
 

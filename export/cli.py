@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import rich_click as click
 
-from headfold.export import cli_build
+from headfold.export import cli_build, cli_convert, cli_train
 from headfold.export.cli_engine import TARGETS, build_and_tell, check_early, engine_options, make_options
 from headfold.runtime.errors import HeadfoldError, InputError
 
@@ -325,8 +325,5 @@ def inspect(path: str, as_json: bool) -> None:
         render(facts)
 
 
-for _command in cli_build.COMMANDS:
+for _command in (*cli_build.COMMANDS, *cli_convert.COMMANDS, *cli_train.COMMANDS):
     main.add_command(_command)
-
-if __name__ == "__main__":
-    main()

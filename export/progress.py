@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Advance = Callable[[int], None]
+_LOG_SECONDS = 30  # between lines of a log
 
 
 class Reporter:
@@ -34,7 +35,59 @@ class Reporter:
             yield lambda _: None
         self.note(f"{title}: {time.perf_counter() - start:.1f} s")
 
+    @contextmanager
+    def training(self, steps: int, done: int, tokens_per_step: int) -> Iterator[Callable[[float], None]]:
+        """Progress of a training run: yields a function to call with the loss after each step.
+
+        Shows step, loss, tokens per second since the last line, and the time left; in a log a line every half minute.
+        """
+        start = shown = time.perf_counter()
+        step, at = done, done
+        if self.quiet:
+            yield lambda _: None
+            return
+
+        def line(loss: float, now: float) -> str:
+            rate = (step - at) * tokens_per_step / max(now - shown, 1e-9)
+            left = (now - start) / max(step - done, 1) * (steps - step)
+            return f"step {step}/{steps}: loss {loss:.4f}, {rate:,.0f} tokens/s, {_duration(left)} left"
+
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+            with Progress(*columns, console=self.console, transient=True) as progress:
+                task = progress.add_task("train", total=steps, completed=done)
+
+                def update(loss: float) -> None:
+                    nonlocal step, at, shown
+                    step, now = step + 1, time.perf_counter()
+                    if now - shown > 1:  # a steadier rate than that of one step
+                        progress.update(task, description=line(loss, now).rpartition(",")[0])
+                        at, shown = step, now
+                    progress.update(task, completed=step)
+
+                yield update
+        else:
+
+            def update(loss: float) -> None:
+                nonlocal step, at, shown
+                step, now = step + 1, time.perf_counter()
+                if now - shown > _LOG_SECONDS:
+                    self.note(line(loss, now))
+                    at, shown = step, now
+
+            yield update
+        seconds = time.perf_counter() - start
+        rate = (step - done) * tokens_per_step / max(seconds, 1e-9)
+        self.note(f"trained {step - done} steps in {_duration(seconds)}, {rate:,.0f} tokens/s")
+
     def note(self, line: str) -> None:
         """Print one line."""
         if not self.quiet:
             self.console.print(line, markup=False, soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"

@@ -56,3 +56,17 @@ class VerificationError(HeadfoldError):
     """The exported graph does not compute what PyTorch computes."""
 
     exit_code = 1
+
+
+class DataError(HeadfoldError):
+    """Training data that is missing, unreadable, empty, or too short."""
+
+
+class TokenizerMismatchError(HeadfoldError):
+    """Teacher and student do not mean the same token by the same id, so their distributions cannot be compared."""
+
+
+class TrainingError(HeadfoldError):
+    """Training diverged: the loss is not finite, or rose too far at once."""
+
+    exit_code = 1

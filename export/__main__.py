@@ -1,0 +1,6 @@
+"""`python -m headfold.export` is `headfold`: what `accelerate launch -m` needs."""
+
+from headfold.export.cli import main
+
+if __name__ == "__main__":
+    main(prog_name="headfold")

@@ -1,0 +1,270 @@
+#!/usr/bin/env python3
+"""The headline: how far does a better start and a teacher bring a converted model, against the paper's recipe?
+
+Every cell is one short uptraining of the subject; each finished cell is a line of cells.jsonl, so an interrupted run loses nothing.
+An arm is a group count, a start, a loss and a budget: its learning rate is chosen at seed 0 from the same grid as every arm's, then
+the other seeds run at that rate. `--report` only makes the tables of what is there.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from headfold.export.checkpoint import Checkpoint, load_decoder, open_checkpoint
+from headfold.export.config import ModelConfig
+from headfold.export.conversion import convert_checkpoint
+from headfold.export.convert import ConvertOptions, Init
+from headfold.export.losses import Loss
+from headfold.export.progress import Reporter
+from headfold.export.token_data import TokenData
+from headfold.export.training import TrainOptions, evaluate, train, trainable
+
+sys.path.insert(0, str(Path(__file__).parent))
+from train_subject import BATCH as PRETRAIN_BATCH
+from train_subject import CONTEXT, CORPUS, STEPS, SUBJECT, tokens
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTPUT = ROOT / "bundles" / "uptraining"
+RATES = (5e-4, 1.5e-3, 4.5e-3)
+BATCH, SEEDS, VALIDATION, CALIBRATION = 8, 3, 256, 32  # sequences, seeds, sequences, sequences
+PRETRAIN_TOKENS = STEPS * PRETRAIN_BATCH * CONTEXT
+Budget = Literal["0.05", "0.005", "flops"]  # flops: as many as the paper's recipe takes at 0.05, the teacher counted
+HEADS = 8
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is compared. `groups` of 8 is the control: the MHA model, trained on."""
+
+    groups: int
+    init: Init
+    loss: Loss
+    budget: Budget
+
+    @property
+    def name(self) -> str:
+        return "MHA control" if self.groups == HEADS else f"{self.init}+{self.loss}"
+
+
+ARMS = (
+    *(Arm(2, *recipe) for recipe in (("mean", "ce", "0.05"), ("svd", "kl", "0.005"), ("svd", "kl", "0.05"))),
+    *(Arm(1, *recipe) for recipe in (("mean", "ce", "0.05"), ("svd", "kl", "0.005"), ("svd", "kl", "0.05"))),
+    Arm(HEADS, "mean", "ce", "0.05"),
+    *(Arm(g, *recipe) for g in (2, 1) for recipe in (("first", "ce", "0.05"), ("random", "ce", "0.05"))),
+    *(Arm(g, "mean", "ce", "0.005") for g in (2, 1)),
+    Arm(HEADS, "mean", "ce", "0.005"),
+    *(Arm(g, "svd", "kl", "flops") for g in (2, 1)),
+    *(Arm(g, "svd", "ce", "0.05") for g in (2, 1)),
+    *(Arm(g, "mean", "kl", "0.05") for g in (2, 1)),
+    *(Arm(g, "procrustes", "ce", "0.05") for g in (2, 1)),
+)
+
+
+def forward_flops(config: ModelConfig) -> float:
+    """Of one token in a sequence of CONTEXT: two per weight of a matrix, and the attention's two products."""
+    c, h = config, config.hidden_size
+    heads = 2 * c.num_attention_heads + 2 * c.num_key_value_heads
+    weights = c.num_hidden_layers * (h * c.head_dim * heads + 3 * h * c.intermediate_size) + h * c.vocab_size
+    attention = c.num_hidden_layers * c.num_attention_heads * c.head_dim * CONTEXT / 2
+    return 2 * weights + 4 * attention
+
+
+class Bench:
+    """The subject, its data, and the cells that are done."""
+
+    def __init__(self, output: Path) -> None:
+        self.checkpoint: Checkpoint = open_checkpoint(SUBJECT)
+        self.config = self.checkpoint.config
+        self.data = TokenData.from_ids(tokens(CORPUS / "train.txt").numpy())
+        self.validation = TokenData.from_ids(tokens(CORPUS / "validation.txt").numpy())
+        self.teacher, self.file = load_decoder(self.checkpoint), output / "cells.jsonl"
+
+    def steps(self, arm: Arm, config: ModelConfig) -> int:
+        share = float(arm.budget) if arm.budget != "flops" else 0.05
+        steps = round(PRETRAIN_TOKENS * share / (BATCH * CONTEXT))
+        if arm.budget == "flops":
+            student = 3 * forward_flops(config)  # forward and backward
+            steps = round(steps * student / (student + forward_flops(self.config)))
+        return steps
+
+    def cell(self, arm: Arm, rate: float, seed: int) -> dict[str, Any]:
+        """Convert, uptrain, evaluate."""
+        start = time.time()
+        calibration = self.data.batch(1000 + seed, 0, CALIBRATION, CONTEXT)[:, :-1]
+        options = ConvertOptions(arm.groups, arm.init, seed=seed)
+        quiet = Reporter(quiet=True)
+        conversion = convert_checkpoint(self.checkpoint, options, calibration, quiet, self.teacher)
+        student = trainable(conversion.checkpoint)
+        before = evaluate(student, self.validation, CONTEXT, VALIDATION)
+        steps = self.steps(arm, conversion.checkpoint.config)
+        settings = TrainOptions(
+            steps, BATCH, CONTEXT, rate, loss=arm.loss, seed=seed, evaluate_sequences=VALIDATION, cpu=True
+        )
+        teacher = self.teacher if arm.loss != "ce" else None
+        trained = train(student, self.data, settings, teacher=teacher)
+        flops = forward_flops(conversion.checkpoint.config) * 3 + (forward_flops(self.config) if teacher else 0)
+        return {
+            **asdict(arm),
+            "rate": rate,
+            "seed": seed,
+            "steps": steps,
+            "tokens": trained.tokens,
+            "flops": flops * trained.tokens,
+            "before": before,
+            "after": evaluate(trained.decoder, self.validation, CONTEXT, VALIDATION),
+            "layer_errors": conversion.errors,
+            "seconds": round(time.time() - start, 1),
+        }
+
+    def done(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
+
+    def once(self, arm: Arm, rate: float, seed: int) -> dict[str, Any]:
+        """The cell, from the file if it is there."""
+        for cell in self.done():
+            if of(cell, arm) and cell["rate"] == rate and cell["seed"] == seed:
+                return cell
+        cell = self.cell(arm, rate, seed)
+        with self.file.open("a") as file:
+            file.write(json.dumps(cell) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        kind = f"{arm.groups} groups, {arm.name}, {arm.budget}"
+        print(
+            f"{kind}: rate {rate:g}, seed {seed}: {cell['before']:.4f} -> {cell['after']:.4f}, {cell['seconds']} s",
+            flush=True,
+        )
+        return cell
+
+    def run(self, arms: Iterable[Arm]) -> None:
+        for arm in arms:
+            tuned = min((self.once(arm, rate, 0) for rate in RATES), key=lambda cell: cell["after"])
+            for seed in range(1, SEEDS):
+                self.once(arm, tuned["rate"], seed)
+
+
+def of(cell: dict[str, Any], arm: Arm) -> bool:
+    return all(cell[name] == value for name, value in asdict(arm).items())
+
+
+def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per arm: its tuned rate, and mean and standard deviation of the loss over the seeds that are there at that rate."""
+    rows = []
+    for arm in ARMS:
+        mine = [cell for cell in cells if of(cell, arm)]
+        tuning = [cell for cell in mine if cell["seed"] == 0]
+        if not tuning:
+            continue
+        rate = min(tuning, key=lambda cell: cell["after"])["rate"]
+        chosen = [cell for cell in mine if cell["rate"] == rate]
+        losses = [cell["after"] for cell in chosen]
+        rows.append(
+            {
+                **asdict(arm),
+                "name": arm.name,
+                "rate": rate,
+                "rates_tried": len(tuning),
+                "seeds": len(losses),
+                "steps": chosen[0]["steps"],
+                "flops": chosen[0]["flops"],
+                "before": statistics.mean(cell["before"] for cell in chosen),
+                "after": statistics.mean(losses),
+                "deviation": statistics.stdev(losses) if len(losses) > 1 else None,
+            }
+        )
+    return rows
+
+
+def verdicts(rows: list[dict[str, Any]]) -> list[str]:
+    """The claims, each with its figures, holding or not."""
+
+    def find(groups: int, name: str, budget: str) -> dict[str, Any] | None:
+        return next((r for r in rows if (r["groups"], r["name"], r["budget"]) == (groups, name, budget)), None)
+
+    lines = []
+    for groups in (2, 1):
+        paper, tenth = find(groups, "mean+ce", "0.05"), find(groups, "svd+kl", "0.005")
+        equal, matched = find(groups, "svd+kl", "0.05"), find(groups, "svd+kl", "flops")
+        control = find(HEADS, "MHA control", "0.05")
+        if paper and tenth:
+            holds = "holds" if tenth["after"] < paper["after"] else "does NOT hold"
+            lines.append(
+                f"{groups} groups: svd+kl at alpha 0.005 ({tenth['after']:.4f}) below mean+ce at 0.05 ({paper['after']:.4f}): {holds}; "
+                f"{paper['flops'] / tenth['flops']:.1f} times fewer FLOPs"
+            )
+        for label, row in (("equal alpha 0.05", equal), ("equal FLOPs", matched)):
+            if paper and row and control:
+                share = (paper["after"] - row["after"]) / (paper["after"] - control["after"])
+                verdict = "holds" if share >= 0.7 else "does NOT hold"
+                claim = f"svd+kl closes {share:.0%} of mean+ce's gap to the MHA control"
+                lines.append(f"{groups} groups, {label}: {claim} (70%: {verdict})")
+        order = [
+            (r["after"], init) for init in ("mean", "first", "random") if (r := find(groups, f"{init}+ce", "0.05"))
+        ]
+        if len(order) == 3:
+            lines.append(
+                f"{groups} groups, order of the paper's starts, best first: {', '.join(n for _, n in sorted(order))}"
+            )
+    return lines
+
+
+def report(bench: Bench, output: Path) -> None:
+    cells = bench.done()
+    rows, base = summary(cells), evaluate(bench.teacher, bench.validation, CONTEXT, VALIDATION)
+    lines = [
+        f"Subject: MHA, {HEADS} heads, {PRETRAIN_TOKENS:,} pretraining tokens, validation loss {base:.4f} nats per byte.",
+        "",
+        "| groups | start+loss | alpha | steps | GFLOPs | after conversion | after uptraining | sd | seeds | rate |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        spread = f"{row['deviation']:.4f}" if row["deviation"] is not None else "-"
+        mark = "" if row["rates_tried"] == len(RATES) else " (not tuned yet)"
+        lines.append(
+            f"| {row['groups']} | {row['name']} | {row['budget']} | {row['steps']} | {row['flops'] / 1e9:,.0f} | {row['before']:.4f} "
+            f"| {row['after']:.4f} | {spread} | {row['seeds']} | {row['rate']:g}{mark} |"
+        )
+    lines += ["", *(f"- {line}" for line in verdicts(rows)), "", "Every cell:", ""]
+    lines += [
+        "| groups | start+loss | alpha | rate | seed | before | after |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for arm in ARMS:
+        for cell in sorted((c for c in cells if of(c, arm)), key=lambda c: (c["seed"], c["rate"])):
+            figures = f"{cell['rate']:g} | {cell['seed']} | {cell['before']:.4f} | {cell['after']:.4f}"
+            lines.append(f"| {arm.groups} | {arm.name} | {arm.budget} | {figures} |")
+    (output / "uptraining.md").write_text("\n".join(lines) + "\n")
+    content = {"subject_loss": base, "arms": rows, "verdicts": verdicts(rows), "cells": cells}
+    (output / "uptraining.json").write_text(json.dumps(content, indent=1) + "\n")
+    print("\n".join(lines))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--share", default="1/1", help="i/n: every n-th arm from the i-th, for several processes")
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="arms by name, such as mean+ce")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--report", action="store_true", help="only the tables")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.output.mkdir(parents=True, exist_ok=True)
+    bench = Bench(options.output)
+    if not options.report:
+        which, count = map(int, options.share.split("/"))
+        arms = [arm for arm in ARMS if not options.only or arm.name in options.only]
+        bench.run(arms[which - 1 :: count])
+    report(bench, options.output)
+
+
+if __name__ == "__main__":
+    main()
