@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from headfold.export.checkpoint import TokenizerFiles, load_decoder, open_checkpoint
+from headfold.export.checkpoint import MemoryCheckpoint, TokenizerFiles, load_decoder, open_checkpoint
 from headfold.export.config import ModelConfig
 from headfold.export.hf import save_hf
 from headfold.export.model import Decoder
@@ -19,26 +19,6 @@ from headfold.export.progress import Reporter
 from headfold.runtime.manifest import Manifest
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
-
-
-class MemoryCheckpoint:
-    """A checkpoint whose tensors are a decoder's."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        self.path, self.config, self.tokenizer = Path("memory"), decoder.config, TokenizerFiles()
-        self.decoder, self.tensors = decoder, decoder.state_dict()
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.tensors[name].dtype
-
-    def read(self, name: str) -> torch.Tensor:
-        return self.tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
 
 
 CONFIG = ModelConfig(
@@ -60,12 +40,12 @@ def config() -> ModelConfig:
     return CONFIG
 
 
-def random_checkpoint(config: ModelConfig) -> MemoryCheckpoint:
+def random_checkpoint(config: ModelConfig, tokenizer: TokenizerFiles | None = None) -> MemoryCheckpoint:
     torch.manual_seed(0)
     decoder = Decoder(config).eval().requires_grad_(False)
     for parameter in decoder.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    return MemoryCheckpoint(decoder)
+    return MemoryCheckpoint(Path("memory"), config, decoder.state_dict(), tokenizer or TokenizerFiles())
 
 
 @pytest.fixture
@@ -103,7 +83,6 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def toy_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
     """A Hugging Face directory: a random model of two layers, a tokenizer and a chat template. Not to be changed: copy it."""
-    checkpoint = random_checkpoint(TOY)
     settings = {"bos_token": "<bos>", "eos_token": "<eos>", "tokenizer_class": "PreTrainedTokenizerFast"}
     files = {
         "tokenizer.json": tokenizer.to_str().encode(),
@@ -111,9 +90,8 @@ def toy_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenize
         "chat_template.jinja": CHATML.encode(),
         "generation_config.json": b'{"eos_token_id": 0}',
     }
-    checkpoint.tokenizer = TokenizerFiles(files)
     path = tmp_path_factory.mktemp("checkpoint") / "toy"
-    save_hf(path, checkpoint, torch.float32)
+    save_hf(path, random_checkpoint(TOY, TokenizerFiles(files)), torch.float32)
     return path
 
 

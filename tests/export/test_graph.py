@@ -11,6 +11,7 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 
+from headfold.export.checkpoint import load_decoder
 from headfold.export.config import FEED_FORWARDS, RopeConfig
 from headfold.export.graph import export_graph, set_attention_body
 from headfold.export.passes import expose_hidden_states
@@ -75,7 +76,7 @@ def test_prefill_and_decode_equal_the_decoder(variant, config, memory_checkpoint
     set_attention_body(swapped, standard_body(config.rotary_dim, config.qk_norm))
     ir.save(swapped, tmp_path / "standard.onnx")  # beside the same weights
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, config.vocab_size, (2, 9)))
-    expected = checkpoint.decoder(ids).logits.numpy()
+    expected = load_decoder(checkpoint)(ids).logits.numpy()
     for file in (path, tmp_path / "standard.onnx"):
         onnx.checker.check_model(file, full_check=True)
         session = open_session(file)
@@ -100,7 +101,7 @@ def test_padding_on_either_side_changes_nothing(all_logits, config, memory_check
     for row in range(3):
         alone = ids[row][mask[row] == 1]
         with_next = np.concatenate([alone, following[row]])
-        expected = checkpoint.decoder(torch.from_numpy(with_next)[None]).logits[0].numpy()
+        expected = load_decoder(checkpoint)(torch.from_numpy(with_next)[None]).logits[0].numpy()
         actual = outputs[0][row][mask[row] == 1] if all_logits else outputs[0][row]
         np.testing.assert_allclose(
             actual, expected[:-1] if all_logits else expected[-2:-1], atol=TOLERANCE[torch.float32]
@@ -115,7 +116,7 @@ def test_float16_stays_within_its_tolerance(config, memory_checkpoint, tmp_path)
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)} | empty_cache(config, 1, np.float16)
     actual = session.run(None, feeds)[0]
     assert actual.dtype == np.float16
-    expected = checkpoint.decoder(torch.from_numpy(ids)).logits.numpy()
+    expected = load_decoder(checkpoint)(torch.from_numpy(ids)).logits.numpy()
     np.testing.assert_allclose(actual, expected, atol=TOLERANCE[torch.float16])
 
 
@@ -125,7 +126,7 @@ def test_onnx_reference_runs_the_standard_body(config, memory_checkpoint, tmp_pa
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 5))
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)} | empty_cache(checkpoint.config, 2)
     actual = ReferenceEvaluator(onnx.load(path)).run(None, feeds)[0]
-    expected = checkpoint.decoder(torch.from_numpy(ids)).logits.numpy()
+    expected = load_decoder(checkpoint)(torch.from_numpy(ids)).logits.numpy()
     np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
@@ -136,7 +137,7 @@ def test_hidden_states_can_be_exposed(config, memory_checkpoint, tmp_path) -> No
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)} | empty_cache(config, 1)
     names = [f"hidden_states.{i}" for i in range(config.num_hidden_layers)]
     actual = session.run(names, feeds)
-    expected = checkpoint.decoder(torch.from_numpy(ids)).hidden_states
+    expected = load_decoder(checkpoint)(torch.from_numpy(ids)).hidden_states
     for a, e in zip(actual, expected, strict=True):
         np.testing.assert_allclose(a, e.numpy(), atol=TOLERANCE[torch.float32])
 

@@ -35,9 +35,9 @@ def verified(memory_checkpoint, tmp_path) -> Callable[..., ParityReport]:
         checkpoint = memory_checkpoint(config)
         torch_dtype = getattr(torch, dtype)
         rounded = {name: tensor.clone().to(torch_dtype).float() for name, tensor in checkpoint.tensors.items()}
-        checkpoint.tensors = {name: tensor.clone() for name, tensor in checkpoint.tensors.items()}
-        weights(checkpoint.tensors)
-        checkpoint.config = exported or config
+        changed = {name: tensor.clone() for name, tensor in checkpoint.tensors.items()}
+        weights(changed)
+        checkpoint = replace(checkpoint, config=exported or config, tensors=changed)
         model = export_graph(checkpoint.config, torch_dtype, CAPACITY)
         attach_weights(model, checkpoint, torch_dtype, CAPACITY, allow_nan=True)
         graph(model)

@@ -245,6 +245,8 @@ def test_resuming_repeats_no_training_and_a_choice_that_fails_is_exit_code_1(swe
     again = [*arguments, "--resume", "--kv-heads", "2", "--max-loss", "0.5"]
     done = CliRunner().invoke(main, [str(argument) for argument in again])
     assert done.exit_code == 1, done.stderr
-    assert done.stderr.startswith("headfold: error: No count within 300 bytes per token: for 2 key/value heads it is 512")
+    assert done.stderr.startswith(
+        "headfold: error: No count within 300 bytes per token: for 2 key/value heads it is 512"
+    )
     after = json.loads((output / "report.json").read_text())
     assert [p["curve"] for p in after["points"]] == [p["curve"] for p in before["points"][1:]]
