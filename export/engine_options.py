@@ -72,6 +72,7 @@ def check_options(options: BuildOptions, bundle: Path, manifest: Manifest) -> No
         raise BuildError(
             "is no directory", where=f"--timing-cache: {options.timing_cache.absolute().parent}", fix="Create it first."
         )
+    check_capabilities(options, manifest.dtype)
     if (
         any((e.flavour, e.attention) == (options.target, options.attention) for e in manifest.engines)
         and not options.force
@@ -81,7 +82,6 @@ def check_options(options: BuildOptions, bundle: Path, manifest: Manifest) -> No
             where=bundle,
             fix="Replace it with --force.",
         )
-    check_capabilities(options, manifest.dtype)
 
 
 def check_capabilities(options: BuildOptions, dtype: str) -> None:

@@ -309,8 +309,8 @@ def _plugin(layer: Any, inputs: Inputs) -> list[Tensor]:
     norms = [tensor.float() for tensor in inputs[len(INPUTS) :] if tensor is not None]
     q, k, v, past_key, past_value, lengths, width, cos, sin = _required(list(named.values()), len(INPUTS))
     caches = []
-    for output, past in ((1, past_key), (2, past_value)):
-        aliased = plugin.get_aliased_input(output)
+    for position, past in ((1, past_key), (2, past_value)):
+        aliased = plugin.get_aliased_input(position)
         caches.append(inputs[aliased] if aliased >= 0 else past.clone())
     key_cache, value_cache = (_required([cache], 1)[0] for cache in caches)
     total = width.shape[1]

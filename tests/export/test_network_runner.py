@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from onnx import helper, numpy_helper
+from onnx import helper, numpy_helper, shape_inference
 
 from headfold.export.engine_options import BuildOptions
 from headfold.export.lowering import attention_nodes, lower
@@ -180,6 +180,7 @@ def small_network(trt, nodes, feeds, outputs, initializers=None):
         [numpy_helper.from_array(array, name) for name, array in (initializers or {}).items()],
     )
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
+    proto = shape_inference.infer_shapes(proto)  # TensorRT wants the outputs' types
     model = ir.from_proto(proto)
     return Network(parse(trt, model, Path("small.onnx")), model), proto
 
@@ -209,7 +210,7 @@ SMALL = {  # op, inputs, attributes, initializers
     "matmul": ("MatMul", [X], {}, [WEIGHT]),
     "transpose": ("Transpose", [X], {"perm": [0, 2, 1, 3]}, []),
     "reshape": ("Reshape", [X], {}, [np.array([0, -1, 8])]),
-    "clip": ("Clip", [X], {}, [np.array(-0.5, np.float32), np.array(0.25, np.float32)]),
+    "clip": ("Clip", [INTS], {}, [np.array(3), np.array(9)]),
     "rotary": ("RotaryEmbedding", [X, TABLE, TABLE[::-1].copy(), POSITIONS], {}, []),
     "rotary, interleaved": ("RotaryEmbedding", [X, TABLE, TABLE[::-1].copy(), POSITIONS], {"interleaved": 1}, []),
     "rotary, partial": (
