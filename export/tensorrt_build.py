@@ -202,15 +202,13 @@ def _entry(
     for layer in layers:
         for name, count in layer.layers.items():
             totals[name] = totals.get(name, 0) + count
-    rtx = options.target == "tensorrt-rtx"
-    major, minor = (0, 0) if rtx else torch.cuda.get_device_capability()
     return EngineEntry(
         file=file,
         flavour=options.target,
         version=parsed.trt.__version__,
         attention=options.attention,
         dtype=manifest.dtype,
-        compute_capabilities=sorted(options.compute_capabilities) if rtx else [10 * major + minor],
+        compute_capabilities=_capabilities(options),
         max_batch=options.max_batch,
         max_input=max_input,
         capacity=capacity,
@@ -223,6 +221,14 @@ def _entry(
         layers=totals,
         tools={name: version(name) for name in ("headfold", "onnx", "onnx-ir", "polygraphy")},
     )
+
+
+def _capabilities(options: BuildOptions) -> list[int]:
+    """The GPUs that an engine is for: those asked for, or with full TensorRT the one that is here."""
+    if options.target == "tensorrt-rtx":
+        return sorted(options.compute_capabilities)
+    major, minor = torch.cuda.get_device_capability()
+    return [10 * major + minor]
 
 
 def _spec(tensor: Any, master: list[TensorSpec]) -> TensorSpec:
@@ -240,8 +246,9 @@ def _add_kernels(
 
     directory = stage / KERNELS
     shutil.rmtree(directory, ignore_errors=True)
-    capabilities = sorted(set(options.compute_capabilities))
-    compile_kernels(model_config(manifest), manifest.dtype, capabilities, directory, reporter=reporter)
+    others = (entry for entry in manifest.engines if entry.plugin is not None and entry.flavour != options.target)
+    capabilities = {*_capabilities(options), *(sm for entry in others for sm in entry.compute_capabilities)}
+    compile_kernels(model_config(manifest), manifest.dtype, sorted(capabilities), directory, reporter=reporter)
     entry = PluginEntry(
         name=tensorrt_plugin.NAME,
         version=tensorrt_plugin.PLUGIN_VERSION,

@@ -174,6 +174,16 @@ def test_bfloat16_is_refused_on_turing(tensorrt_toy) -> None:
     assert "SM 75 has no bfloat16 arithmetic" in output
 
 
+def test_export_refuses_an_impossible_target_before_it_reads_anything(tmp_path) -> None:
+    arguments = ["export", str(tmp_path / "nothing"), "-o", str(tmp_path / "out"), "--target", "tensorrt-rtx"]
+    code, output = run(*arguments, "--sm", "90")
+    assert code == 2
+    assert "TensorRT-RTX does not build for SM 90" in output
+    code, output = run(*arguments, "--sm", "eighty")
+    assert code == 2
+    assert "no list of compute capabilities" in output
+
+
 def test_a_bundle_that_is_not_there_is_one_line(tmp_path) -> None:
     code, output = run("build", str(tmp_path / "nothing"), "--sm", "86")
     assert code == 2
