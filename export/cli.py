@@ -13,11 +13,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import rich_click as click
 
+from headfold.export import cli_build
+from headfold.export.cli_engine import TARGETS, build_and_tell, check_early, engine_options, make_options
 from headfold.runtime.errors import HeadfoldError, InputError
 
 if TYPE_CHECKING:
+    from headfold.export.parity import Candidate
     from headfold.export.progress import Reporter
     from headfold.runtime import Model
+    from headfold.runtime.manifest import Manifest
 
 SOURCE = click.argument("source", metavar="CHECKPOINT")
 BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
@@ -92,6 +96,8 @@ def _print_json(content: object) -> None:
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare with PyTorch before publishing.")
 @STEPS
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--target", type=click.Choice(TARGETS), help="Build an engine into the bundle, too; see `build`.")
+@engine_options
 @JSON
 @QUIET
 def export(
@@ -104,8 +110,10 @@ def export(
     verify: bool,
     decode_steps: int,
     force: bool,
+    target: str | None,
     as_json: bool,
     quiet: bool,
+    **engine: Any,
 ) -> None:
     """Export CHECKPOINT to a bundle, and prove it equal to PyTorch.
 
@@ -117,16 +125,23 @@ def export(
     `headfold export ./SmolLM2-135M-Instruct -o smol`
 
     `headfold export model.Q4_1.gguf -o smol-fp16 --dtype float16 --capacity 4096`
+
+    `headfold export model.Q4_1.gguf -o smol-fp16 --dtype float16 --target tensorrt-rtx --sm 86,89,120`
     """
     from headfold.export.parity_report import render
     from headfold.export.pipeline import ExportOptions, export_bundle
 
     options = ExportOptions(dtype, capacity, all_logits, allow_nan, verify, decode_steps, force)
     reporter = _reporter(quiet)
+    build = make_options(target, **engine) if target is not None else None
+    if build is not None:
+        check_early(build, dtype)
     result = export_bundle(Path(source), output, options, reporter)
+    facts = build_and_tell(output, build, reporter) if build is not None else None
     if as_json:
         peak = {"weight_bytes": result.weight_bytes, "peak_bytes": result.peak_bytes}
-        _print_json({"bundle": str(output), **peak, "manifest": result.manifest.model_dump()})
+        built = {"build": facts} if facts is not None else {}
+        _print_json({"bundle": str(output), **peak, "manifest": result.manifest.model_dump(), **built})
         return
     if result.parity is not None and not quiet:
         render(result.parity, reporter.console)
@@ -136,19 +151,53 @@ def export(
 @main.command()
 @BUNDLE
 @click.option("--against", "source", required=True, metavar="CHECKPOINT", help="What the bundle was exported from.")
+@click.option(
+    "--backend",
+    type=click.Choice(["onnxruntime", "tensorrt-network"]),
+    default="onnxruntime",
+    show_default=True,
+    help="tensorrt-network runs the network that TensorRT parsed, on the CPU.",
+)
+@click.option(
+    "--attention",
+    type=click.Choice(["native", "plugin"]),
+    default="native",
+    show_default=True,
+    help="Of the TensorRT network.",
+)
 @STEPS
 @JSON
 @QUIET
-def verify(bundle: Path, source: str, decode_steps: int, as_json: bool, quiet: bool) -> None:
+def verify(
+    bundle: Path,
+    source: str,
+    backend: str,
+    attention: Literal["native", "plugin"],
+    decode_steps: int,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     """Compare BUNDLE with its checkpoint in PyTorch. Exit code 1 if they differ by more than the tolerance.
 
-    **Example**: `headfold verify smol --against ./SmolLM2-135M-Instruct`
+    **Examples**
+
+    `headfold verify smol --against ./SmolLM2-135M-Instruct`
+
+    `headfold verify smol --against ./SmolLM2-135M-Instruct --backend tensorrt-network --attention plugin`
     """
     from headfold.export.parity_report import render
     from headfold.export.pipeline import verify as verify_against
 
+    candidate = None
+    if backend == "tensorrt-network":
+        from headfold.export.engine_options import BuildOptions
+        from headfold.export.network_runner import network_candidate
+
+        def candidate(manifest: "Manifest") -> "Candidate":
+            return network_candidate(bundle, manifest, BuildOptions(attention=attention))
+
     reporter = _reporter(quiet)
-    report = verify_against(bundle, Path(source), decode_steps, reporter)
+    report = verify_against(bundle, Path(source), decode_steps, reporter, candidate)
     if as_json:
         _print_json(report.to_json())
     elif not quiet:
@@ -274,3 +323,10 @@ def inspect(path: str, as_json: bool) -> None:
         _print_json(facts)
     else:
         render(facts)
+
+
+for _command in cli_build.COMMANDS:
+    main.add_command(_command)
+
+if __name__ == "__main__":
+    main()

@@ -69,10 +69,11 @@ def check_options(options: BuildOptions, bundle: Path, manifest: Manifest) -> No
             where=bundle,
             fix="Replace it with --force.",
         )
-    _check_capabilities(options, manifest)
+    check_capabilities(options, manifest.dtype)
 
 
-def _check_capabilities(options: BuildOptions, manifest: Manifest) -> None:
+def check_capabilities(options: BuildOptions, dtype: str) -> None:
+    """Refuse GPUs that the flavour does not build for, or that have no arithmetic of this dtype. Raises BuildError."""
     asked = options.compute_capabilities
     if options.target == "tensorrt":
         if asked:
@@ -102,7 +103,7 @@ def _check_capabilities(options: BuildOptions, manifest: Manifest) -> None:
             )
         if asked.count(sm) > 1:
             raise BuildError(f"{sm} is named twice", where="--sm", fix="Name each once.")
-        if sm < BFLOAT16_SINCE and manifest.dtype == "bfloat16":
+        if sm < BFLOAT16_SINCE and dtype == "bfloat16":
             raise BuildError(
                 f"SM {sm} has no bfloat16 arithmetic", where="--sm", fix="Export the bundle with --dtype float16."
             )

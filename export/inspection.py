@@ -9,7 +9,8 @@ from rich.table import Table
 
 from headfold.export.checkpoint import open_checkpoint
 from headfold.export.config import ModelConfig, RopeConfig
-from headfold.runtime.manifest import MANIFEST, check_files, read_manifest
+from headfold.runtime.engine_file import check_engine
+from headfold.runtime.manifest import MANIFEST, EngineEntry, check_files, read_manifest
 
 Facts = dict[str, Any]
 
@@ -44,6 +45,8 @@ def _checkpoint(path: Path) -> Facts:
 def _bundle(path: Path) -> Facts:
     manifest = read_manifest(path)
     check_files(path, manifest)
+    for engine in manifest.engines:
+        check_engine(path, engine)
     rope = RopeConfig(**manifest.config["rope"])
     lists = {
         "eos_token_id": tuple(manifest.config["eos_token_id"]),
@@ -60,10 +63,16 @@ def _bundle(path: Path) -> Facts:
         "bundle_bytes": sum(entry.size for entry in manifest.files.values()),
         "capacity": manifest.cache.capacity,
         "logits": manifest.logits,
-        "targets": ["onnxruntime"],
+        "targets": ["onnxruntime", *map(_engine, manifest.engines)],
         "parity": manifest.parity,
         "tools": manifest.tools,
     }
+
+
+def _engine(engine: EngineEntry) -> str:
+    gpus = ", ".join(map(str, engine.compute_capabilities))
+    sizes = f"batch {engine.max_batch}, input {engine.max_input}, capacity {engine.capacity}"
+    return f"{engine.flavour} {engine.version}, {engine.attention} attention, SM {gpus}, {sizes}"
 
 
 def _architecture(config: ModelConfig, itemsize: int) -> Facts:

@@ -6,6 +6,7 @@ Walks INetworkDefinition layer by layer with `network_layers.py`, and holds it t
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from headfold.export.config import ModelConfig
+from headfold.export.engine_options import BuildOptions
 from headfold.export.network_layers import DTYPES, run_layer, unknown
+from headfold.export.parity import Candidate
 from headfold.export.parity_runners import CachedRunner
-from headfold.export.tensorrt_network import ParsedNetwork, kind
+from headfold.export.tensorrt_build import lowered_network, model_config
+from headfold.export.tensorrt_network import ParsedNetwork, kind, open_flavour, report
 from headfold.runtime.errors import VerificationError
+from headfold.runtime.manifest import Manifest
 
 _IN_PLACE = {"KV_CACHE_UPDATE", "PLUGIN_V3"}
 
@@ -163,12 +167,31 @@ def _check(what: str, tensor: Any, value: Tensor) -> None:
         )
 
 
+def network_candidate(bundle: Path, manifest: Manifest, options: BuildOptions) -> Candidate:
+    """The network that an engine with these options would be built from."""
+    config = model_config(manifest)
+    trt = open_flavour(options.target)
+
+    def start(capacity: int, greedy: int, expose: bool) -> CachedRunner:
+        del capacity  # the engine's own
+        names = tuple(f"hidden_states.{i}" for i in range(config.num_hidden_layers)) if expose else ()
+
+        def load() -> Network:
+            model, parsed = lowered_network(trt, bundle, manifest, options)
+            report(parsed, options.attention, config.num_hidden_layers)
+            return Network(parsed, model, names)
+
+        return NetworkRunner(load, greedy)
+
+    return Candidate(start, f"tensorrt {manifest.dtype}", f"the TensorRT network, {options.attention} attention")
+
+
 class NetworkRunner(CachedRunner):
     """A polygraphy runner around `Network`; see `headfold.export.parity_runners` for feeds and outputs."""
 
-    def __init__(self, load: Callable[[], Network], config: ModelConfig, greedy_tokens: int) -> None:
+    def __init__(self, load: Callable[[], Network], greedy_tokens: int) -> None:
         super().__init__("tensorrt-network", greedy_tokens)
-        self._load, self._config = load, config
+        self._load = load
 
     def activate_impl(self) -> None:
         """Parse."""

@@ -20,8 +20,16 @@ from tokenizers import Tokenizer
 from headfold.export.checkpoint import Checkpoint, load_decoder
 from headfold.export.config import ModelConfig
 from headfold.export.model import Decoder
-from headfold.export.parity_report import TOLERANCES, CheckResult, LayerResult, ParityReport, Tolerance, compare_logits
-from headfold.export.parity_runners import GREEDY, Feed, OrtRunner, TorchRunner, feed, open_session
+from headfold.export.parity_report import (
+    NARROW,
+    TOLERANCES,
+    CheckResult,
+    LayerResult,
+    ParityReport,
+    Tolerance,
+    compare_logits,
+)
+from headfold.export.parity_runners import GREEDY, CachedRunner, Feed, OrtRunner, TorchRunner, feed, open_session
 from headfold.export.progress import Reporter
 from headfold.runtime.manifest import MODEL, Manifest
 
@@ -36,10 +44,40 @@ _PROMPT = 48  # tokens of the longest prompt
 Step = tuple[str, Feed]  # the check it belongs to, and its inputs
 
 
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """What is compared with PyTorch: how to open it, and how it computes.
+
+    `open` is given the tokens a sequence will have, how many to decode greedily, and whether to return the residual stream
+    (`hidden_states.{i}`) too.
+    """
+
+    open: Callable[[int, int, bool], CachedRunner]
+    precision: str  # a key of TOLERANCES
+    title: str
+
+
+def onnxruntime_candidate(path: Path, dtype: str, config: ModelConfig) -> Candidate:
+    """The graph at `path` in ONNX Runtime on the CPU."""
+
+    def start(capacity: int, greedy: int, expose: bool) -> CachedRunner:
+        return OrtRunner(lambda: open_session(path, dtype, expose), config, capacity, greedy)
+
+    return Candidate(start, dtype, "ONNX Runtime")
+
+
 def verify_bundle(
-    directory: Path, checkpoint: Checkpoint, manifest: Manifest, decode_steps: int, reporter: Reporter
+    directory: Path,
+    checkpoint: Checkpoint,
+    manifest: Manifest,
+    decode_steps: int,
+    reporter: Reporter,
+    candidate: Candidate | None = None,
 ) -> ParityReport:
-    """Compare the graph of a bundle, finished or staged, with the checkpoint's weights in PyTorch; see `verify_graph`."""
+    """Compare a bundle, finished or staged, with the checkpoint's weights in PyTorch; see `verify_graph`.
+
+    `candidate` is by default the bundle's graph in ONNX Runtime.
+    """
     stored = getattr(torch, manifest.dtype)
 
     def load() -> Decoder:
@@ -60,6 +98,7 @@ def verify_bundle(
         prompts,
         min(decode_steps, manifest.cache.capacity - max(map(len, prompts)) - 1),
         reporter,
+        candidate,
     )
 
 
@@ -79,6 +118,7 @@ def verify_graph(
     prompts: Sequence[NDArray[np.int64]],
     decode_steps: int,
     reporter: Reporter,
+    candidate: Candidate | None = None,
 ) -> ParityReport:
     """Compare the graph at `path` with a decoder.
 
@@ -91,7 +131,10 @@ def verify_graph(
         prompts: token ids; the first is also decoded and chunked, all of them make the ragged batch.
         decode_steps: tokens decoded, teacher-forced and greedily; 0 or less for none.
         reporter: is told what goes on.
+        candidate: what to run in place of the graph at `path` in ONNX Runtime.
     """
+    candidate = candidate or onnxruntime_candidate(path, dtype, config)
+    dtype = candidate.precision
     steps = list(_steps(prompts, max(decode_steps, 0), config.vocab_size))
     capacity = max(feed["attention_mask"].shape[1] for _, feed in steps) + max(decode_steps, 1)
     feeds = [inputs for _, inputs in steps]
@@ -100,10 +143,10 @@ def verify_graph(
         oracle = TorchRunner(load, all_logits, greedy)
         with reporter.step("run PyTorch"):
             expected = Comparator.run([oracle], data_loader=feeds, use_subprocess=False)
-        with reporter.step("run ONNX Runtime"):
-            runner = OrtRunner(lambda: open_session(path, dtype), config, capacity, greedy)
+        with reporter.step(f"run {candidate.title}"):
+            runner = candidate.open(capacity, greedy, False)
             actual = Comparator.run([runner], data_loader=feeds, use_subprocess=False)
-            layered = OrtRunner(lambda: open_session(path, dtype, expose=True), config, capacity, 0)
+            layered = candidate.open(capacity, 0, True)
             layers = Comparator.run([layered], data_loader=feeds[:1], use_subprocess=False)
         with reporter.step("compare"):
             tolerance = TOLERANCES[dtype]
@@ -190,7 +233,7 @@ def _compare(expected: Any, actual: Any, limits: dict[str, float]) -> Any:
     names = list(limits)
     compare = CompareFunc.simple(check_error_stat="max", atol=limits, rtol=0.0)
     runs = []
-    for name, iteration in (("pytorch", expected), ("onnxruntime", actual)):
+    for name, iteration in (("pytorch", expected), ("candidate", actual)):
         chosen = OrderedDict((n, iteration[n]) for n in names)
         runs.append((name, [type(iteration)(chosen, runner_name=name)]))
     accuracy = Comparator.compare_accuracy(RunResults(runs), compare_func=compare)
@@ -200,10 +243,10 @@ def _compare(expected: Any, actual: Any, limits: dict[str, float]) -> Any:
 def _greedy_check(
     expected: NDArray[np.int64], actual: NDArray[np.int64], divergent: int | None, dtype: str
 ) -> CheckResult:
-    """Tokens are equal or not. In float16 near-ties may fall the other way, and everything after differs: reported, not failed."""
+    """Tokens are equal or not. In 16 bits near-ties may fall the other way, and everything after differs: reported, not failed."""
     same = float((expected == actual).mean())
     note = f"{len(expected)} equal" if divergent is None else f"differ from token {divergent}"
-    passed = divergent is None or dtype == "float16"
+    passed = divergent is None or dtype in NARROW
     return CheckResult(
         "greedy tokens", float(divergent is not None), 1 - same, 0.0, GREEDY, passed, top1=same, note=note
     )

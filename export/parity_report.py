@@ -35,11 +35,21 @@ TOLERANCES = {
     "float16": Tolerance(logits=(1e-2, 2e-2), other=(1e-2, 2e-2)),
     # bfloat16: the graph is compared in float32 arithmetic, with its bfloat16 weights and rotary tables on both sides.
     "bfloat16": Tolerance(logits=(1e-4, 4e-6), other=(1e-4, 1e-5)),
+    # The TensorRT network as parsed rounds every intermediate result to its own dtype. float16 as above; bfloat16 has three bits
+    # less, so eight times as much.
+    "tensorrt float32": Tolerance(logits=(1e-4, 4e-6), other=(1e-4, 1e-5)),
+    "tensorrt float16": Tolerance(logits=(1e-2, 2e-2), other=(1e-2, 2e-2)),
+    "tensorrt bfloat16": Tolerance(logits=(8e-2, 1.6e-1), other=(8e-2, 1.6e-1)),
 }
+NARROW = {"float16", "tensorrt float16", "tensorrt bfloat16"}  # arithmetic in which near-ties may fall the other way
 ARITHMETIC = {
     "float32": "float32 on both sides",
     "float16": "float16 graph against float32 PyTorch with the same float16 weights",
     "bfloat16": "float32 on both sides, with the bundle's bfloat16 weights: ONNX Runtime has no bfloat16 on CPUs",
+    **{
+        f"tensorrt {dtype}": f"TensorRT network in {dtype}, on the CPU, against float32 PyTorch with the same {dtype} weights"
+        for dtype in ("float32", "float16", "bfloat16")
+    },
 }
 
 
@@ -54,7 +64,7 @@ class CheckResult:
     worst: str  # that tensor's name
     passed: bool
     cosine: float | None = None  # of logits: the smallest over all rows
-    kl: float | None = None  # of softmaxed logits, nats, PyTorch || ONNX Runtime: the largest over all rows
+    kl: float | None = None  # of softmaxed logits, nats, PyTorch || the graph: the largest over all rows
     top1: float | None = None  # share of rows whose likeliest token agrees
     note: str = ""
 

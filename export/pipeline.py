@@ -2,6 +2,7 @@
 
 import resource
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +16,7 @@ from headfold.export.bundle import check_output, staged, write_file, write_json,
 from headfold.export.checkpoint import Checkpoint, open_checkpoint
 from headfold.export.genai import genai_config
 from headfold.export.graph import export_graph
-from headfold.export.parity import verify_bundle
+from headfold.export.parity import Candidate, verify_bundle
 from headfold.export.parity_report import ParityReport
 from headfold.export.progress import Reporter
 from headfold.export.weights import attach_weights, save_model
@@ -131,8 +132,16 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, reporter: 
     return ExportResult(output, manifest, report, weight_bytes, peak)
 
 
-def verify(bundle: Path, source: Path, decode_steps: int, reporter: Reporter) -> ParityReport:
+def verify(
+    bundle: Path,
+    source: Path,
+    decode_steps: int,
+    reporter: Reporter,
+    candidate: Callable[[Manifest], Candidate] | None = None,
+) -> ParityReport:
     """Compare a finished bundle with the checkpoint it should have come from.
+
+    `candidate` makes what is compared from the checked manifest; by default the bundle's graph in ONNX Runtime.
 
     Raises:
         BundleError: the bundle is damaged, or its configuration is not that of the checkpoint.
@@ -148,7 +157,8 @@ def verify(bundle: Path, source: Path, decode_steps: int, reporter: Reporter) ->
             where=bundle,
             fix="Name its checkpoint.",
         )
-    return verify_bundle(bundle, checkpoint, manifest, decode_steps, reporter)
+    chosen = candidate(manifest) if candidate is not None else None
+    return verify_bundle(bundle, checkpoint, manifest, decode_steps, reporter, chosen)
 
 
 def _capacity(asked: int | None, trained: int) -> int:

@@ -77,23 +77,23 @@ def build_engine(bundle: Path, options: BuildOptions, reporter: Reporter) -> Bui
         check_files(bundle, manifest)
     trt = open_flavour(options.target)
     with reporter.step("lower and parse the graph"):
-        model, parsed = lowered_network(trt, bundle, manifest, options)
+        _, parsed = lowered_network(trt, bundle, manifest, options)
         layers = report(parsed, options.attention, manifest.cache.num_hidden_layers)
-    with reporter.step("build the engine"):
-        engine = _serialize(parsed, manifest, options, reporter)
     file = f"{ENGINES}/{options.target}-{options.attention}.engine"
-    with reporter.step("hash and publish"), staged(bundle, force=True) as stage:
+    with staged(bundle, force=True) as stage:
         _link(bundle, stage, manifest, skip={file})
-        (stage / ENGINES).mkdir(exist_ok=True)
-        (stage / file).write_bytes(engine)
-        new = {file}
-        plugin = None
+        plugin, new = None, {file}
         if options.attention == "plugin":
             plugin, kernels = _add_kernels(stage, manifest, options, reporter)
             new |= kernels
-        entry = _entry(parsed, manifest, options, file, capacity, layers, plugin)
-        check_engine(stage, entry)
-        _write_manifest(stage, manifest, entry, new)
+        with reporter.step("build the engine"):
+            engine = _serialize(parsed, manifest, options, reporter)
+        with reporter.step("hash and publish"):
+            (stage / ENGINES).mkdir(exist_ok=True)
+            (stage / file).write_bytes(engine)
+            entry = _entry(parsed, manifest, options, file, capacity, layers, plugin)
+            check_engine(stage, entry)
+            _write_manifest(stage, manifest, entry, new)
     return BuildResult(bundle, entry, layers, len(engine))
 
 
@@ -115,7 +115,7 @@ def lowered_network(
 def _serialize(parsed: ParsedNetwork, manifest: Manifest, options: BuildOptions, reporter: Reporter) -> memoryview:
     """Build, through polygraphy's loaders."""
     rtx = options.target == "tensorrt-rtx"
-    if "polygraphy.backend.trt" in sys.modules and polygraphy.config.USE_TENSORRT_RTX != rtx:
+    if "polygraphy.backend.trt" in sys.modules and rtx != polygraphy.config.USE_TENSORRT_RTX:
         raise BuildError(
             "polygraphy serves one flavour of TensorRT per process, and has the other one already",
             where=f"--target {options.target}",

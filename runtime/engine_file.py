@@ -1,7 +1,7 @@
 """An engine file against its manifest entry, by its header alone: no TensorRT and no GPU needed.
 
-TensorRT-RTX 1.x, 64 bytes, little-endian; observed, not documented by NVIDIA: magic at 0 and 28, size of the file at 16 (u64), version at
-24 (four bytes), compute capabilities at 32 (u32, a bit each).
+TensorRT-RTX 1.x, 64 bytes, little-endian; observed, not documented by NVIDIA: magic at 0 and 28, size of the file at 16 (u64),
+version at 24 (four bytes), compute capabilities at 32 (u32, a bit each).
 """
 
 import struct
