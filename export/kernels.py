@@ -183,7 +183,7 @@ def _check(spec: KernelSpec, capabilities: Sequence[int]) -> None:
                 fix=f"Use an int8 cache, or only capabilities from {FLOAT8_SINCE} on.",
             )
     if importlib.util.find_spec("triton") is None:
-        raise KernelError("Triton is not installed", fix="pip install 'headfold[tensorrt]'")
+        raise KernelError("Triton is not installed", fix="pip install 'headfold[tensorrt-rtx]'")
 
 
 def _key(spec: KernelSpec, kernel: KernelName, capability: int, source: str, triton: str) -> str:
