@@ -71,7 +71,6 @@ def build_engine(bundle: Path, options: BuildOptions, reporter: Reporter) -> Bui
         HeadfoldError: this flavour of TensorRT is not installed.
     """
     manifest = read_manifest(bundle)
-    capacity = options.capacity or manifest.cache.capacity
     check_options(options, bundle, manifest)
     with reporter.step("check the bundle's files"):
         check_files(bundle, manifest)
@@ -91,7 +90,7 @@ def build_engine(bundle: Path, options: BuildOptions, reporter: Reporter) -> Bui
         with reporter.step("hash and publish"):
             (stage / ENGINES).mkdir(exist_ok=True)
             (stage / file).write_bytes(engine)
-            entry = _entry(parsed, manifest, options, file, capacity, layers, plugin)
+            entry = _entry(parsed, manifest, options, file, layers, plugin)
             check_engine(stage, entry)
             _write_manifest(stage, manifest, entry, new)
     return BuildResult(bundle, entry, layers, len(engine))
@@ -102,7 +101,7 @@ def lowered_network(
 ) -> tuple[ir.Model, ParsedNetwork]:
     """The bundle's graph lowered, past preflight, and parsed. Raises BuildError."""
     path = bundle / MODEL
-    model = lower(path, options.attention, options.capacity or manifest.cache.capacity)
+    model = lower(path, options.attention, options.settle(manifest)[1])
     preflight(model, options.attention, path)
     parsed = parse(trt, model, path)
     if manifest.dtype == "float32":  # no fused attention in float32: let it be several kernels
@@ -127,10 +126,7 @@ def _serialize(parsed: ParsedNetwork, manifest: Manifest, options: BuildOptions,
 
     trt = parsed.trt
     common: dict[str, Any] = {
-        "profiles": [
-            _polygraphy_profile(Profile(), profile)
-            for profile in profiles(options, manifest, options.capacity or manifest.cache.capacity)
-        ],
+        "profiles": [_polygraphy_profile(Profile(), profile) for profile in profiles(options, manifest)],
         "progress_monitor": _monitor(trt, reporter),
         "weight_streaming": options.weight_streaming,
         "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,
@@ -197,11 +193,11 @@ def _entry(
     manifest: Manifest,
     options: BuildOptions,
     file: str,
-    capacity: int,
     layers: list[AttentionLayers],
     plugin: PluginEntry | None,
 ) -> EngineEntry:
     network = parsed.network
+    max_input, capacity = options.settle(manifest)
     totals: dict[str, int] = {}
     for layer in layers:
         for name, count in layer.layers.items():
@@ -216,10 +212,10 @@ def _entry(
         dtype=manifest.dtype,
         compute_capabilities=sorted(options.compute_capabilities) if rtx else [10 * major + minor],
         max_batch=options.max_batch,
-        max_input=options.max_input,
+        max_input=max_input,
         capacity=capacity,
         weight_streaming=options.weight_streaming,
-        profiles=profiles(options, manifest, capacity),
+        profiles=profiles(options, manifest),
         inputs=[_spec(network.get_input(i), manifest.inputs) for i in range(network.num_inputs)],
         outputs=[_spec(network.get_output(i), manifest.outputs) for i in range(network.num_outputs)],
         aliases={output: source for layer in layers for output, source in layer.aliased.items()},
