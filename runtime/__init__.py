@@ -7,13 +7,14 @@ print(model.generate("The capital of France is").text)
 
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from headfold.runtime.errors import (
     BundleError,
     CapacityError,
     CheckpointError,
     ConfigError,
+    EngineError,
     HeadfoldError,
     InputError,
     ProviderError,
@@ -29,6 +30,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "Delta",
+    "EngineError",
     "Generation",
     "HeadfoldError",
     "InputError",
@@ -40,29 +42,45 @@ __all__ = [
 
 
 def load(
-    path: str | PathLike[str], *, provider: str = "cpu", threads: int | None = None, check: bool = True
+    path: str | PathLike[str],
+    *,
+    backend: Literal["onnxruntime", "tensorrt"] = "onnxruntime",
+    provider: str = "cpu",
+    threads: int | None = None,
+    attention: Literal["native", "plugin"] | None = None,
+    check: bool = True,
 ) -> "Model":
     """Open a bundle.
 
     Args:
         path: the bundle's directory.
-        provider: "cpu" or "cuda".
+        backend: "onnxruntime", or "tensorrt" for one of the bundle's engines, which `headfold build` makes.
+        provider: of ONNX Runtime: "cpu" or "cuda".
         threads: of the CPU provider; by default one per physical core.
+        attention: which TensorRT engine; by default the first that is for this GPU.
         check: compare every file with its SHA-256 first. Leave it on, unless you just did.
 
     Raises:
         BundleError: the bundle is incomplete, altered, of a newer format, or cannot be loaded.
         ProviderError: the provider is not available, or cannot run the bundle. There is no silent fallback to the CPU.
-        InputError: less than one thread.
+        EngineError: the bundle has no engine for this GPU or this TensorRT, or it or its plugin is damaged or missing.
+        InputError: less than one thread, or an unknown backend.
     """
     from headfold.runtime.generate import Model  # here, so that a command line that only prints help is quick
     from headfold.runtime.manifest import check_files, read_manifest
-    from headfold.runtime.session import OrtSession
 
+    if backend not in ("onnxruntime", "tensorrt"):
+        raise InputError(f"backend {backend!r} is unknown", fix="headfold knows onnxruntime, tensorrt.")
     bundle = Path(path)
     manifest = read_manifest(bundle)
     if check:
         check_files(bundle, manifest)
+    if backend == "tensorrt":
+        from headfold.runtime.tensorrt_session import TensorRTSession
+
+        return Model(bundle, manifest, TensorRTSession(bundle, manifest, attention))
+    from headfold.runtime.session import OrtSession
+
     return Model(bundle, manifest, OrtSession(bundle, manifest, provider, threads))
 
 

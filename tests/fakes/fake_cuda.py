@@ -6,16 +6,22 @@ so are the order append, decode, reduce and that nothing allocates or waits whil
 """
 
 import ctypes
+import hashlib
 from dataclasses import dataclass, field
 from enum import IntEnum
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from headfold.plugins.kernel_contract import (
     GRIDS,
     ITEM_SIZES,
+    PARAMETERS,
+    KernelEntry,
     KernelManifest,
+    KernelSpec,
     grid,
+    parameters,
     splits,
     tiles,
 )
@@ -228,8 +234,6 @@ class FakeCuda:
     # Modules and kernels
 
     def cuModuleLoadData(self, image):
-        import hashlib
-
         if image[:4] != b"\x7fELF":
             return Code.CUDA_ERROR_INVALID_IMAGE, 0
         self._next += 0x100
@@ -330,3 +334,30 @@ class FakeCuda:
         axes = grid(spec, GRIDS[kernel], tiles(spec, kernel).rows, b, new, capacity)
         if launch.grid != axes:
             raise Misuse(f"{kernel}: the grid is {launch.grid}, not {axes}")
+
+
+def write_kernels(directory: Path, spec: KernelSpec, capabilities=(86, 90), shared: int = 20_000) -> KernelManifest:
+    """A set whose code is no code, only distinct."""
+    entries = []
+    for capability in capabilities:
+        for kernel in PARAMETERS:
+            content = b"\x7fELF" + f"{kernel} {capability}".encode()
+            entry = KernelEntry(
+                kernel=kernel,
+                capability=capability,
+                file=f"{kernel}.{capability}.cubin",
+                sha256=hashlib.sha256(content).hexdigest(),
+                entry=kernel,
+                parameters=parameters(spec, kernel),
+                num_warps=4,
+                shared_bytes=shared,
+                registers=1,
+                stack_bytes=0,
+                grid=GRIDS[kernel],
+                tile=tiles(spec, kernel).rows,
+            )
+            (directory / entry.file).write_bytes(content)
+            entries.append(entry)
+    manifest = KernelManifest(spec=spec, triton="3", source_sha256="0" * 64, kernels=entries)
+    (directory / "kernels.json").write_text(manifest.model_dump_json())
+    return manifest

@@ -1,56 +1,24 @@
 """The launcher against a fake driver that knows every allocation: order, arguments, sizes, lifetimes, capture."""
 
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_cuda import FakeCuda, Misuse
+from fake_cuda import FakeCuda, Misuse, write_kernels
 
 from headfold.plugins import cuda_launch
 from headfold.plugins.cuda_launch import DriverError, Kernels, LaunchError, NoDevice, NoDriver, NoKernel, open_driver
 from headfold.plugins.kernel_contract import (
-    GRIDS,
     PARAMETERS,
-    KernelEntry,
     KernelFileError,
-    KernelManifest,
     KernelSpec,
     parameters,
-    tiles,
     workspace_bytes,
 )
 from headfold.plugins.launcher import Pointers, Shape
 
 SPEC = KernelSpec(num_heads=9, kv_num_heads=3, head_dim=64, rotary_dim=64, dtype="float16", cache_dtype="float16")
 NUMBERS = {"scale": 0.125, "window": -1, "epsilon": 1e-6}
-
-
-def write_kernels(directory: Path, spec: KernelSpec, capabilities=(86, 90), shared: int = 20_000) -> KernelManifest:
-    """A set whose code is no code, only distinct."""
-    entries = []
-    for capability in capabilities:
-        for kernel in PARAMETERS:
-            content = b"\x7fELF" + f"{kernel} {capability}".encode()
-            entry = KernelEntry(
-                kernel=kernel,
-                capability=capability,
-                file=f"{kernel}.{capability}.cubin",
-                sha256=hashlib.sha256(content).hexdigest(),
-                entry=kernel,
-                parameters=parameters(spec, kernel),
-                num_warps=4,
-                shared_bytes=shared,
-                registers=1,
-                stack_bytes=0,
-                grid=GRIDS[kernel],
-                tile=tiles(spec, kernel).rows,
-            )
-            (directory / entry.file).write_bytes(content)
-            entries.append(entry)
-    manifest = KernelManifest(spec=spec, triton="3", source_sha256="0" * 64, kernels=entries)
-    (directory / "kernels.json").write_text(manifest.model_dump_json())
-    return manifest
 
 
 class Bench:

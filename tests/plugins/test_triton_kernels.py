@@ -1,24 +1,26 @@
 """The Triton kernels in Triton's interpreter, on the CPU, against the numpy reference.
 
-The interpreter computes fp16 products in float32 as tensor cores do; its bfloat16 arithmetic is wrong, so bfloat16 is multiplied
-in float32 (UPCAST). Tolerances: an element of the output is a mean of values of order 1, so float32 is off by a few of its eps in the
-products and exponentials, float16 by the rounding of queries, keys, weights and output (eps 1e-3 each).
+The interpreter computes float16 products in float32, as tensor cores do; its bfloat16 arithmetic is wrong, so bfloat16 is multiplied
+in float32 (UPCAST).
 """
 
 import os
 import sys
-from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from attention_problem import Problem as BaseProblem
+from attention_problem import spec
+from fake_cuda import FakeCuda, write_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headfold.plugins import kernel_contract as contract
-from headfold.plugins.kernel_contract import KernelSpec
-from headfold.plugins.reference import grouped_query_attention
+from headfold.plugins.cuda_launch import Kernels
 from headfold.plugins.schema import Attributes
+from headfold.runtime.device import Device
 
 assert "triton" not in sys.modules, "Triton was imported before this module: it can no longer interpret"
 os.environ["TRITON_INTERPRET"] = "1"  # Triton looks at it while it is imported
@@ -30,7 +32,6 @@ finally:
     del os.environ["TRITON_INTERPRET"]  # for processes that compile
 triton.knobs.runtime.interpret = True  # for what it imports later
 
-TOLERANCES = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
 KERNELS = {
     "append": triton_kernels.append,
     "prefill": triton_kernels.attention,
@@ -39,69 +40,13 @@ KERNELS = {
 }
 
 
-@dataclass
-class Problem:
-    """One call of the op, in float32; `spec` says in which dtypes the kernels see it."""
-
-    spec: KernelSpec
-    past: list[int]
-    new: int
-    capacity: int
-    window: int = -1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        rng, s, batch = np.random.default_rng(self.seed), self.spec, len(self.past)
-
-        def normal(*shape: int) -> np.ndarray:  # representable in the dtype, so that the reference sees the same
-            return torch.from_numpy(rng.standard_normal(shape)).to(getattr(torch, s.dtype)).float().numpy()
-
-        angles = np.arange(self.capacity)[:, None] / 10000 ** (np.arange(0, s.rotary_dim, 2) / s.rotary_dim)
-        to = getattr(torch, s.dtype)
-        self.feeds = {
-            "query": normal(batch, self.new, s.num_heads * s.head_dim),
-            "key": normal(batch, self.new, s.kv_num_heads * s.head_dim),
-            "value": normal(batch, self.new, s.kv_num_heads * s.head_dim),
-            "past_key": normal(batch, s.kv_num_heads, self.capacity, s.head_dim),
-            "past_value": normal(batch, s.kv_num_heads, self.capacity, s.head_dim),
-            "past_lengths": np.array(self.past, np.int64),
-            "cos_cache": torch.from_numpy(np.cos(angles)).to(to).float().numpy(),
-            "sin_cache": torch.from_numpy(np.sin(angles)).to(to).float().numpy(),
-        }
-        if s.qk_norm:
-            self.feeds |= {"q_norm_weight": normal(s.head_dim), "k_norm_weight": normal(s.head_dim)}
-        if s.cache_dtype == "int8":
-            scales = rng.uniform(0.01, 0.03, (2, s.kv_num_heads)).astype(np.float32)
-            self.feeds |= {"key_scale": scales[0], "value_scale": scales[1]}
-            for name in ("past_key", "past_value"):
-                self.feeds[name] = rng.integers(-128, 128, self.feeds[name].shape).astype(np.int8)
-        self.attributes = Attributes(
-            s.num_heads,
-            s.kv_num_heads,
-            s.head_dim**-0.5,
-            self.window,
-            s.softcap,
-            int(s.rotary_interleaved),
-            1e-3,
-        )
-
-    def reference(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return grouped_query_attention(**self.feeds, attributes=self.attributes)
+class Problem(BaseProblem):
+    """A call of the op that the interpreter runs."""
 
     def run(self, poison: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Launch the kernels as the launcher does: by the contract's parameters, grids and constants."""
         s, a, batch = self.spec, self.attributes, len(self.past)
-        keep = ("past_lengths", "key_scale", "value_scale")
-        kept = keep if s.quantized else keep[:1]
-        tensors = {
-            name: torch.from_numpy(x.copy()) if name in kept or x.dtype == np.int8 else
-            torch.from_numpy(x.copy()).to(getattr(torch, s.dtype))
-            for name, x in self.feeds.items()
-        }  # fmt: skip
-        for b, length in enumerate(self.past):  # what is behind the last token is undefined: NaN must not leak
-            for name in ("past_key", "past_value"):
-                if poison and not s.quantized:
-                    tensors[name][b, :, length:] = float("nan")
+        tensors = self.tensors(poison)
         rows = batch * self.new * s.num_heads
         splits = contract.splits(s, batch, self.capacity)
         output = torch.full((batch, self.new, s.num_heads * s.head_dim), float("nan"), dtype=tensors["query"].dtype)
@@ -132,23 +77,51 @@ class Problem:
         )
 
     def check(self) -> None:
-        actual, expected, tolerance = self.run(), self.reference(), TOLERANCES[self.spec.dtype]
-        np.testing.assert_allclose(actual[0], expected[0], atol=tolerance, rtol=tolerance)
-        for row, length in enumerate(self.past):
-            end = length + self.new
-            for cache in (1, 2):
-                a, e = actual[cache][row, :, :end], expected[cache][row, :, :end]
-                if self.spec.quantized:  # a value halfway between two integers may be rounded either way
-                    assert np.abs(a.astype(int) - e).max() <= 1
-                    assert (a != e).mean() < 0.01
-                else:
-                    np.testing.assert_allclose(a, e, atol=tolerance, rtol=tolerance)
-                assert (a[:, :length] == self.feeds[("past_key", "past_value")[cache - 1]][row, :, :length]).all()
+        self.compare(self.run())
 
 
-def spec(heads: tuple[int, int] = (6, 2), head_dim: int = 64, dtype: str = "float32", **options) -> KernelSpec:
-    defaults = {"rotary_dim": head_dim, "cache_dtype": dtype}
-    return KernelSpec(num_heads=heads[0], kv_num_heads=heads[1], head_dim=head_dim, dtype=dtype, **defaults | options)
+DTYPES = {
+    "*fp16": torch.float16,
+    "*bf16": torch.bfloat16,
+    "*fp32": torch.float32,
+    "*i8": torch.int8,
+    "*i64": torch.int64,
+}
+
+
+class InterpretingCuda(FakeCuda):
+    """The fake driver, whose kernels do run: in the interpreter, on the fake's memory, with the arguments it was passed."""
+
+    def _do(self, work):
+        if self.launches and not self.capturing and work.__qualname__.startswith("FakeCuda.cuLaunchKernel"):
+            self.interpret(self.launches[-1])
+        return super()._do(work)
+
+    def interpret(self, launch) -> None:
+        spec, arguments = self.manifest.spec, []
+        for parameter in contract.parameters(spec, launch.kernel):
+            value = launch.arguments[parameter.name]
+            if parameter.type in DTYPES and value:
+                begin = max(start for start in self.allocations if start <= value)
+                memory = memoryview(self.contents[begin])[value - begin :]
+                value = torch.frombuffer(memory, dtype=DTYPES[parameter.type])
+            arguments.append(value)
+        constants = contract.constants(spec, launch.kernel) | {"UPCAST": spec.dtype == "bfloat16"}
+        KERNELS[launch.kernel][launch.grid](*arguments, **constants)
+
+
+@pytest.mark.parametrize("new", [1, 9])
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"cache_dtype": "int8"}, {"dtype": "bfloat16"}], ids=str)
+def test_the_launcher_gives_the_kernels_what_they_take(options, new, tmp_path) -> None:
+    """Past the contract: through the launcher, its workspace and a driver's memory, to the reference's numbers."""
+    s = spec((8, 2), 32, **{"dtype": "float16"} | options)
+    manifest = write_kernels(tmp_path, s, capabilities=(86,))
+    cuda = InterpretingCuda(manifest, batch=3)
+    problem = BaseProblem(s, [70, 0, 13], new, 96, window=50)
+    problem.compare(problem.launch(Device(cuda), Kernels(tmp_path, 86, cuda)))
+    assert [launch.kernel for launch in cuda.launches] == (
+        ["append", "decode", "reduce"] if new == 1 else ["append", "prefill"]
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -203,6 +176,19 @@ def test_int8_cache(new: int, dtype: str) -> None:
     Problem(spec((6, 2), 32, dtype, cache_dtype="int8"), past=[0, 21, 5], new=new, capacity=40).check()
 
 
+@pytest.mark.parametrize("new", [1, 9])
+def test_float8_cache(new: int) -> None:
+    """The interpreter loses the carry into the exponent when it rounds to float8, so new keys and values need no rounding here."""
+    problem = Problem(spec((6, 2), 32, "float16", cache_dtype="float8_e4m3fn"), past=[0, 21, 5], new=new, capacity=40)
+    feeds = problem.feeds
+    feeds["cos_cache"][:], feeds["sin_cache"][:] = 1, 0
+    feeds["key_scale"][:], feeds["value_scale"][:] = (0.5, 2), (4, 1)
+    for name in ("key", "value"):
+        exact = feeds[name].reshape(3, new, 2, 32).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+        feeds[name] = (exact * feeds[f"{name}_scale"][:, None]).reshape(feeds[name].shape)
+    problem.check()
+
+
 def test_int8_cache_holds_what_is_over_its_range() -> None:
     problem = Problem(spec((2, 1), 16, cache_dtype="int8"), past=[3], new=1, capacity=8)
     problem.feeds["value"][:] = 1e4
@@ -227,7 +213,7 @@ def test_what_does_not_fit_the_capacity_is_not_written() -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 def test_any_shape(data: st.DataObject) -> None:
     draw = data.draw
     head_dim = draw(st.sampled_from([16, 32, 48]))
