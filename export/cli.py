@@ -218,7 +218,14 @@ def _sampling(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--min-p", type=float),
             click.option("--repetition-penalty", type=float),
             click.option("--seed", type=int, help="Makes sampling repeatable."),
-            click.option("--provider", default="cpu", show_default=True, help="cpu or cuda"),
+            click.option(
+                "--backend",
+                type=click.Choice(["onnxruntime", "tensorrt"]),
+                default="onnxruntime",
+                show_default=True,
+                help="TensorRT runs an engine that `headfold build` put into the bundle.",
+            ),
+            click.option("--provider", default="cpu", show_default=True, help="of ONNX Runtime: cpu or cuda"),
             click.option("--threads", type=click.IntRange(1), help="[default: physical cores]"),
         )
     ):
@@ -226,10 +233,10 @@ def _sampling(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def _load(bundle: Path, provider: str, threads: int | None) -> "Model":
+def _load(bundle: Path, backend: Literal["onnxruntime", "tensorrt"], provider: str, threads: int | None) -> "Model":
     from headfold.runtime import load
 
-    return load(bundle, provider=provider, threads=threads)
+    return load(bundle, backend=backend, provider=provider, threads=threads)
 
 
 @main.command()
@@ -246,6 +253,7 @@ def generate(
     chat: bool,
     system: str | None,
     stop: tuple[str, ...],
+    backend: Literal["onnxruntime", "tensorrt"],
     provider: str,
     threads: int | None,
     as_json: bool,
@@ -259,7 +267,7 @@ def generate(
 
     `headfold generate smol --chat "Why is the sky blue?" --temperature 0.7 --seed 1`
     """
-    model = _load(bundle, provider, threads)
+    model = _load(bundle, backend, provider, threads)
     texts = [sys.stdin.read() if text == "-" else text for text in prompts or ("-",)]
     if any(not text for text in texts):
         raise InputError("the prompt is empty", fix="Give some text.")
@@ -284,12 +292,19 @@ def generate(
 @BUNDLE
 @click.option("--system", help="System message.")
 @_sampling
-def chat(bundle: Path, system: str | None, provider: str, threads: int | None, **sampling: Any) -> None:
+def chat(
+    bundle: Path,
+    system: str | None,
+    backend: Literal["onnxruntime", "tensorrt"],
+    provider: str,
+    threads: int | None,
+    **sampling: Any,
+) -> None:
     """Talk with the model; an empty line or Ctrl-D ends it.
 
     **Example**: `headfold chat smol --system "Answer in one sentence." --temperature 0.7`
     """
-    model = _load(bundle, provider, threads)
+    model = _load(bundle, backend, provider, threads)
     messages = [{"role": "system", "content": system}] if system else []
     while True:
         try:

@@ -13,21 +13,12 @@ if TYPE_CHECKING:
 TARGETS = ["tensorrt-rtx", "tensorrt"]
 
 
-class ComputeCapabilities(click.ParamType):
+def _capabilities(_: click.Context, __: click.Parameter, value: str) -> tuple[int, ...]:
     """`86,89,120` as numbers."""
-
-    name = "86,89,..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """See click.ParamType.convert."""
-        if isinstance(value, tuple):
-            return value
-        parts = [
-            part.strip().lower().removeprefix("sm").removeprefix("_").replace(".", "") for part in value.split(",")
-        ]
-        if not all(part.isdigit() for part in parts):
-            self.fail(f"{value!r} is no list of compute capabilities like 86,89,120.", param, ctx)
-        return tuple(int(part) for part in parts)
+    parts = [part.strip() for part in value.split(",") if part.strip()]
+    if not all(part.isdigit() for part in parts):
+        raise click.BadParameter(f"{value!r} is no list of compute capabilities like 86,89,120.")
+    return tuple(map(int, parts))
 
 
 def engine_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -35,14 +26,18 @@ def engine_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(
         (
             click.option("--attention", type=click.Choice(["native", "plugin"]), default="native", show_default=True),
-            click.option("--sm", type=ComputeCapabilities(), default=(), help="GPUs to build for."),
+            click.option("--sm", default="", callback=_capabilities, metavar="86,89,...", help="GPUs to build for."),
             click.option("--max-batch", type=int, default=4, show_default=True, help="Most sequences at a time."),
             click.option(
-                "--max-input", type=int, default=512, show_default=True, help="Most tokens of a prefill step."
+                "--max-input", type=int, help="Most tokens of a prefill step. [default: 512, or the capacity]"
             ),
             click.option("--weight-streaming", is_flag=True, help="Let weights be streamed from host memory."),
             click.option("--workspace", type=int, metavar="MIB", help="Limit of TensorRT's scratch memory."),
-            click.option("--timing-cache", type=click.Path(path_type=Path), help="File to read and add timings to."),
+            click.option(
+                "--timing-cache",
+                type=click.Path(path_type=Path),
+                help="File to read and add timings to; for tensorrt alone.",
+            ),
         )
     ):
         command = option(command)

@@ -14,6 +14,7 @@ from headfold.runtime.engine_file import CAPABILITY_BITS
 from headfold.runtime.errors import BuildError
 from headfold.runtime.manifest import EngineProfile, Manifest, ShapeRange
 
+_MAX_INPUT = 512
 BFLOAT16_SINCE = 80  # Turing has no bfloat16 arithmetic
 
 
@@ -25,12 +26,17 @@ class BuildOptions:
     attention: Attention = "native"
     compute_capabilities: tuple[int, ...] = ()  # 86 for 8.6; none with full TensorRT, which builds for its own GPU
     max_batch: int = 4
-    max_input: int = 512  # new tokens of one prefill step
+    max_input: int | None = None  # new tokens of one prefill step; by default 512, or the capacity if that is less
     capacity: int | None = None  # by default the bundle's
     weight_streaming: bool = False
     workspace: int | None = None
     timing_cache: Path | None = None
     force: bool = False
+
+    def settle(self, manifest: Manifest) -> tuple[int, int]:
+        """Input and capacity, in tokens, with the defaults for this bundle."""
+        capacity = self.capacity if self.capacity is not None else manifest.cache.capacity
+        return (self.max_input if self.max_input is not None else min(_MAX_INPUT, capacity)), capacity
 
 
 def check_options(options: BuildOptions, bundle: Path, manifest: Manifest) -> None:
@@ -39,16 +45,16 @@ def check_options(options: BuildOptions, bundle: Path, manifest: Manifest) -> No
     Raises:
         BuildError: names the option, and what is possible.
     """
-    capacity = options.capacity if options.capacity is not None else manifest.cache.capacity
+    max_input, capacity = options.settle(manifest)
     if not 1 <= capacity <= manifest.cache.capacity:
         raise BuildError(
             f"{capacity} is not 1 to {manifest.cache.capacity}, the positions that the bundle's rotary tables cover",
             where="--capacity",
             fix="Choose fewer, or export with a larger --capacity.",
         )
-    if not 1 <= options.max_input <= capacity:
+    if not 1 <= max_input <= capacity:
         raise BuildError(
-            f"{options.max_input} new tokens do not fit a cache of {capacity}",
+            f"{max_input} new tokens do not fit a cache of {capacity}",
             where="--max-input",
             fix=f"Choose 1 to {capacity}.",
         )
@@ -56,10 +62,17 @@ def check_options(options: BuildOptions, bundle: Path, manifest: Manifest) -> No
         raise BuildError(f"is {options.max_batch}", where="--max-batch", fix="It must be at least 1.")
     if options.workspace is not None and options.workspace < 1:
         raise BuildError(f"is {options.workspace} bytes", where="--workspace", fix="Leave it out for no limit.")
+    if options.timing_cache is not None and options.target == "tensorrt-rtx":
+        raise BuildError(
+            "TensorRT-RTX times nothing when it builds",
+            where="--timing-cache",
+            fix="Leave it out, or use --target tensorrt.",
+        )
     if options.timing_cache is not None and not options.timing_cache.absolute().parent.is_dir():
         raise BuildError(
             "is no directory", where=f"--timing-cache: {options.timing_cache.absolute().parent}", fix="Create it first."
         )
+    check_capabilities(options, manifest.dtype)
     if (
         any((e.flavour, e.attention) == (options.target, options.attention) for e in manifest.engines)
         and not options.force
@@ -69,7 +82,6 @@ def check_options(options: BuildOptions, bundle: Path, manifest: Manifest) -> No
             where=bundle,
             fix="Replace it with --force.",
         )
-    check_capabilities(options, manifest.dtype)
 
 
 def check_capabilities(options: BuildOptions, dtype: str) -> None:
@@ -109,9 +121,10 @@ def check_capabilities(options: BuildOptions, dtype: str) -> None:
             )
 
 
-def profiles(options: BuildOptions, manifest: Manifest, capacity: int) -> list[EngineProfile]:
+def profiles(options: BuildOptions, manifest: Manifest) -> list[EngineProfile]:
     """Prefill of up to `max_input` tokens, and decode of one; batches up to `max_batch`, whatever is in the cache."""
     spec = manifest.cache
+    max_input, capacity = options.settle(manifest)
 
     def profile(name: str, opt_batch: int, longest: int) -> EngineProfile:
         batches = (1, opt_batch, options.max_batch)
@@ -125,7 +138,7 @@ def profiles(options: BuildOptions, manifest: Manifest, capacity: int) -> list[E
         names = [value.name for value in manifest.inputs if value.name.startswith("past_key_values.")]
         return EngineProfile.model_validate({"name": name, "shapes": shapes | dict.fromkeys(names, cache)})
 
-    return [profile("prefill", 1, options.max_input), profile("decode", 1, 1)]
+    return [profile("prefill", 1, max_input), profile("decode", 1, 1)]
 
 
 def _range(smallest: list[int], usual: list[int], largest: list[int]) -> ShapeRange:

@@ -183,14 +183,23 @@ def _check(spec: KernelSpec, capabilities: Sequence[int]) -> None:
                 fix=f"Use an int8 cache, or only capabilities from {FLOAT8_SINCE} on.",
             )
     if importlib.util.find_spec("triton") is None:
-        raise KernelError("Triton is not installed", fix="pip install 'headfold[tensorrt]'")
+        raise KernelError("Triton is not installed", fix="pip install 'headfold[tensorrt-rtx]'")
 
 
 def _key(spec: KernelSpec, kernel: KernelName, capability: int, source: str, triton: str) -> str:
     """The hash of everything that a kernel's code depends on."""
-    sizes = tiles(spec, kernel)
+    sizes = tiles(spec, kernel, capability)
     types = [parameter.type for parameter in parameters(spec, kernel)]
-    content = [kernel, capability, source, triton, types, constants(spec, kernel), sizes.num_warps, sizes.num_stages]
+    content = [
+        kernel,
+        capability,
+        source,
+        triton,
+        types,
+        constants(spec, kernel, capability),
+        sizes.num_warps,
+        sizes.num_stages,
+    ]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -230,7 +239,7 @@ def _entry(spec: KernelSpec, job: _Job, code: _Code) -> KernelEntry:
         sha256=hashlib.sha256(code.cubin).hexdigest(),
         parameters=parameters(spec, job.kernel),
         grid=GRIDS[job.kernel],
-        tile=tiles(spec, job.kernel).rows,
+        tile=tiles(spec, job.kernel, job.capability).rows,
         **facts,
     )
 

@@ -108,7 +108,7 @@ def spell_out_argmax(model: ir.Model) -> None:
     of zeros and ones.
     """
     for node in list(model.graph):
-        if node.op_type != "ArgMax" or node.domain or node.attributes.get_int("select_last_index", 0):
+        if node.op_type != "ArgMax" or node.domain or node.attributes.get_int("select_last_index", 0) != 0:
             continue
         x, axis, keepdims = node.inputs[0], node.attributes.get_int("axis", 0), node.attributes.get_int("keepdims", 1)
         assert x is not None
@@ -145,11 +145,11 @@ def share_dimensions(model: ir.Model) -> None:
         start, end = node.attributes.get("start"), node.attributes.get("end")
         if node.op_type != "Shape" or node.domain or start is None or end is None:
             continue
-        value, axis = node.inputs[0], start.as_int()
-        if value is None or value.shape is None or end.as_int() != axis + 1 or axis < 0:
+        read, axis = node.inputs[0], start.as_int()
+        if read is None or read.shape is None or end.as_int() != axis + 1 or axis < 0:
             continue
-        dim = value.shape[axis]
-        if not isinstance(dim, ir.SymbolicDim) or (source := sources.get(str(dim.value))) is None or source[0] is value:
+        dim = read.shape[axis]
+        if not isinstance(dim, ir.SymbolicDim) or (source := sources.get(str(dim.value))) is None or source[0] is read:
             continue
         node.replace_input_with(0, source[0])
         node.attributes["start"] = ir.AttrInt64("start", source[1])

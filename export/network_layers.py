@@ -309,17 +309,16 @@ def _plugin(layer: Any, inputs: Inputs) -> list[Tensor]:
     norms = [tensor.float() for tensor in inputs[len(INPUTS) :] if tensor is not None]
     q, k, v, past_key, past_value, lengths, width, cos, sin = _required(list(named.values()), len(INPUTS))
     caches = []
-    for output, past in ((1, past_key), (2, past_value)):
-        aliased = plugin.get_aliased_input(output)
+    for position, past in ((1, past_key), (2, past_value)):
+        aliased = plugin.get_aliased_input(position)
         caches.append(inputs[aliased] if aliased >= 0 else past.clone())
     key_cache, value_cache = (_required([cache], 1)[0] for cache in caches)
     total = width.shape[1]
-    wide = [cache[:, :, : max(total, int(lengths.max()) + q.shape[1])].float() for cache in (past_key, past_value)]
-    output = attend(
-        q.float(), k.float(), v.float(), *wide, lengths, total, cos.float(), sin.float(), plugin.attributes, *norms
-    )
-    key_cache[:, :, : wide[0].shape[2]] = wide[0].to(q.dtype)
-    value_cache[:, :, : wide[1].shape[2]] = wide[1].to(q.dtype)
+    written = max(total, int(lengths.max()) + q.shape[1])  # padding is written too, behind T
+    keys, values = past_key[:, :, :written].float(), past_value[:, :, :written].float()
+    tables = cos.float(), sin.float()
+    output = attend(q.float(), k.float(), v.float(), keys, values, lengths, total, *tables, plugin.attributes, *norms)
+    key_cache[:, :, :written], value_cache[:, :, :written] = keys.to(q.dtype), values.to(q.dtype)
     return [output.to(q.dtype), key_cache, value_cache]
 
 

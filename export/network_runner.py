@@ -123,7 +123,7 @@ class Network:
         readers: dict[str, list[Any]] = {}
         for _, layer, inputs, _ in pending:
             for name in inputs:
-                if name in self.inputs and name.startswith("past_key_values."):
+                if name is not None and name in self.inputs and name.startswith("past_key_values."):
                     readers.setdefault(name, []).append(layer)
         for name, layers in readers.items():
             if len(layers) > 1 and any(kind(layer) in _IN_PLACE for layer in layers):

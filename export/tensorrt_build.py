@@ -71,7 +71,6 @@ def build_engine(bundle: Path, options: BuildOptions, reporter: Reporter) -> Bui
         HeadfoldError: this flavour of TensorRT is not installed.
     """
     manifest = read_manifest(bundle)
-    capacity = options.capacity or manifest.cache.capacity
     check_options(options, bundle, manifest)
     with reporter.step("check the bundle's files"):
         check_files(bundle, manifest)
@@ -91,7 +90,7 @@ def build_engine(bundle: Path, options: BuildOptions, reporter: Reporter) -> Bui
         with reporter.step("hash and publish"):
             (stage / ENGINES).mkdir(exist_ok=True)
             (stage / file).write_bytes(engine)
-            entry = _entry(parsed, manifest, options, file, capacity, layers, plugin)
+            entry = _entry(parsed, manifest, options, file, layers, plugin)
             check_engine(stage, entry)
             _write_manifest(stage, manifest, entry, new)
     return BuildResult(bundle, entry, layers, len(engine))
@@ -102,7 +101,7 @@ def lowered_network(
 ) -> tuple[ir.Model, ParsedNetwork]:
     """The bundle's graph lowered, past preflight, and parsed. Raises BuildError."""
     path = bundle / MODEL
-    model = lower(path, options.attention, options.capacity or manifest.cache.capacity)
+    model = lower(path, options.attention, options.settle(manifest)[1])
     preflight(model, options.attention, path)
     parsed = parse(trt, model, path)
     if manifest.dtype == "float32":  # no fused attention in float32: let it be several kernels
@@ -127,10 +126,7 @@ def _serialize(parsed: ParsedNetwork, manifest: Manifest, options: BuildOptions,
 
     trt = parsed.trt
     common: dict[str, Any] = {
-        "profiles": [
-            _polygraphy_profile(Profile(), profile)
-            for profile in profiles(options, manifest, options.capacity or manifest.cache.capacity)
-        ],
+        "profiles": [_polygraphy_profile(Profile(), profile) for profile in profiles(options, manifest)],
         "progress_monitor": _monitor(trt, reporter),
         "weight_streaming": options.weight_streaming,
         "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,
@@ -197,29 +193,27 @@ def _entry(
     manifest: Manifest,
     options: BuildOptions,
     file: str,
-    capacity: int,
     layers: list[AttentionLayers],
     plugin: PluginEntry | None,
 ) -> EngineEntry:
     network = parsed.network
+    max_input, capacity = options.settle(manifest)
     totals: dict[str, int] = {}
     for layer in layers:
         for name, count in layer.layers.items():
             totals[name] = totals.get(name, 0) + count
-    rtx = options.target == "tensorrt-rtx"
-    major, minor = (0, 0) if rtx else torch.cuda.get_device_capability()
     return EngineEntry(
         file=file,
         flavour=options.target,
         version=parsed.trt.__version__,
         attention=options.attention,
         dtype=manifest.dtype,
-        compute_capabilities=sorted(options.compute_capabilities) if rtx else [10 * major + minor],
+        compute_capabilities=_capabilities(options),
         max_batch=options.max_batch,
-        max_input=options.max_input,
+        max_input=max_input,
         capacity=capacity,
         weight_streaming=options.weight_streaming,
-        profiles=profiles(options, manifest, capacity),
+        profiles=profiles(options, manifest),
         inputs=[_spec(network.get_input(i), manifest.inputs) for i in range(network.num_inputs)],
         outputs=[_spec(network.get_output(i), manifest.outputs) for i in range(network.num_outputs)],
         aliases={output: source for layer in layers for output, source in layer.aliased.items()},
@@ -227,6 +221,14 @@ def _entry(
         layers=totals,
         tools={name: version(name) for name in ("headfold", "onnx", "onnx-ir", "polygraphy")},
     )
+
+
+def _capabilities(options: BuildOptions) -> list[int]:
+    """The GPUs that an engine is for: those asked for, or with full TensorRT the one that is here."""
+    if options.target == "tensorrt-rtx":
+        return sorted(options.compute_capabilities)
+    major, minor = torch.cuda.get_device_capability()
+    return [10 * major + minor]
 
 
 def _spec(tensor: Any, master: list[TensorSpec]) -> TensorSpec:
@@ -244,8 +246,9 @@ def _add_kernels(
 
     directory = stage / KERNELS
     shutil.rmtree(directory, ignore_errors=True)
-    capabilities = sorted(set(options.compute_capabilities))
-    compile_kernels(model_config(manifest), manifest.dtype, capabilities, directory, reporter=reporter)
+    others = (entry for entry in manifest.engines if entry.plugin is not None and entry.flavour != options.target)
+    capabilities = {*_capabilities(options), *(sm for entry in others for sm in entry.compute_capabilities)}
+    compile_kernels(model_config(manifest), manifest.dtype, sorted(capabilities), directory, reporter=reporter)
     entry = PluginEntry(
         name=tensorrt_plugin.NAME,
         version=tensorrt_plugin.PLUGIN_VERSION,

@@ -60,7 +60,7 @@ def open_driver() -> Any:
     try:
         from cuda.bindings import driver
     except ImportError as error:
-        raise NoDriver("cuda-bindings is not installed: pip install 'headfold[tensorrt]'") from error
+        raise NoDriver("cuda-bindings is not installed: pip install 'headfold[tensorrt-rtx]'") from error
     try:
         code = driver.cuInit(0)[0]
     except RuntimeError as error:  # cuda-python looks for libcuda at the first call

@@ -139,24 +139,30 @@ class Tiles(_Strict):
     num_stages: int
 
 
-def tiles(spec: KernelSpec, kernel: KernelName) -> Tiles:
-    """Sizes that fit every architecture's shared memory: 64 KiB on Turing, 99 KiB on consumer GPUs since Ampere."""
+def tiles(spec: KernelSpec, kernel: KernelName, capability: int = 80) -> Tiles:
+    """Sizes that fit every architecture's shared memory and registers.
+
+    Without tensor cores, that is in float32 and on Turing (Triton has none of its instructions), products keep both operands in
+    registers: there a tile is smaller and has more warps, or most of it would spill.
+    """
+    scalar = capability < 80 or spec.dtype == "float32"
     row_bytes = spec.padded_dim * ITEM_SIZES[spec.dtype]
-    side = min(64, max(16, (16 << 10) // row_bytes))  # of a square of queries and keys
+    side = min(32 if scalar else 64, max(16, (16 << 10) // row_bytes))  # of a square of queries and keys
+    warps = 8 if scalar else 4
     match kernel:
         case "append":
             return Tiles(rows=16, keys=1, num_warps=4, num_stages=1)
         case "prefill":
-            return Tiles(rows=side, keys=side, num_warps=4, num_stages=2)
-        case "decode":  # all the heads of a group, so that a key is read once
-            return Tiles(rows=max(16, _power_of_two(spec.group)), keys=side, num_warps=4, num_stages=2)
+            return Tiles(rows=side, keys=side, num_warps=warps, num_stages=2)
+        case "decode":  # all the heads of a group, so that a key is read once; the same on every GPU, for `decodes`
+            return Tiles(rows=max(16, _power_of_two(spec.group)), keys=side, num_warps=warps, num_stages=2)
         case "reduce":
             return Tiles(rows=_MAX_SPLITS, keys=1, num_warps=4, num_stages=1)
 
 
-def constants(spec: KernelSpec, kernel: KernelName) -> dict[str, int | float | bool]:
+def constants(spec: KernelSpec, kernel: KernelName, capability: int = 80) -> dict[str, int | float | bool]:
     """The compile-time constants of a kernel, by their names in the source."""
-    sizes = tiles(spec, kernel)
+    sizes = tiles(spec, kernel, capability)
     return {
         "HKV": spec.kv_num_heads,
         "G": spec.group,

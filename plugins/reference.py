@@ -31,8 +31,8 @@ def grouped_query_attention(
     """Append the new tokens to the caches and attend causally, one query at a time.
 
     Shapes are those of `headfold.plugins.schema`. Computes in float64 and returns the dtype of `query`.
-    With scales [Hkv] the caches are int8 and stand for `stored * scale`: a new token is rounded to the nearest (half to even), held
-    to -128..127, and attended to as it is stored.
+    With scales [Hkv] the caches are int8, or float8_e4m3fn of ml_dtypes, and stand for `stored * scale`: a new token is rounded to the
+    nearest (half to even), held to the dtype's range, and attended to as it is stored.
     Sources: grouped heads, Ainslie et al. 2023 section 2.2; RoPE, Su et al. 2021 section 3.4.2; RMSNorm, Zhang and
     Sennrich 2019 equation 4; soft cap, Gemma 2 report section 2.
 
@@ -63,8 +63,10 @@ def grouped_query_attention(
         for s in range(length):
             position = start + s
             cos, sin = cos_cache[position].astype(np.float64), sin_cache[position].astype(np.float64)  # [R/2]
-            present_key[b, :, position] = quantize(rotate(k[b, s], cos, sin, bool(a.rotary_interleaved)), key_scale)
-            present_value[b, :, position] = quantize(v[b, s], value_scale)
+            present_key[b, :, position] = quantize(
+                rotate(k[b, s], cos, sin, bool(a.rotary_interleaved)), key_scale, past_key.dtype
+            )
+            present_value[b, :, position] = quantize(v[b, s], value_scale, past_value.dtype)
             rotated = rotate(q[b, s], cos, sin, bool(a.rotary_interleaved))  # [Hq, D]
             first = max(0, position + 1 - a.local_window_size) if a.local_window_size > 0 else 0
             for h in range(a.num_heads):
@@ -74,8 +76,9 @@ def grouped_query_attention(
                 weights = np.exp(scores - scores.max())
                 output[b, s, h] = weights / weights.sum() @ present_value[b, h // group, first : position + 1]
     if key_scale is not None and value_scale is not None:
-        present_key = np.rint(present_key / key_scale[:, None, None])
-        present_value = np.rint(present_value / value_scale[:, None, None])
+        present_key, present_value = present_key / key_scale[:, None, None], present_value / value_scale[:, None, None]
+        if past_key.dtype == np.int8:  # nearly integers
+            present_key, present_value = np.rint(present_key), np.rint(present_value)
     return (
         output.reshape(query.shape).astype(query.dtype),
         present_key.astype(past_key.dtype),
@@ -83,12 +86,13 @@ def grouped_query_attention(
     )
 
 
-def quantize(x: Array, scale: Array | None) -> Array:
-    """What an int8 cache with these scales [H] makes of `x` [H, D]; `x` itself without scales."""
+def quantize(x: Array, scale: Array | None, dtype: np.dtype[Any]) -> Array:
+    """What a cache of `dtype` with these scales [H] makes of `x` [H, D]; `x` itself without scales."""
     if scale is None:
         return x
-    stored: Array = np.clip(np.rint(x / scale[:, None]), -128, 127)
-    return stored * scale[:, None]
+    real = x / scale[:, None]
+    stored: Array = np.clip(np.rint(real), -128, 127) if dtype == np.int8 else np.clip(real, -448, 448).astype(dtype)
+    return stored.astype(np.float64) * scale[:, None]
 
 
 def rms_norm(x: Array, weight: Array, epsilon: float) -> Array:

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 Flavour = Literal["tensorrt-rtx", "tensorrt"]
 MODULES: dict[str, str] = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
-_LIBRARY = "libtensorrt_rtx.so"
+_LIBRARY, _PARSER = "libtensorrt_rtx.so", "libtensorrt_onnxparser_rtx.so"
+_MAPS = Path("/proc/self/maps")  # what this process has loaded
 _links: tempfile.TemporaryDirectory[str] | None = (
     None  # the links must live as long as the process: they are opened late
 )
@@ -35,7 +36,7 @@ def open_tensorrt(flavour: Flavour) -> Any:
         hint = "pip install tensorrt-rtx" if flavour == "tensorrt-rtx" else "pip install tensorrt"
         raise TensorRTMissing(f"{flavour} is not installed: {hint}")
     if flavour == "tensorrt-rtx" and sys.platform == "linux" and _links is None and not _findable():
-        if name in sys.modules:
+        if _PARSER in _MAPS.read_text():  # loaded from where it does not find the library, and it stays there
             raise TensorRTMissing(
                 f"{name} was imported before headfold could load its parser safely: "
                 f"call headfold.plugins.tensorrt_library.open_tensorrt before anything imports {name}"
@@ -76,7 +77,7 @@ def _preload() -> None:
         (directory / library.name).symlink_to(library)
     (directory / _LIBRARY).symlink_to(wheel / f"{_LIBRARY}.1")
     try:
-        for library in sorted(directory.glob("libtensorrt_onnxparser_rtx.so.*")):
+        for library in sorted(directory.glob(f"{_PARSER}.*")):
             ctypes.CDLL(str(library))
     except OSError as error:
         raise TensorRTMissing(f"tensorrt-rtx cannot be loaded: {error}") from error

@@ -46,13 +46,13 @@ def registered(trt: Any) -> bool:
 
 
 def _plugin_class(trt: Any) -> type:
-    class GroupedQueryAttention(  # type: ignore[misc]  # the bases are Any
-        trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime
-    ):
+    bases: Any = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime)
+
+    class GroupedQueryAttention(*bases):  # type: ignore[misc]  # they are Any
         """See module."""
 
         def __init__(self, attributes: Attributes, launcher: Launcher | None) -> None:
-            for base in (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime):
+            for base in bases:
                 base.__init__(self)
             self.attributes, self.launcher = attributes, launcher
             self.plugin_name, self.plugin_version, self.plugin_namespace = NAME, PLUGIN_VERSION, NAMESPACE

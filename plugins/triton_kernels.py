@@ -219,11 +219,11 @@ def compile_kernel(spec: KernelSpec, kernel: KernelName, capability: int) -> Com
 
     The code depends on nothing but this source, the arguments and Triton's version, if TRITON_DISABLE_LINE_INFO is set.
     """
-    function, types, fixed = KERNELS[kernel], parameters(spec, kernel), constants(spec, kernel)
+    function, types, fixed = KERNELS[kernel], parameters(spec, kernel), constants(spec, kernel, capability)
     given = zip(function.arg_names, types, strict=False)
     signature = {name: parameter.type for name, parameter in given} | dict.fromkeys(fixed, "constexpr")
     aligned = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(types) if p.type.startswith("*")}
-    sizes = tiles(spec, kernel)
+    sizes = tiles(spec, kernel, capability)
     result = triton.compile(
         ASTSource(function, signature, fixed, aligned),
         target=GPUTarget("cuda", capability, 32),

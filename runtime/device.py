@@ -30,7 +30,8 @@ class Buffer:
             raise CapacityError(
                 f"the GPU has no {size / 1e9:.2f} GB left", fix="Use a smaller batch, or an engine of less capacity."
             ) from error
-        self.close = weakref.finalize(self, device.free, self.address)  # runs once, and before the interpreter ends
+        self.close = weakref.finalize(self, device.free, self.address)  # runs once
+        self.close.atexit = False  # the driver frees what a process leaves
 
 
 class Device:
@@ -114,6 +115,7 @@ class Graph:
     def __init__(self, device: Device, handle: Any) -> None:
         self._device, self._handle = device, handle
         self.close = weakref.finalize(self, device.call, "cuGraphExecDestroy", handle)
+        self.close.atexit = False
 
     def launch(self) -> None:
         """Put the work on the stream."""

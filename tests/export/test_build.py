@@ -4,6 +4,7 @@ import json
 import shutil
 import struct
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from headfold.runtime.engine_file import HEADER_BYTES, check_engine, find_engine
 from headfold.runtime.errors import BundleError, HeadfoldError
 from headfold.runtime.manifest import check_files, read_manifest, sha256
 
-pytest.importorskip("tensorrt_rtx_libs", reason="pip install tensorrt-rtx")
+pytestmark = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx")
 ENGINE = "engines/tensorrt-rtx-native.engine"
 SMALL = ["--sm", "86,120", "--max-batch", "2", "--max-input", "8", "--capacity", "16"]
 
@@ -124,7 +125,7 @@ def test_float32_attention_is_decomposed(tensorrt_toy) -> None:
 
 def test_profiles_hold_every_shape_that_serving_needs(tensorrt_toy) -> None:
     options = BuildOptions(max_batch=3, max_input=10)
-    for profile in profiles(options, tensorrt_toy("float16").manifest, 40):
+    for profile in profiles(options, tensorrt_toy("float16").manifest):
         assert set(profile.shapes) == {spec.name for spec in tensorrt_toy("float16").manifest.inputs}
         for shapes in profile.shapes.values():
             assert all(a <= b <= c for a, b, c in zip(shapes.min, shapes.opt, shapes.max, strict=True))
@@ -143,10 +144,8 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     "input over the capacity": (["--sm", "86", "--max-input", "41"], "41 new tokens do not fit a cache of 40"),
     "no batch": (["--sm", "86", "--max-batch", "0"], "--max-batch: is 0"),
     "no workspace": (["--sm", "86", "--max-input", "8", "--workspace", "0"], "--workspace: is 0 bytes"),
-    "timing cache nowhere": (
-        ["--sm", "86", "--max-input", "8", "--timing-cache", "/nowhere/t"],
-        "/nowhere: is no directory",
-    ),
+    "timing cache": (["--sm", "86", "--timing-cache", "t"], "--timing-cache: TensorRT-RTX times nothing"),
+    "timing cache nowhere": (["--target", "tensorrt", "--timing-cache", "/nowhere/t"], "/nowhere: is no directory"),
     "engine there already": (
         ["--sm", "86", "--max-input", "8"],
         "has a tensorrt-rtx engine with native attention already",
@@ -173,6 +172,16 @@ def test_bfloat16_is_refused_on_turing(tensorrt_toy) -> None:
     code, output = run("build", str(tensorrt_toy("bfloat16").bundle), "--sm", "75", "--max-input", "8", "-q")
     assert code == 2
     assert "SM 75 has no bfloat16 arithmetic" in output
+
+
+def test_export_refuses_an_impossible_target_before_it_reads_anything(tmp_path) -> None:
+    arguments = ["export", str(tmp_path / "nothing"), "-o", str(tmp_path / "out"), "--target", "tensorrt-rtx"]
+    code, output = run(*arguments, "--sm", "90")
+    assert code == 2
+    assert "TensorRT-RTX does not build for SM 90" in output
+    code, output = run(*arguments, "--sm", "eighty")
+    assert code == 2
+    assert "no list of compute capabilities" in output
 
 
 def test_a_bundle_that_is_not_there_is_one_line(tmp_path) -> None:
@@ -249,5 +258,5 @@ def test_a_bad_engine_is_named_before_anybody_runs_it(case, copy) -> None:
 
 
 def test_an_engine_that_was_never_built_is_named_with_the_command(built) -> None:
-    with pytest.raises(HeadfoldError, match="only: tensorrt-rtx native.*--attention plugin"):
+    with pytest.raises(HeadfoldError, match=r"only: tensorrt-rtx native.*--attention plugin"):
         find_engine(built, "tensorrt-rtx", "plugin")

@@ -77,6 +77,14 @@ def test_the_same_source_gives_the_same_bytes(built, tmp_path) -> None:
         assert (tmp_path / entry.file).read_bytes() == (directory / entry.file).read_bytes()
 
 
+@pytest.mark.parametrize(("cache_dtype", "capability"), [("int8", 86), ("float8_e4m3fn", 89)])
+def test_quantized_caches_compile(cache_dtype, capability, tmp_path) -> None:
+    spec = SMALL.model_copy(update={"cache_dtype": cache_dtype})
+    manifest = compile_spec(spec, (capability,), tmp_path, cache=tmp_path / "cache")
+    stored = {p.type for entry in manifest.kernels for p in entry.parameters if p.name.startswith("present")}
+    assert stored == {{"int8": "*i8", "float8_e4m3fn": "*fp8e4nv"}[cache_dtype]}
+
+
 def no_process(*args, **kwargs):
     raise AssertionError("something was compiled")
 

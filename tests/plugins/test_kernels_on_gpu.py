@@ -61,11 +61,11 @@ def test_int8_cache(new, gpu, tmp_path) -> None:
     check(gpu, tmp_path, spec((6, 2), 64, "float16", cache_dtype="int8"), [0, 121], new, 256)
 
 
-def test_float8_cache_compiles_and_loads(gpu, tmp_path) -> None:
+@pytest.mark.parametrize("new", [1, 40])
+def test_float8_cache(new, gpu, tmp_path) -> None:
     if gpu.capability < FLOAT8_SINCE:
         pytest.skip(f"compute capability {gpu.capability} has no float8_e4m3fn")
-    compile_spec(spec((6, 2), 64, "float16", cache_dtype="float8_e4m3fn"), (gpu.capability,), tmp_path)
-    Kernels(tmp_path, driver=gpu.driver).close()
+    check(gpu, tmp_path, spec((6, 2), 64, "float16", cache_dtype="float8_e4m3fn"), [0, 121], new, 256)
 
 
 @pytest.mark.parametrize("new", [1, 40])

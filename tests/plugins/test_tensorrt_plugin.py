@@ -6,6 +6,7 @@ The parser's crash on a missing library is provoked in a process of its own.
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from headfold.plugins.launcher import Pointers, Shape
 from headfold.plugins.schema import INPUTS, OPTIONAL_INPUTS, OUTPUTS, Attributes
 from headfold.plugins.tensorrt_library import TensorRTMissing, open_tensorrt
 
-pytest.importorskip("tensorrt_rtx_libs", reason="pip install tensorrt-rtx")
+pytestmark = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx")
 SPEC = KernelSpec(num_heads=8, kv_num_heads=2, head_dim=64, rotary_dim=32, dtype="float16", cache_dtype="float16")
 ATTRIBUTES = Attributes(8, 2, scale=0.125, local_window_size=7, softcap=0.0, rotary_interleaved=1, qk_norm_epsilon=1e-5)
 B, S, C, T = 3, 5, 128, 64
@@ -179,9 +180,10 @@ def test_parsing_a_plugin_does_not_abort_the_process() -> None:
     assert "parsed True 1" in guarded.stdout
 
 
-def test_a_tensorrt_that_somebody_imported_first_is_refused_not_crashed() -> None:
+@pytest.mark.parametrize("module", ["tensorrt_rtx", "tensorrt_rtx_libs"])
+def test_a_tensorrt_that_somebody_imported_first_is_refused_not_crashed(module) -> None:
     result = python(
-        "import tensorrt_rtx\n"
+        f"import {module}\n"
         "from headfold.plugins.tensorrt_library import open_tensorrt, TensorRTMissing\n"
         "try:\n    open_tensorrt('tensorrt-rtx')\nexcept TensorRTMissing as error:\n    print(error)"
     )

@@ -7,6 +7,7 @@ in float32 (UPCAST).
 import os
 import sys
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -173,6 +174,19 @@ def test_options(options: dict, new: int) -> None:
 @pytest.mark.parametrize("new", [1, 9])
 def test_int8_cache(new: int, dtype: str) -> None:
     Problem(spec((6, 2), 32, dtype, cache_dtype="int8"), past=[0, 21, 5], new=new, capacity=40).check()
+
+
+@pytest.mark.parametrize("new", [1, 9])
+def test_float8_cache(new: int) -> None:
+    """The interpreter loses the carry into the exponent when it rounds to float8, so new keys and values need no rounding here."""
+    problem = Problem(spec((6, 2), 32, "float16", cache_dtype="float8_e4m3fn"), past=[0, 21, 5], new=new, capacity=40)
+    feeds = problem.feeds
+    feeds["cos_cache"][:], feeds["sin_cache"][:] = 1, 0
+    feeds["key_scale"][:], feeds["value_scale"][:] = (0.5, 2), (4, 1)
+    for name in ("key", "value"):
+        exact = feeds[name].reshape(3, new, 2, 32).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+        feeds[name] = (exact * feeds[f"{name}_scale"][:, None]).reshape(feeds[name].shape)
+    problem.check()
 
 
 def test_int8_cache_holds_what_is_over_its_range() -> None:

@@ -388,3 +388,53 @@ def test_a_run_that_fails_is_named_and_leaves_the_stream_usable(rig, prompts, mo
     monkeypatch.undo()
     rig.session.decode(cache, np.array([3]), np.ones(1, bool))
     assert cache.lengths.tolist() == [9]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["native", "plugin"])
+def test_a_real_engine_on_a_real_gpu(attention, make_toy, tmp_path, prompts) -> None:
+    from headfold.export.engine_options import BuildOptions
+    from headfold.export.progress import Reporter
+    from headfold.export.tensorrt_build import build_engine
+
+    try:
+        capability = device.Device().capability
+    except ProviderError as error:
+        pytest.skip(f"no GPU: {error.what}")
+    if capability not in CAPABILITY_BITS:
+        pytest.skip(f"TensorRT-RTX builds nothing for compute capability {capability}")
+    toy = make_toy(dtype="float16")
+    path = tmp_path / "bundle"
+    shutil.copytree(toy.path, path)
+    options = BuildOptions(attention=attention, compute_capabilities=(capability,), max_batch=3, max_input=8)
+    build_engine(path, options, Reporter(quiet=True))
+    backend = load(path, backend="tensorrt").backend
+    cache = backend.new_cache(3, 40)
+    sequences = [list(ids) for ids in prompts]
+    for row, ids in enumerate(prompts):
+        actual = backend.prefill(cache, row, ids)
+        np.testing.assert_allclose(
+            actual, expected(toy, ids)[-1], atol=2e-2
+        )  # eps 1e-3 through two layers of roundings
+    for step in range(6):
+        logits = backend.decode(cache, np.full(3, step), np.ones(3, bool))
+        for row, sequence in enumerate(sequences):
+            sequence.append(step)
+            np.testing.assert_allclose(logits[row], expected(toy, sequence)[-1], atol=2e-2)
+
+
+def test_the_real_tensorrt_calls_garbage_malformed(with_engine) -> None:
+    """On a machine without a GPU too: what it says, as our error."""
+    pytest.importorskip("tensorrt_rtx_bindings")
+    from headfold.plugins.tensorrt_library import open_tensorrt
+
+    path = with_engine()
+    content = bytearray((path / FILE).read_bytes())
+    content[1:4] = b"xxx"
+    manifest = read_manifest(path)
+    session = object.__new__(TensorRTSession)
+    session.entry, session._log = manifest.engines[0], tensorrt_session._logger(open_tensorrt("tensorrt-rtx"))
+    session._runtime = open_tensorrt("tensorrt-rtx").Runtime(session._log)
+    (path / FILE).write_bytes(content)
+    with pytest.raises(EngineError, match="TensorRT-RTX calls it invalid: malformed engine"):
+        session._deserialize(open_tensorrt("tensorrt-rtx"), path / FILE)

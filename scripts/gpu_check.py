@@ -1,0 +1,181 @@
+#!/usr/bin/env python3
+"""What cannot be known without a GPU: the `gpu` tests, parity of ONNX Runtime CUDA and of TensorRT's engines, and their speed.
+
+Run it as `scripts/gpu_check`, which makes the environment. Writes one report, JSON, named after the machine and its GPU; exit code 1 if
+a test or a comparison failed, 2 where there is no GPU. What could not be built or opened is in the report with its reason.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from headfold.runtime.errors import HeadfoldError, ProviderError
+from headfold.runtime.session import Backend
+
+ROOT = Path(__file__).resolve().parents[1]
+WORK = ROOT / "bundles" / "gpu_check"
+GGUF = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+DTYPE = "float16"
+PACKAGES = ("cuda-bindings", "headfold", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "torch", "triton")
+Open = Callable[[], Backend[Any]]
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--prompt", type=int, default=512, help="tokens of the prompt that is timed")
+    arguments.add_argument("--new", type=int, default=128, help="tokens that are decoded after it")
+    arguments.add_argument("--rounds", type=int, default=5)
+    options = arguments.parse_args()
+    try:
+        machine = describe()
+    except ProviderError as error:
+        print(f"gpu_check: {error.what}: nothing was run", file=sys.stderr)
+        return 2
+    print(f"{machine['name']}: {machine['gpu']}, compute capability {machine['compute_capability']}", flush=True)
+    report: dict[str, Any] = {"machine": machine, "tests": run_tests()}
+    print("tests:", report["tests"], flush=True)
+    backends, report["unavailable"] = prepare(machine["compute_capability"])
+    report["parity"] = compare(backends)
+    for check in report["parity"]:
+        verdict = "ok" if check["passed"] else "FAILED"
+        print(f"{verdict:6} {check['backend']}, {check['name']}: {check['max_error']:.3g} of {check['limit']:.3g}")
+    report["timing"] = measure(backends, options.prompt, options.new, options.rounds)
+    for name, times in report["timing"]["backends"].items():
+        print(
+            f"{name}: prefill {times['prefill_tokens_per_s']:.0f}, decode {times['decode_tokens_per_s']:.1f} tokens/s"
+        )
+    path = WORK / f"{machine['name']}-{machine['gpu'].replace(' ', '_')}.json"
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"wrote {path}")
+    passed = report["tests"]["failed"] == 0 and all(check["passed"] for check in report["parity"])
+    return 0 if passed and report["parity"] else 1
+
+
+def describe() -> dict[str, Any]:
+    """The machine, its first GPU and the versions that matter. Raises ProviderError without a GPU."""
+    from headfold.runtime.device import Device
+
+    device = Device()
+    versions = {}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {
+        "name": platform.node(),
+        "gpu": device.call("cuDeviceGetName", 256, device.call("cuDeviceGet", 0)).split(b"\0")[0].decode(),
+        "compute_capability": device.capability,
+        "cuda_driver": device.call("cuDriverGetVersion"),
+        "versions": versions,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
+    }
+
+
+def run_tests() -> dict[str, Any]:
+    """`pytest -m gpu`, with the names of what failed or was skipped."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    results = WORK / "tests.xml"
+    subprocess.run(["pytest", "-m", "gpu", "-q", f"--junitxml={results}"], cwd=ROOT)
+    cases = list(ElementTree.parse(results).getroot().iter("testcase"))
+    failed = [case.get("name") for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    skipped = [case.get("name") for case in cases if case.find("skipped") is not None]
+    ran = len(cases) - len(skipped)
+    return {"ran": ran, "failed": len(failed), "failures": failed, "skipped": skipped}
+
+
+def prepare(capability: int) -> tuple[dict[str, Open], dict[str, str]]:
+    """A bundle of SmolLM2 with every engine that can be built for this GPU: what opens each backend, and why others are not there."""
+    from headfold.export.engine_options import BuildOptions
+    from headfold.export.pipeline import ExportOptions, export_bundle
+    from headfold.export.progress import Reporter
+    from headfold.export.tensorrt_build import build_engine
+    from headfold.runtime.manifest import read_manifest
+    from headfold.runtime.session import OrtSession
+    from headfold.runtime.tensorrt_session import TensorRTSession
+
+    bundle = WORK / f"smollm2-{DTYPE}"
+    export_bundle(GGUF, bundle, ExportOptions(dtype=DTYPE, capacity=2048, verify=False, force=True), Reporter())
+    found: dict[str, Open] = {"onnxruntime-cuda": lambda: OrtSession(bundle, read_manifest(bundle), "cuda")}
+    missing: dict[str, str] = {}
+    for flavour in ("tensorrt-rtx", "tensorrt"):
+        for attention in ("native", "plugin"):
+            name = f"{flavour}-{attention}"
+            sm = (capability,) if flavour == "tensorrt-rtx" else ()
+            try:
+                build_engine(
+                    bundle, BuildOptions(target=flavour, attention=attention, compute_capabilities=sm), Reporter()
+                )
+            except HeadfoldError as error:
+                missing[name] = str(error)
+                continue
+            file = f"engines/{name}.engine"
+
+            def open_engine(file: str = file) -> Backend[Any]:
+                manifest = read_manifest(bundle)
+                entries = [entry for entry in manifest.engines if entry.file == file]
+                return TensorRTSession(bundle, manifest.model_copy(update={"engines": entries}))
+
+            found[name] = open_engine
+    for name, open_backend in list(found.items()):
+        try:
+            open_backend()
+        except HeadfoldError as error:
+            del found[name]
+            missing[name] = str(error)
+    for name, reason in missing.items():
+        print(f"not there: {name}: {reason}")
+    return found, missing
+
+
+def compare(backends: dict[str, Open]) -> list[dict[str, Any]]:
+    """Every backend's logits against PyTorch on the CPU, through polygraphy's runners."""
+    import torch
+
+    from headfold.export.checkpoint import load_decoder, open_checkpoint
+    from headfold.export.parity import make_prompts
+    from headfold.export.parity_backends import verify_backends
+
+    checkpoint = open_checkpoint(GGUF)
+    prompts = make_prompts(checkpoint.config.vocab_size, 48, None)
+    checks = verify_backends(
+        lambda: load_decoder(checkpoint, getattr(torch, DTYPE), 2048).float(), backends, DTYPE, prompts, decode_steps=32
+    )
+    return [vars(check) for check in checks]
+
+
+def measure(backends: dict[str, Open], prompt: int, new: int, rounds: int) -> dict[str, Any]:
+    """Tokens per second of one sequence, greedy: medians of interleaved rounds, after one that does not count."""
+    import numpy as np
+
+    ids = np.random.default_rng(0).integers(0, 49152, prompt)
+    opened = {name: open_backend() for name, open_backend in backends.items()}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in opened}
+    for _ in range(rounds + 1):
+        for name, backend in opened.items():
+            cache = backend.new_cache(1, prompt + new)
+            start = time.perf_counter()
+            token = backend.prefill(cache, 0, ids).argmax()
+            middle = time.perf_counter()
+            for _ in range(new - 1):
+                token = backend.decode(cache, np.array([token]), np.ones(1, np.bool_))[0].argmax()
+            seconds[name].append((middle - start, time.perf_counter() - middle))
+    result = {}
+    for name, times in seconds.items():
+        prefill, decode = (statistics.median(column) for column in zip(*times[1:], strict=True))
+        result[name] = {"prefill_tokens_per_s": prompt / prefill, "decode_tokens_per_s": (new - 1) / decode}
+    return {"prompt": prompt, "new": new, "rounds": rounds, "batch": 1, "backends": result}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
