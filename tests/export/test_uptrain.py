@@ -1,7 +1,7 @@
 """`headfold uptrain` from the outside: the whole chain, several processes, and what a user can get wrong."""
 
 import json
-import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +18,7 @@ from headfold.export.initialize import new_decoder
 from headfold.export.training_state import read_log
 from headfold.export.uptrain import Budget
 from headfold.runtime import load
-from tests.export.conftest import TRAINED, byte_tokenizer, pool
+from tests.export.conftest import TRAINED, byte_tokenizer
 
 SMALL = ("--batch", 4, "--sequence", 16, "--learning-rate", 3e-3, "--quiet", "--cpu")
 
@@ -51,14 +51,15 @@ def test_the_whole_chain(toys, tmp_path):
     data = ("--data", toys / "text.txt", "--holdout", 0.05)
     done = headfold("uptrain", toys / "mha", "-o", tmp_path / "mha", "--tokens", 16384, *data, *SMALL, "--batch", 16)
     assert done.exit_code == 0, done.stderr
-    mha = open_checkpoint(tmp_path / "mha")
-    save_hf(tmp_path / "gqa", pool(mha, 2), torch.float32)
+    convert = ("--kv-heads", 1, "--init", "mean", "--data", toys / "text.txt", "--calibration-length", 32, "--quiet")
+    done = headfold("convert", tmp_path / "mha", "-o", tmp_path / "gqa", *convert)
+    assert done.exit_code == 0, done.stderr
     arguments = ("--teacher", tmp_path / "mha", "--alpha", 0.25, "--pretrain-tokens", 16384, *data, *SMALL, "--json")
     done = headfold("uptrain", tmp_path / "gqa", "-o", tmp_path / "up", *arguments)
     assert done.exit_code == 0, done.stderr
     first, last = json.loads(done.stdout)["evaluations"]
-    assert last["loss"] < first["loss"] - 0.02
-    assert open_checkpoint(tmp_path / "up").config.num_key_value_heads == 2
+    assert last["loss"] < first["loss"]
+    assert open_checkpoint(tmp_path / "up").config.num_key_value_heads == 1
     done = headfold("export", tmp_path / "up", "-o", tmp_path / "bundle", "-q")
     assert done.exit_code == 0, done.stderr
     done = headfold("verify", tmp_path / "bundle", "--against", tmp_path / "up", "-q")
@@ -74,33 +75,36 @@ def test_the_whole_chain(toys, tmp_path):
 
 
 def test_two_processes_follow_one(toys, tmp_path):
-    """The same global batch on one process, and on two of accelerate's over gloo."""
-    tokens = 6 * 4 * 16
-    arguments = ["--teacher", toys / "mha", "--tokens", tokens, "--data", toys / "text.txt", "--holdout", 0.05, *SMALL]
+    """The same global batch on one process, and on two over gloo; then the two go on from their checkpoint."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--rdzv_backend", "c10d"]
+    launch += ["--rdzv_endpoint", "localhost:0", "-m", "headfold.export"]
+    arguments = ["--teacher", toys / "mha", "--tokens", 6 * 4 * 16, "--data", toys / "text.txt", "--holdout", 0.05]
+    arguments += [*SMALL, "--checkpoint-every", 3]
     done = headfold("uptrain", toys / "student", "-o", tmp_path / "one", *arguments)
     assert done.exit_code == 0, done.stderr
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = [*launch, "-m", "headfold.export", "uptrain", toys / "student", "-o", tmp_path / "two", *arguments]
-    ran = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=os.environ)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    one, two = (read_log(tmp_path / f"{name}.training" / "log.jsonl") for name in ("one", "two"))
-    assert len(one) == len(two) == 8  # six steps, and the validation before and after
+    arguments.remove("--quiet")
+
+    def two() -> None:
+        command = [*launch, "uptrain", toys / "student", "-o", tmp_path / "two", *arguments, "--resume"]
+        ran = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        assert "; 2 processes, cpu" in ran.stderr
+
+    two()
+    one, twice = (read_log(tmp_path / f"{name}.training" / "log.jsonl") for name in ("one", "two"))
+    assert len(one) == len(twice) == 8  # six steps, and the validation before and after
     for key in ("loss", "gradient_norm", "validation_loss"):
-        first, second = ([line[key] for line in log if key in line] for log in (one, two))
+        first, second = ([line[key] for line in log if key in line] for log in (one, twice))
         assert second == pytest.approx(first, abs=1e-5)  # float32, summed in another order
     a, b = (open_checkpoint(tmp_path / name) for name in ("one", "two"))
+    whole = {name: b.read(name) for name in b}
     for name in a:
-        torch.testing.assert_close(a.read(name), b.read(name), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(whole[name], a.read(name), atol=1e-4, rtol=1e-4)
+    (tmp_path / "two").rename(tmp_path / "before")
+    shutil.rmtree(tmp_path / "two.training" / "step-00000006")
+    two()
+    again = open_checkpoint(tmp_path / "two")
+    assert all(torch.equal(again.read(name), tensor) for name, tensor in whole.items())
 
 
 def stranger(directory: Path, name: str, **changes: object) -> Path:
