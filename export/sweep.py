@@ -114,7 +114,7 @@ def sweep(
     control = runs.train("control", checkpoint, replace(training, loss="ce"), None) if options.control else []
     with reporter.step("time decoding"):
         times = time_decoding(bundles, contexts, options)
-    shutil.rmtree(output / "bundles")
+    shutil.rmtree(output / "bundles", ignore_errors=True)
     points = [replace(point, seconds_per_token=times[point.kv_heads]) for point in points]
     settings = asdict(training) | asdict(options) | {"contexts": list(contexts), "data": list(corpus.data)}
     settings |= {"tokens": training.steps * training.batch * training.sequence, "alpha": budget.alpha}

@@ -132,7 +132,8 @@ def _curves(axes: Axes, report: SweepReport) -> None:
     axes.set_ylabel("validation loss, nats per token")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
     axes.margins(x=0.02)
-    axes.legend()
+    assert axes.figure is not None
+    axes.figure.legend(loc="outside lower center", ncols=3)  # inside it would cover lines
 
 
 def _errors(axes: Axes, report: SweepReport) -> None:

@@ -36,11 +36,11 @@ def render_html(report: SweepReport) -> str:
 def render_table(report: SweepReport, console: Console) -> None:
     """The points as a table on a terminal, and the choice."""
     contexts = sorted(report.points[0].seconds_per_token)
-    table = Table(box=None, pad_edge=False)
-    for name in ("kv heads", "KV bytes/token", "converted", "uptrained"):
+    table = Table(box=None, pad_edge=False, caption="KV bytes and ms of decoding per token; losses in nats per token")
+    for name in ("heads", "KV bytes", "converted", "uptrained"):
         table.add_column(name, justify="right")
     for context in contexts:
-        table.add_column(f"ms/token @{context}", justify="right")
+        table.add_column(f"ms @{context}", justify="right")
     for point in report.points:
         mark = "*" if point.kv_heads == report.choice.kv_heads else " "
         cells = (

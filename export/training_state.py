@@ -8,7 +8,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -33,6 +34,7 @@ OPTIMIZER, STATE, LOG = "optimizer.safetensors", "state.json", "log.jsonl"
 _PARTIAL = ".partial-"
 _States = dict[str, dict[str, Tensor]]  # by parameter and name
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered from all processes, on the first one
+_EVERYWHERE = StateDictOptions(full_state_dict=True)
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM}
 
 
@@ -47,8 +49,8 @@ class RunState:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's moments and step counts as `parameter:name`; under FSDP a collective, and full only on the first process."""
-    state = cast(_States, get_optimizer_state_dict(model, optimizer, options=_FULL)["state"])
+    """AdamW's moments and step counts as `parameter:name`. With several processes all must call it, and only the first gets any."""
+    state = cast(_States, get_optimizer_state_dict(model, optimizer, options=_FULL).get("state", {}))
     return {
         f"{parameter}:{name}": value.contiguous()
         for parameter, values in state.items()
@@ -59,23 +61,25 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def restore_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Read a checkpoint's optimizer state back; learning rates are not in it, the schedule knows them.
 
+    Every process reads the file, and keeps the parts that it has under FSDP.
+
     Raises:
         CheckpointError: the file is missing, damaged, or another model's.
     """
-    state = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer, options=_FULL))
+    state = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer, options=_EVERYWHERE))
     try:
         with safe_open(path / OPTIMIZER, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a mapping
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"is damaged: {error}", where=path / OPTIMIZER, fix=_older(path)) from error
     names = {f"{parameter}:{name}" for parameter, values in state["state"].items() for name in values}
-    if names and names != set(tensors):
+    if names != set(tensors):
         raise CheckpointError("does not belong to this model", where=path / OPTIMIZER, fix=_older(path))
     full: _States = {}
     for name, tensor in tensors.items():
         parameter, _, entry = name.rpartition(":")
         full.setdefault(parameter, {})[entry] = tensor
-    set_optimizer_state_dict(model, optimizer, state | {"state": full}, options=_FULL)
+    set_optimizer_state_dict(model, optimizer, state | {"state": full}, options=_EVERYWHERE)
 
 
 def _older(path: Path) -> str:
@@ -93,31 +97,39 @@ def save_state(
     target = directory / f"step-{state.step:08}"
     stage = directory / f".{target.name}{_PARTIAL}{os.getpid()}"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _sweep(directory)
-        shutil.rmtree(target, ignore_errors=True)  # of a run that resumed from before it
-        save_hf(stage, checkpoint, torch.float32)
-        save_file(dict(optimizer), stage / OPTIMIZER)
-        (stage / STATE).write_text(json.dumps(vars(state), indent=1) + "\n")
-        for path in (stage / OPTIMIZER, stage / STATE, stage):
-            sync(path)
-        stage.rename(target)
-        sync(directory)
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno not in _NO_ROOM:
-            raise
-        kept = latest(directory)
-        reason = error.strerror if isinstance(error, OSError) else str(error).partition("I/O error: ")[2] or error
-        raise CheckpointError(
-            f"cannot write {target.name}: {reason}",
-            where=directory,
-            fix=f"Free some space, then --resume: {kept.name if kept else 'nothing'} is kept.",
-        ) from error
+        with writing(target.name, directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            _sweep(directory)
+            shutil.rmtree(target, ignore_errors=True)  # of a run that resumed from before it
+            save_hf(stage, checkpoint, torch.float32)
+            save_file(dict(optimizer), stage / OPTIMIZER)
+            (stage / STATE).write_text(json.dumps(vars(state), indent=1) + "\n")
+            for path in (stage / OPTIMIZER, stage / STATE, stage):
+                sync(path)
+            stage.rename(target)
+            sync(directory)
     finally:
         shutil.rmtree(stage, ignore_errors=True)  # gone already after a success
     for old in checkpoints(directory)[:-keep]:
         shutil.rmtree(old)
     return target
+
+
+@contextmanager
+def writing(what: str, run: Path) -> Iterator[None]:
+    """Turns a full or read-only disk into a CheckpointError that says which checkpoint of the run can be resumed from."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_ROOM:
+            raise
+        kept = latest(run)
+        reason = error.strerror if isinstance(error, OSError) else str(error).partition("I/O error: ")[2] or error
+        raise CheckpointError(
+            f"cannot write {what}: {reason}",
+            where=run,
+            fix=f"Free some space, then --resume: {kept.name if kept else 'no checkpoint'} is kept.",
+        ) from error
 
 
 def sync(path: Path) -> None:
@@ -177,18 +189,23 @@ class StepLog:
     """`log.jsonl`: one JSON object per line, each step once even if a run was killed and resumed from before it."""
 
     def __init__(self, directory: Path, resumed_at: int) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / LOG
-        kept = [line for line in read_log(self.path) if line["step"] <= resumed_at] if resumed_at else []
         stage = self.path.with_suffix(f"{_PARTIAL}{os.getpid()}")
-        stage.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        stage.replace(self.path)
-        self._file = self.path.open("a")
+        with writing(LOG, directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            kept = [line for line in read_log(self.path) if line["step"] <= resumed_at] if resumed_at else []
+            stage.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            stage.replace(self.path)
+            self._file = self.path.open("ab", buffering=0)
 
     def write(self, **line: Any) -> None:
-        """Append a line; it is flushed to the system, so that only a machine that crashes loses it."""
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        """Append a line; it is given to the system at once, so that only a machine that crashes loses it.
+
+        Raises:
+            CheckpointError: the disk is full.
+        """
+        with writing(LOG, self.path.parent):
+            self._file.write((json.dumps(line) + "\n").encode())
 
     def close(self) -> None:
         """Close the file."""

@@ -18,7 +18,7 @@ from headfold.export.progress import Reporter
 from headfold.export.token_data import TokenData, tokenize
 from headfold.export.train_options import TrainOptions, TrainResult
 from headfold.export.training import accelerator, train
-from headfold.export.training_state import latest
+from headfold.export.training_state import latest, writing
 from headfold.runtime.errors import CheckpointError, DataError, InputError, TokenizerMismatchError
 
 RUN_SUFFIX = ".training"  # of the directory of checkpoints and log, beside the output
@@ -150,8 +150,10 @@ def uptrain(
     with process.local_main_process_first():  # the others find the tokens in the cache
         data, validation = corpus.load(source, options, quiet)
     tokens = options.steps * options.batch * options.sequence
+    count = process.num_processes
+    where = f"{count} processes, {process.device.type}" if count > 1 else f"one process, {process.device.type}"
     quiet.note(
-        f"{options.steps:,} steps of {options.batch} x {options.sequence}: {tokens:,} tokens of {len(data):,} there are"
+        f"{options.steps:,} steps of {options.batch} x {options.sequence}: {tokens:,} tokens of {len(data):,} there are; {where}"
     )
     if resume and latest(run_directory(output)) is None:
         quiet.note("no checkpoint to resume from: start at step 0")
@@ -169,7 +171,8 @@ def uptrain(
     if process.is_main_process:
         stored = dtype or source.dtype(next(iter(source)))
         tensors = result.decoder.state_dict()
-        save_hf(output, MemoryCheckpoint(output, source.config, tensors, source.tokenizer), stored)
+        with writing(output.name, run_directory(output)):
+            save_hf(output, MemoryCheckpoint(output, source.config, tensors, source.tokenizer), stored)
     process.wait_for_everyone()
     return result
 

@@ -31,6 +31,7 @@ def test_all_eight_have_equal_parameters_and_the_papers_activations():
 
 def test_the_table(toys, tmp_path):
     small = ("--hidden-size", 32, "--d-ff", 48, "--layers", 1, "--heads", 2, "--batch", 4, "--sequence", 32, "--quiet")
+    small += ("--evaluate-sequences", 8)
     done = run("--data", toys / "text.txt", "--steps", 16, "--seeds", 2, *small, "-o", tmp_path / "glu.json")
     assert done.exit_code == 0, done.stderr
     for name in FEED_FORWARDS:

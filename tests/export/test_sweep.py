@@ -78,7 +78,20 @@ def swept(toys, tmp_path_factory):
         0.1,
     ]
     arguments += ["--alpha", 0.1, "--pretrain-tokens", 10240, "--baseline", "--batch", 8, "--sequence", 16]
-    arguments += ["--learning-rate", 3e-3, "--memory", "2MiB", "--contexts", "8,32", "--rounds", 1, "--cpu", "--quiet"]
+    arguments += [
+        "--learning-rate",
+        3e-3,
+        "--memory",
+        "2MiB",
+        "--contexts",
+        "8,32",
+        "--rounds",
+        1,
+        "--evaluate-sequences",
+        16,
+        "--cpu",
+        "--quiet",
+    ]
     arguments += ["--cache", output.parent / "cache", "--budget-kv-bytes", 300, "--json", "--threads", 1]
     done = CliRunner().invoke(main, [str(argument) for argument in arguments])
     torch.set_num_threads(threads)
@@ -124,7 +137,7 @@ def test_its_checkpoints_are_the_uptrained_ones(swept, toys):
     import numpy as np
 
     _, held_out = TokenData(np.fromfile(tokens, np.uint16), "").split(0.1)
-    loss = evaluate(load_decoder(open_checkpoint(output / "kv-1")), held_out, 16, 64)
+    loss = evaluate(load_decoder(open_checkpoint(output / "kv-1")), held_out, 16, 16)
     assert loss == pytest.approx(json.loads((output / "report.json").read_text())["points"][0]["loss"], abs=1e-5)
 
 
@@ -242,11 +255,15 @@ def test_resuming_repeats_no_training_and_a_choice_that_fails_is_exit_code_1(swe
     _, output, arguments = swept
     before = json.loads((output / "report.json").read_text())
     monkeypatch.setattr("headfold.export.training._Run._step", None)  # would fail if it were called
+    monkeypatch.setattr(
+        "headfold.export.sweep._bundle", lambda *_: None
+    )  # exporting takes the longest, and was tested above
+    monkeypatch.setattr("headfold.export.sweep.time_decoding", lambda *_: {2: {8: 1.0, 32: 1.0}, 4: {8: 1.0, 32: 1.0}})
     again = [*arguments, "--resume", "--kv-heads", "2", "--max-loss", "0.5"]
     done = CliRunner().invoke(main, [str(argument) for argument in again])
     assert done.exit_code == 1, done.stderr
     assert done.stderr.startswith(
-        "headfold: error: No count within 300 bytes per token: for 2 key/value heads it is 512"
+        "headfold: error: No count is within 300 bytes per token: for 2 key/value heads it is 512"
     )
     after = json.loads((output / "report.json").read_text())
     assert [p["curve"] for p in after["points"]] == [p["curve"] for p in before["points"][1:]]
