@@ -39,10 +39,12 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Conversion:
-    """A converted checkpoint, and per layer the relative squared error of its attention's output on the calibration tokens."""
+    """A converted checkpoint, and what each layer's conversion cost."""
 
     checkpoint: MemoryCheckpoint
-    errors: tuple[float, ...]
+    errors: tuple[
+        float, ...
+    ]  # relative squared error of attention's output, each layer by itself, before outputs are fitted anew
     tokens: int  # calibrated on
     notes: tuple[str, ...]
 
@@ -80,10 +82,10 @@ def convert_checkpoint(
             moments = inputs.moments() if options.needs_statistics else None
             part = convert_layer(part, config, options, moments, inputs.index)
             inputs.converted = _attention(part, target, inputs.index)
+            errors.append(inputs.error())
             if options.init == "svd":
                 part["o_proj.weight"] = inputs.refit(inputs.converted)
                 inputs.converted = _attention(part, target, inputs.index)
-            errors.append(inputs.error())
             tensors |= {prefix + name: value.to(tensors[prefix + name].dtype) for name, value in part.items()}
             advance(1)
     result = MemoryCheckpoint(checkpoint.path, target, tensors, checkpoint.tokenizer)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""SmolLM2-135M-Instruct from three key/value heads to one: convert, uptrain a little with its own distributions, export, verify, generate.
+"""SmolLM2-135M-Instruct from three key/value heads to one: convert, uptrain a little with a teacher, export, verify, generate.
 
 Perplexity on held-out text before the conversion, after it and after the uptraining, for svd and for the paper's mean. What is done
 already is not done again.
@@ -84,13 +84,14 @@ def main() -> None:
             figures[f"{init}, steps"] = options.steps
             figures[f"{init}, tokens"] = tokens
         note(f"{init}, uptrained", uptrained)
-        bundle = WORK / f"{init}-bundle"
-        if not bundle.exists():
-            headfold("export", uptrained, "-o", bundle, "--capacity", 512, "--decode-steps", 4)
-        headfold("verify", bundle, "--against", uptrained, "--decode-steps", 4)
-        figures[f"{init}, generated"] = headfold("generate", bundle, PROMPT, "-n", 24, "--temperature", 0, text=True)
-        file.write_text(json.dumps(figures, indent=2) + "\n")
-        print(f"> {PROMPT}{figures[f'{init}, generated']}")
+    init, (_, uptrained) = next(iter(students.items()))
+    bundle = WORK / f"{init}-bundle"
+    if not bundle.exists():
+        headfold("export", uptrained, "-o", bundle, "--capacity", 512, "--decode-steps", 4)
+    headfold("verify", bundle, "--against", uptrained, "--decode-steps", 4)
+    figures[f"{init}, generated"] = headfold("generate", bundle, PROMPT, "-n", 24, "--temperature", 0, text=True)
+    file.write_text(json.dumps(figures, indent=2) + "\n")
+    print(f"> {PROMPT}{figures[f'{init}, generated']}")
 
 
 if __name__ == "__main__":
