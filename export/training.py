@@ -123,8 +123,6 @@ class _Run:
             with torch.no_grad():
                 self.state = load_state(self.saved, self.state.identity, decoder)
             self.reporter.note(f"resume from {self.saved}")
-        elif resume:
-            self.reporter.note("no checkpoint to resume from: start at step 0")
         self._prepare(teacher)
 
     def _check(self, teacher: Decoder | None) -> None:
@@ -344,6 +342,8 @@ class _Run:
             if self.options.activation_checkpointing:
                 for layer in decoder.model.layers:
                     del layer.forward
+        if self.teacher is not None and self.accelerator.distributed_type.value != "FSDP":
+            self.accelerator.unwrap_model(self.teacher, keep_fp32_wrapper=False)  # it may teach again
         self.accelerator.free_memory()
         return decoder.eval().requires_grad_(False)
 

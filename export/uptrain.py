@@ -18,6 +18,7 @@ from headfold.export.progress import Reporter
 from headfold.export.token_data import TokenData, tokenize
 from headfold.export.train_options import TrainOptions, TrainResult
 from headfold.export.training import accelerator, train
+from headfold.export.training_state import latest
 from headfold.runtime.errors import CheckpointError, DataError, InputError, TokenizerMismatchError
 
 RUN_SUFFIX = ".training"  # of the directory of checkpoints and log, beside the output
@@ -152,6 +153,8 @@ def uptrain(
     quiet.note(
         f"{options.steps:,} steps of {options.batch} x {options.sequence}: {tokens:,} tokens of {len(data):,} there are"
     )
+    if resume and latest(run_directory(output)) is None:
+        quiet.note("no checkpoint to resume from: start at step 0")
     result = train(
         trainable(source, options.sequence),
         data,
