@@ -14,6 +14,7 @@ from headfold.export.calibration import LENGTH, TOKENS, calibration_tokens, laye
 from headfold.export.checkpoint import Checkpoint, MemoryCheckpoint, load_decoder, open_checkpoint
 from headfold.export.config import ModelConfig
 from headfold.export.convert import ConvertOptions, Tensors, attention_prefix, convert_layer, converted_config
+from headfold.export.ffn import plain_to_gated
 from headfold.export.hf import save_hf
 from headfold.export.merge_heads import NEED_STATISTICS
 from headfold.export.model import Attention, Decoder
@@ -153,8 +154,6 @@ def convert_file(
         conversion = convert_checkpoint(checkpoint, options, tokens, reporter, decoder)
         checkpoint = conversion.checkpoint
     if feed_forward is not None:
-        from headfold.export.ffn import plain_to_gated
-
         config, tensors = plain_to_gated(
             checkpoint.config, {name: checkpoint.read(name) for name in checkpoint}, feed_forward
         )

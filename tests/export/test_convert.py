@@ -233,23 +233,31 @@ def test_keys_are_rank_one_per_plane_and_queries_absorb_the_factor(layer: Layer)
         assert lost == pytest.approx(best, rel=1e-3)  # small eigenvalues of the moment are floored at 1e-6
 
 
-def test_procrustes_rotates_values_and_keys_onto_their_mean(layer: Layer) -> None:
+def test_procrustes_is_the_generalized_analysis_of_activations(layer: Layer) -> None:
+    """The paper's form: rotate each head's activations onto their mean, for twenty rounds that start from the first head."""
+    x = layer.x.reshape(-1, layer.x.shape[2])
     result = layer.convert(1, "procrustes")
-    value, key = layer.rows("v_proj", result)[0], complex_rows(layer.rows("k_proj", result)[0])
+    values, keys = [x @ v.T for v in layer.v], [x @ complex_rows(k).T for k in layer.k]  # [tokens, D], [tokens, R/2]
+    value, key = values[0], keys[0]
+    for _ in range(20):
+        turns = []
+        for activation in values:
+            left, _, right = np.linalg.svd(activation.T @ value)
+            turns.append(left @ right)
+        phases = [(activation.conj() * key).sum(0) for activation in keys]
+        phases = [phase / abs(phase) for phase in phases]
+        value = np.mean([a @ t for a, t in zip(values, turns, strict=True)], 0)
+        key = np.mean([a * p for a, p in zip(keys, phases, strict=True)], 0)
+    close = {"atol": 1e-3}  # our inner products were summed in float32, and twenty rounds amplify that
     output, queries = result["o_proj.weight"].numpy().reshape(48, 6, 16), layer.rows("q_proj", result)
-    moment = layer.moments.inputs.numpy()
-    turned, turned_keys = [], []
+    np.testing.assert_allclose(
+        layer.rows("v_proj", result)[0], np.mean([t.T @ v for t, v in zip(turns, layer.v, strict=True)], 0), **close
+    )
+    rotated = np.mean([p[:, None] * complex_rows(k) for p, k in zip(phases, layer.k, strict=True)], 0)
+    np.testing.assert_allclose(complex_rows(layer.rows("k_proj", result)[0]), rotated, **close)
     for h in range(6):
-        left, _, right = np.linalg.svd(value @ moment @ layer.v[h].T)  # the rotation closest to the mean: a fixed point
-        turned.append(left @ right @ layer.v[h])
-        np.testing.assert_allclose(output[:, h].T, left @ right @ layer.o[:, h].T, atol=1e-3)
-        rows = complex_rows(layer.k[h])
-        phase = np.array([(rows[f].conj() @ moment @ key[f]) for f in range(8)])
-        phase /= abs(phase)
-        turned_keys.append(phase[:, None] * rows)
-        np.testing.assert_allclose(complex_rows(queries[h]), phase[:, None] * complex_rows(layer.q[h]), atol=1e-3)
-    np.testing.assert_allclose(value, np.mean(turned, 0), atol=1e-3)  # 20 rounds of the iteration
-    np.testing.assert_allclose(key, np.mean(turned_keys, 0), atol=1e-3)
+        np.testing.assert_allclose(output[:, h].T, turns[h].T @ layer.o[:, h].T, **close)
+        np.testing.assert_allclose(complex_rows(queries[h]), phases[h][:, None] * complex_rows(layer.q[h]), **close)
 
 
 def test_refitting_the_output_never_loses_on_the_calibration_tokens() -> None:
@@ -279,7 +287,7 @@ def test_cluster_puts_equal_heads_together_and_reorders_queries_with_their_outpu
     tensors = dict(plain.tensors)
     for layer, name in itertools.product(range(2), "kv"):
         weight = tensors[f"model.layers.{layer}.self_attn.{name}_proj.weight"].view(6, 16, 48).clone()
-        weight[[2, 4]], weight[[3, 5]] = weight[0], weight[1]  # heads 0, 2, 4 are equal, and 1, 3, 5
+        weight[[2, 4]], weight[[3, 5]] = weight[0].clone(), weight[1].clone()  # heads 0, 2, 4 are equal, and 1, 3, 5
         tensors[f"model.layers.{layer}.self_attn.{name}_proj.weight"] = weight.view(96, 48)
     checkpoint = replace(plain, tensors=tensors)
     clustered = convert_checkpoint(checkpoint, ConvertOptions(2, "mean", "cluster"), tokens(), QUIET)
