@@ -255,6 +255,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--share", default="1/1", help="i/n: every n-th arm from the i-th, for several processes")
     parser.add_argument("--only", nargs="*", metavar="NAME", help="arms by name, such as mean+ce")
+    parser.add_argument("--budget", nargs="*", help="arms by budget: 0.05, 0.005, flops")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="only the tables")
     options = parser.parse_args()
@@ -263,7 +264,8 @@ def main() -> None:
     bench = Bench(options.output)
     if not options.report:
         which, count = map(int, options.share.split("/"))
-        arms = [arm for arm in ARMS if not options.only or arm.name in options.only]
+        arms = [arm for arm in ARMS if arm.name in (options.only or [arm.name])]
+        arms = [arm for arm in arms if arm.budget in (options.budget or [arm.budget])]
         bench.run(arms[which - 1 :: count])
     report(bench, options.output)
 
