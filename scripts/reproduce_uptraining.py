@@ -25,12 +25,12 @@ from headfold.export.conversion import convert_checkpoint
 from headfold.export.convert import ConvertOptions, Init
 from headfold.export.losses import Loss
 from headfold.export.progress import Reporter
-from headfold.export.token_data import TokenData
+from headfold.export.token_data import tokenize
 from headfold.export.training import TrainOptions, evaluate, train, trainable
 
 sys.path.insert(0, str(Path(__file__).parent))
 from train_subject import BATCH as PRETRAIN_BATCH
-from train_subject import CONTEXT, CORPUS, STEPS, SUBJECT, tokens
+from train_subject import CONTEXT, CORPUS, STEPS, SUBJECT
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "bundles" / "uptraining"
@@ -85,8 +85,10 @@ class Bench:
     def __init__(self, output: Path) -> None:
         self.checkpoint: Checkpoint = open_checkpoint(SUBJECT)
         self.config = self.checkpoint.config
-        self.data = TokenData.from_ids(tokens(CORPUS / "train.txt").numpy())
-        self.validation = TokenData.from_ids(tokens(CORPUS / "validation.txt").numpy())
+        self.data, self.validation = (
+            tokenize([str(CORPUS / name)], self.checkpoint.tokenizer, self.config, Reporter(quiet=True))
+            for name in ("train.txt", "validation.txt")
+        )
         self.teacher, self.file = load_decoder(self.checkpoint), output / "cells.jsonl"
 
     def steps(self, arm: Arm, config: ModelConfig) -> int:

@@ -57,6 +57,8 @@ def main() -> None:
     WORK.mkdir(parents=True, exist_ok=True)
     text, held_out, about = corpus(ROOT / "models" / "corpus")
     source = open_checkpoint(GGUF)
+    sample = WORK / "validation.txt"  # a little of it: the command evaluates before and after
+    sample.write_text(held_out.read_text()[:16384])
     validation = tokenize([str(held_out)], source.tokenizer, source.config, Reporter(quiet=True))
     file = WORK / "perplexity.json"
     figures: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"text": about}
@@ -79,7 +81,7 @@ def main() -> None:
             tokens = options.steps * options.batch * options.sequence
             size = ("--tokens", tokens, "--batch", options.batch, "--sequence", options.sequence)
             rate = ("--learning-rate", options.learning_rate, "--checkpoint-every", 10, "--keep", 1)
-            how = ("--teacher", GGUF, "--loss", "kl", "--data", text, "--validation", held_out, "--resume", "--cpu")
+            how = ("--teacher", GGUF, "--loss", "kl", "--data", text, "--validation", sample, "--resume", "--cpu")
             headfold("uptrain", converted, "-o", uptrained, *how, *size, *rate)
             figures[f"{init}, steps"] = options.steps
             figures[f"{init}, tokens"] = tokens
