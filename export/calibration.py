@@ -19,7 +19,7 @@ from headfold.plugins.torch_op import rms_norm, rotate
 from headfold.runtime.errors import DataError
 
 TOKENS, LENGTH = 8192, 256  # by default: tokens in all, and of each sequence
-RIDGE = 1e-3  # of the mean energy of a head's outputs: what `refit` adds to each
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # as shares of the mean energy of the heads' outputs; `refit` chooses
 _TOGETHER = 2048  # tokens that go through a layer at a time
 
 
@@ -104,24 +104,24 @@ class LayerInputs:
     def refit(self, converted: Attention) -> Tensor:
         """The output projection [hidden, H * D] that brings the converted residual stream closest to the original one.
 
-        Linear least squares with a small ridge towards the present projection, on what the converted heads put out where all earlier
-        layers are converted, too. It makes good what the new attention weights and the earlier layers got wrong, and lets heads
-        make good each other's errors; it changes nothing where there is no error.
+        Linear least squares on what the converted heads put out where all earlier layers are converted, too. It makes good what the
+        new attention weights and the earlier layers got wrong, and lets heads make good each other's errors; it changes
+        nothing where there is no error. A ridge towards the present projection, chosen on every fourth sequence, which the choice
+        does not fit, keeps it from learning the calibration tokens by heart.
         """
         projection = converted.o_proj
-        gram = torch.zeros(projection.in_features, projection.in_features, dtype=torch.float64)
-        missing = torch.zeros(projection.in_features, projection.out_features, dtype=torch.float64)
-        size = _together(self._hidden)
-        for rows, follower in zip(torch.split(self._hidden, size), torch.split(self._follower, size), strict=True):
-            target = rows - follower + self._attend(self._attention, rows)
+        sums = [_Normal(projection.in_features, projection.out_features) for _ in range(2)]  # to fit, to choose
+        for number, (rows, follower) in enumerate(zip(self._hidden, self._follower, strict=True)):
+            target = rows + self._attend(self._attention, rows[None])[0] - follower  # [S, hidden]
             with _without_projection(converted):
-                features = self._attend(converted, follower)  # [n, S, H * D]
-            wrong = (target - projection(features)).flatten(0, 1)
-            gram += _second_moment(features.flatten(0, 1))
-            missing += (features.flatten(0, 1).T @ wrong).double()
-        ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
-        correction: Tensor = torch.linalg.solve(gram + ridge, missing)
-        return projection.weight.double() + correction.T
+                features = self._attend(converted, follower[None])[0]  # [S, H * D]
+            sums[number % 4 == 3].add(features, target - projection(features))
+        fit, choice = sums
+        scale = fit.gram.diagonal().mean()
+        ridge = min(RIDGES, key=lambda share: choice.loss(fit.solution(share * scale)))
+        if choice.loss(fit.solution(ridge * scale)) > 0:  # worse than leaving it
+            return projection.weight.double()
+        return projection.weight.double() + (fit + choice).solution(ridge * scale * len(self._hidden) / fit.parts).T
 
     @torch.inference_mode()
     def error(self) -> float:
@@ -174,6 +174,36 @@ def attention_weights(attention: Attention, x: Tensor, rope: tuple[Tensor, Tenso
     distance = torch.arange(length)[:, None] - torch.arange(length)
     visible = (distance >= 0) & ((distance < a.local_window_size) | (a.local_window_size <= 0))
     return q, scores.masked_fill(~visible, float("-inf")).softmax(-1)
+
+
+class _Normal:
+    """The normal equations of a least-squares fit, in float64: features [N, F], and what is missing, [N, hidden]."""
+
+    def __init__(self, features: int, outputs: int) -> None:
+        self.gram = torch.zeros(features, features, dtype=torch.float64)
+        self.missing = torch.zeros(features, outputs, dtype=torch.float64)
+        self.parts = 0
+
+    def add(self, features: Tensor, missing: Tensor) -> None:
+        self.gram += _second_moment(features)
+        self.missing += (features.T @ missing).double()
+        self.parts += 1
+
+    def __add__(self, other: "_Normal") -> "_Normal":
+        result = _Normal(*self.missing.shape)
+        result.gram, result.missing = self.gram + other.gram, self.missing + other.missing
+        return result
+
+    def solution(self, ridge: Tensor) -> Tensor:
+        """[F, hidden]."""
+        solution: Tensor = torch.linalg.solve(
+            self.gram + ridge * torch.eye(len(self.gram), dtype=torch.float64), self.missing
+        )
+        return solution
+
+    def loss(self, solution: Tensor) -> float:
+        """The squared error of a solution, less that of zero."""
+        return (((self.gram @ solution - 2 * self.missing) * solution).sum()).item()
 
 
 def _second_moment(rows: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from headfold.export.calibration import LENGTH, TOKENS, calibration_tokens, laye
 from headfold.export.checkpoint import Checkpoint, MemoryCheckpoint, load_decoder, open_checkpoint
 from headfold.export.config import ModelConfig
 from headfold.export.convert import ConvertOptions, Tensors, attention_prefix, convert_layer, converted_config
+from headfold.export.ffn import plain_to_gated
 from headfold.export.hf import save_hf
 from headfold.export.merge_heads import NEED_STATISTICS
 from headfold.export.model import Attention, Decoder
@@ -39,10 +40,12 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Conversion:
-    """A converted checkpoint, and per layer the relative squared error of its attention's output on the calibration tokens."""
+    """A converted checkpoint, and what each layer's conversion cost."""
 
     checkpoint: MemoryCheckpoint
-    errors: tuple[float, ...]
+    errors: tuple[
+        float, ...
+    ]  # relative squared error of attention's output, each layer by itself, before outputs are fitted anew
     tokens: int  # calibrated on
     notes: tuple[str, ...]
 
@@ -80,10 +83,10 @@ def convert_checkpoint(
             moments = inputs.moments() if options.needs_statistics else None
             part = convert_layer(part, config, options, moments, inputs.index)
             inputs.converted = _attention(part, target, inputs.index)
+            errors.append(inputs.error())
             if options.init == "svd":
                 part["o_proj.weight"] = inputs.refit(inputs.converted)
                 inputs.converted = _attention(part, target, inputs.index)
-            errors.append(inputs.error())
             tensors |= {prefix + name: value.to(tensors[prefix + name].dtype) for name, value in part.items()}
             advance(1)
     result = MemoryCheckpoint(checkpoint.path, target, tensors, checkpoint.tokenizer)
@@ -151,8 +154,6 @@ def convert_file(
         conversion = convert_checkpoint(checkpoint, options, tokens, reporter, decoder)
         checkpoint = conversion.checkpoint
     if feed_forward is not None:
-        from headfold.export.ffn import plain_to_gated
-
         config, tensors = plain_to_gated(
             checkpoint.config, {name: checkpoint.read(name) for name in checkpoint}, feed_forward
         )

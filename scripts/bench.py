@@ -193,10 +193,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--skip-export", action="store_true", help="use the models of the last run")
     parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument(
+        "--groups", action="store_true", help="instead: MHA, GQA and MQA variants of a larger random model"
+    )
     parser.add_argument("--worker", nargs=2, metavar=("KIND", "PATH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         worker(*options.worker, options.threads)
+        return
+    if options.groups:
+        sys.path.insert(0, str(Path(__file__).parent))
+        from bench_groups import groups
+
+        table = groups(ROOT / "bundles" / "groups", options.rounds, min(options.new, 16), options.threads, bandwidth)
+        if options.json:
+            options.json.write_text(json.dumps(table, indent=2) + "\n")
         return
     figures: dict[str, Any] = {"threads": options.threads, "prompt": options.prompt, "new": options.new}
     if not options.skip_export:

@@ -12,7 +12,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,12 +25,12 @@ from headfold.export.conversion import convert_checkpoint
 from headfold.export.convert import ConvertOptions, Init
 from headfold.export.losses import Loss
 from headfold.export.progress import Reporter
-from headfold.export.token_data import TokenData
+from headfold.export.token_data import tokenize
 from headfold.export.training import TrainOptions, evaluate, train, trainable
 
 sys.path.insert(0, str(Path(__file__).parent))
 from train_subject import BATCH as PRETRAIN_BATCH
-from train_subject import CONTEXT, CORPUS, STEPS, SUBJECT, tokens
+from train_subject import CONTEXT, CORPUS, STEPS, SUBJECT
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "bundles" / "uptraining"
@@ -56,9 +56,10 @@ class Arm:
 
 
 ARMS = (
-    *(Arm(2, *recipe) for recipe in (("mean", "ce", "0.05"), ("svd", "kl", "0.005"), ("svd", "kl", "0.05"))),
-    *(Arm(1, *recipe) for recipe in (("mean", "ce", "0.05"), ("svd", "kl", "0.005"), ("svd", "kl", "0.05"))),
+    *(Arm(g, "mean", "ce", "0.05") for g in (2, 1)),
+    *(Arm(g, "svd", "kl", "0.005") for g in (2, 1)),
     Arm(HEADS, "mean", "ce", "0.05"),
+    *(Arm(g, "svd", "kl", "0.05") for g in (2, 1)),
     *(Arm(g, *recipe) for g in (2, 1) for recipe in (("first", "ce", "0.05"), ("random", "ce", "0.05"))),
     *(Arm(g, "mean", "ce", "0.005") for g in (2, 1)),
     Arm(HEADS, "mean", "ce", "0.005"),
@@ -84,8 +85,10 @@ class Bench:
     def __init__(self, output: Path) -> None:
         self.checkpoint: Checkpoint = open_checkpoint(SUBJECT)
         self.config = self.checkpoint.config
-        self.data = TokenData.from_ids(tokens(CORPUS / "train.txt").numpy())
-        self.validation = TokenData.from_ids(tokens(CORPUS / "validation.txt").numpy())
+        self.data, self.validation = (
+            tokenize([str(CORPUS / name)], self.checkpoint.tokenizer, self.config, Reporter(quiet=True))
+            for name in ("train.txt", "validation.txt")
+        )
         self.teacher, self.file = load_decoder(self.checkpoint), output / "cells.jsonl"
 
     def steps(self, arm: Arm, config: ModelConfig) -> int:
@@ -145,11 +148,12 @@ class Bench:
         )
         return cell
 
-    def run(self, arms: Iterable[Arm]) -> None:
-        for arm in arms:
-            tuned = min((self.once(arm, rate, 0) for rate in RATES), key=lambda cell: cell["after"])
-            for seed in range(1, SEEDS):
-                self.once(arm, tuned["rate"], seed)
+    def run(self, arms: Sequence[Arm]) -> None:
+        """All arms are tuned at seed 0 before any gets its other seeds, so that an early report has every comparison."""
+        tuned = [min((self.once(arm, rate, 0) for rate in RATES), key=lambda cell: cell["after"]) for arm in arms]
+        for seed in range(1, SEEDS):
+            for arm, best in zip(arms, tuned, strict=True):
+                self.once(arm, best["rate"], seed)
 
 
 def of(cell: dict[str, Any], arm: Arm) -> bool:
@@ -253,6 +257,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--share", default="1/1", help="i/n: every n-th arm from the i-th, for several processes")
     parser.add_argument("--only", nargs="*", metavar="NAME", help="arms by name, such as mean+ce")
+    parser.add_argument("--budget", nargs="*", help="arms by budget: 0.05, 0.005, flops")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="only the tables")
     options = parser.parse_args()
@@ -261,7 +266,8 @@ def main() -> None:
     bench = Bench(options.output)
     if not options.report:
         which, count = map(int, options.share.split("/"))
-        arms = [arm for arm in ARMS if not options.only or arm.name in options.only]
+        arms = [arm for arm in ARMS if arm.name in (options.only or [arm.name])]
+        arms = [arm for arm in arms if arm.budget in (options.budget or [arm.budget])]
         bench.run(arms[which - 1 :: count])
     report(bench, options.output)
 
