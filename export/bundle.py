@@ -3,7 +3,6 @@
 `headfold.runtime.manifest` says what a bundle is; this file only writes one.
 """
 
-import errno
 import json
 import os
 import shutil
@@ -14,11 +13,11 @@ from typing import Any
 
 import psutil
 
+from headfold.export.files import CANNOT_WRITE, sync, sync_tree
 from headfold.runtime.errors import BundleError, HeadfoldError
 from headfold.runtime.manifest import MANIFEST, FileEntry, Manifest, sha256
 
 _PARTIAL = ".headfold-partial-"
-_CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM}
 
 
 @contextmanager
@@ -39,10 +38,10 @@ def staged(output: Path, force: bool) -> Iterator[Path]:
     try:
         stage.mkdir()
         yield stage
-        sync(stage)
+        sync_tree(stage)
         replace(stage, output)
     except OSError as error:
-        if error.errno not in _CANNOT_WRITE:
+        if error.errno not in CANNOT_WRITE:
             raise
         raise BundleError(
             f"cannot write: {error.strerror or error}",
@@ -71,23 +70,8 @@ def replace(stage: Path, output: Path) -> None:
     if output.exists():
         output.rename(old)
     stage.rename(output)
-    _sync_file(output.parent)
+    sync(output.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def sync(directory: Path) -> None:
-    """Force every file of a directory, and the directory itself, to the disk."""
-    for path in directory.rglob("*"):
-        _sync_file(path)
-    _sync_file(directory)
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_file(path: Path, content: bytes) -> None:

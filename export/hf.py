@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from headfold.export.checkpoint import Checkpoint, TokenizerFiles, check_tensors, expected_shapes
 from headfold.export.families import config_from_json, config_to_json
+from headfold.export.files import sync_tree
 from headfold.runtime.errors import CheckpointError
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -206,10 +207,7 @@ def save_hf(directory: Path, checkpoint: Checkpoint, dtype: torch.dtype, max_sha
         _write_json(stage / CONFIG, content)
         for name, data in checkpoint.tokenizer.files.items():
             (stage / name).write_bytes(data)
-        for path in (*stage.iterdir(), stage):
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+        sync_tree(stage)
         stage.rename(directory)
     finally:
         shutil.rmtree(stage, ignore_errors=True)  # gone already after a success

@@ -135,7 +135,7 @@ def verify_graph(
     """
     candidate = candidate or onnxruntime_candidate(path, dtype, config)
     dtype = candidate.precision
-    steps = list(_steps(prompts, max(decode_steps, 0), config.vocab_size))
+    steps = list(feed_steps(prompts, max(decode_steps, 0), config.vocab_size))
     capacity = max(feed["attention_mask"].shape[1] for _, feed in steps) + max(decode_steps, 1)
     feeds = [inputs for _, inputs in steps]
     greedy = max(decode_steps, 1)
@@ -165,7 +165,7 @@ def verify_graph(
     return ParityReport(dtype, checks, hidden, greedy, divergent)
 
 
-def _steps(prompts: Sequence[NDArray[np.int64]], decode_steps: int, vocab_size: int) -> Iterator[Step]:
+def feed_steps(prompts: Sequence[NDArray[np.int64]], decode_steps: int, vocab_size: int) -> Iterator[Step]:
     """All feeds in order; see the docstrings of `verify_graph` and the runners."""
     forced = np.random.default_rng(1).integers(0, vocab_size, (len(prompts), decode_steps))
     prompt = prompts[0][None]  # [1, P]

@@ -5,7 +5,7 @@ provider and TensorRT's engines; a backend on the CPU goes the same way.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,9 @@ from polygraphy.comparator import Comparator
 from polygraphy.datatype import DataType
 
 from headfold.export.model import Decoder
-from headfold.export.parity import Step, pad, quiet_polygraphy
+from headfold.export.parity import feed_steps, quiet_polygraphy
 from headfold.export.parity_report import TOLERANCES, compare_logits
-from headfold.export.parity_runners import Feed, Outputs, TorchRunner, feed
+from headfold.export.parity_runners import Feed, Outputs, TorchRunner
 from headfold.runtime.session import Backend
 
 
@@ -94,7 +94,7 @@ def verify_backends(
         decode_steps: tokens decoded, at least 1.
     """
     vocab_size = max(int(prompt.max()) for prompt in prompts) + 1
-    steps = list(_steps(prompts, decode_steps, vocab_size))
+    steps = list(feed_steps(prompts, decode_steps, vocab_size))
     feeds = [inputs for _, inputs in steps]
     capacity = max(inputs["attention_mask"].shape[1] for inputs in feeds) + 1
     runners = [TorchRunner(load, False, 1), *(BackendRunner(name, open_, capacity) for name, open_ in backends.items())]
@@ -114,21 +114,3 @@ def verify_backends(
                 BackendCheck(name, check, float(error), float(limit), min(cosine), float(np.mean(top1)), passed)
             )
     return checks
-
-
-def _steps(prompts: Sequence[NDArray[np.int64]], decode_steps: int, vocab_size: int) -> Iterator[Step]:
-    """All feeds in order."""
-    forced = np.random.default_rng(1).integers(0, vocab_size, (len(prompts), decode_steps))
-    prompt = prompts[0][None]  # [1, P]
-    yield "prefill", feed(prompt, np.ones_like(prompt))
-    for i in range(decode_steps):
-        yield "decode", feed(forced[:1, i : i + 1], np.ones((1, prompt.shape[1] + i + 1), np.int64))
-    third = max(1, prompt.shape[1] // 3)
-    for begin, end in ((0, third), (third, prompt.shape[1])):
-        if end > begin:
-            yield "chunked prefill", feed(prompt[:, begin:end], np.ones((1, end), np.int64))
-    ids, mask = pad(prompts, "right")
-    yield "ragged batch", feed(ids, mask)
-    for i in range(decode_steps):
-        mask = np.concatenate([mask, np.ones((len(prompts), 1), np.int64)], axis=1)
-        yield "ragged batch", feed(forced[:, i : i + 1], mask)

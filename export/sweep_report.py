@@ -7,9 +7,9 @@ import jinja2
 from rich.console import Console
 from rich.table import Table
 
+from headfold.export.files import sync
 from headfold.export.sweep_plots import colour, plots
 from headfold.export.sweep_results import SweepReport
-from headfold.export.training_state import sync
 
 JSON, HTML = "report.json", "report.html"
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")

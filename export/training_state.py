@@ -4,7 +4,6 @@
 optimizer's state and `state.json` beside it. Nothing is a pickle.
 """
 
-import errno
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from headfold.export.checkpoint import Checkpoint
+from headfold.export.files import CANNOT_WRITE, sync
 from headfold.export.hf import HuggingFaceCheckpoint, read_json, save_hf
 from headfold.export.model import Decoder
 from headfold.runtime.errors import CheckpointError, InputError
@@ -35,7 +35,6 @@ _PARTIAL = ".partial-"
 _States = dict[str, dict[str, Tensor]]  # by parameter and name
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered from all processes, on the first one
 _EVERYWHERE = StateDictOptions(full_state_dict=True)
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM}
 
 
 @dataclass
@@ -121,7 +120,7 @@ def writing(what: str, run: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno not in _NO_ROOM:
+        if isinstance(error, OSError) and error.errno not in CANNOT_WRITE:
             raise
         kept = latest(run)
         reason = error.strerror if isinstance(error, OSError) else str(error).partition("I/O error: ")[2] or error
@@ -130,15 +129,6 @@ def writing(what: str, run: Path) -> Iterator[None]:
             where=run,
             fix=f"Free some space, then --resume: {kept.name if kept else 'no checkpoint'} is kept.",
         ) from error
-
-
-def sync(path: Path) -> None:
-    """Force a file or a directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sweep(directory: Path) -> None:

@@ -62,7 +62,7 @@ def test_permission_is_one_line(tmp_path, monkeypatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("headfold.export.bundle.sync", refuse)
+    monkeypatch.setattr("headfold.export.bundle.sync_tree", refuse)
     with pytest.raises(BundleError, match="cannot write: Permission denied"), staged(tmp_path / "b", False) as stage:
         fill(stage, 1)
     assert names(tmp_path) == []

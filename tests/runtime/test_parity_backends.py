@@ -11,6 +11,8 @@ from headfold.runtime.session import OrtSession
 
 PROMPTS = [np.arange(1, 13), np.arange(20, 25), np.arange(30, 39)]
 
+RAGGED = ("ragged batch, right padding", "ragged batch, left padding")
+
 
 class Shifted(OrtSession):
     """Believes each row one token shorter than it is when it decodes."""
@@ -38,7 +40,7 @@ def verify(toy, **backends):
 
 def test_each_backend_has_every_check_and_passes(toy) -> None:
     checks = verify(toy, first=OrtSession, second=OrtSession)
-    names = ["prefill", "decode", "chunked prefill", "ragged batch"]
+    names = ["prefill", "decode", "chunked prefill", *RAGGED]
     assert list(checks) == [(backend, name) for backend in ("first", "second") for name in names]
     for check in checks.values():
         assert check.passed
@@ -48,7 +50,9 @@ def test_each_backend_has_every_check_and_passes(toy) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "failing"), [(Shifted, {"decode", "ragged batch"}), (Swapped, {"ragged batch"})], ids=lambda x: str(x)
+    ("kind", "failing"),
+    [(Shifted, {"decode", "chunked prefill", *RAGGED}), (Swapped, set(RAGGED))],  # one of the chunks is a single token
+    ids=["shifted", "swapped"],
 )
 def test_what_is_wrong_fails_and_only_that(kind, failing, toy) -> None:
     checks = verify(toy, right=OrtSession, wrong=kind)
