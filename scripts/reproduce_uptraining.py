@@ -209,6 +209,8 @@ def verdicts(rows: list[dict[str, Any]]) -> list[str]:
             if paper and row and control:
                 share = (paper["after"] - row["after"]) / (paper["after"] - control["after"])
                 verdict = "holds" if share >= 0.7 else "does NOT hold"
+                unequal = any(r["rates_tried"] < len(RATES) or r["seeds"] < SEEDS for r in (paper, row, control))
+                verdict += "; PRELIMINARY: rates or seeds are missing" if unequal else ""
                 claim = f"svd+kl closes {share:.0%} of mean+ce's gap to the MHA control"
                 lines.append(f"{groups} groups, {label}: {claim} (70%: {verdict})")
         order = [
