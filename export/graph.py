@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from headfold.export.config import ModelConfig
 from headfold.export.model import Cache, Decoder
-from headfold.export.passes import fold_transposed_weights, name_initializers
+from headfold.export.passes import fold_transposed_weights, name_initializers, share_last_index
 from headfold.plugins.onnx_functions import OPSET, onnxruntime_body, schema
 from headfold.plugins.schema import DOMAIN, OP_TYPE, VERSION
 
@@ -98,6 +98,7 @@ def export_graph(config: ModelConfig, dtype: torch.dtype, capacity: int, all_log
         common_passes.RemoveUnusedNodesPass(),
         common_passes.ClearMetadataAndDocStringPass(),
     )(model)
+    share_last_index(model)
     set_attention_body(model, onnxruntime_body(config.qk_norm))
     return model
 

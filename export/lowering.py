@@ -12,8 +12,9 @@ import onnxscript.optimizer
 from onnx_ir.passes import common as common_passes
 
 from headfold.export.graph import set_attention_body
+from headfold.export.passes import attention_nodes
 from headfold.plugins.onnx_functions import standard_body
-from headfold.plugins.schema import DOMAIN, INPUTS, OP_TYPE, VERSION
+from headfold.plugins.schema import DOMAIN, INPUTS, OP_TYPE, OPTIONAL_INPUTS, VERSION
 from headfold.runtime.errors import BundleError
 
 Attention = Literal["native", "plugin"]
@@ -54,11 +55,6 @@ def lower(path: Path, attention: Attention, capacity: int) -> ir.Model:
     return model
 
 
-def attention_nodes(model: ir.Model) -> list[ir.Node]:
-    """The nodes of the custom op, in order: one per layer."""
-    return [node for node in model.graph if node.domain == DOMAIN and node.op_type == OP_TYPE]
-
-
 def fix_capacity(model: ir.Model, capacity: int) -> None:
     """Give every cache this many positions: [batch, Hkv, capacity, D]."""
     for value in (*model.graph.inputs, *model.graph.outputs):
@@ -89,10 +85,12 @@ def call_plugin(model: ir.Model) -> None:
     """Leave the attention op in place, but as a call of the plugin of its name.
 
     `total_sequence_length` is a number on the host, which a plugin cannot have; but it can see its inputs' shapes. So that input
-    becomes `attention_mask` [B, T], of which only T counts.
+    becomes `attention_mask` [B, T], of which only T counts. `last_index` is ONNX Runtime's alone.
     """
     mask = next(value for value in model.graph.inputs if value.name == "attention_mask")
     for node in attention_nodes(model):
+        norms = len(INPUTS) if node.inputs[len(INPUTS)] is None else len(INPUTS) + len(OPTIONAL_INPUTS)
+        node.resize_inputs(norms)
         node.replace_input_with(_TOTAL, mask)
         node.attributes["plugin_namespace"] = ir.AttrString("plugin_namespace", DOMAIN)
         node.attributes["plugin_version"] = ir.AttrString("plugin_version", str(VERSION))

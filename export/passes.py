@@ -1,6 +1,10 @@
 """Small graph passes of the export, each with one job. They change the model they are given."""
 
+import numpy as np
 import onnx_ir as ir
+
+from headfold.plugins.onnx_functions import NODE_INPUTS
+from headfold.plugins.schema import DOMAIN, LAST_INDEX, OP_TYPE
 
 
 def name_initializers(model: ir.Model, prefix: str) -> None:
@@ -31,6 +35,31 @@ def fold_transposed_weights(model: ir.Model) -> None:
         model.graph.initializers[name] = transposed
         if not source.uses():
             model.graph.initializers.pop(source.name)
+
+
+def attention_nodes(model: ir.Model) -> list[ir.Node]:
+    """The nodes of the custom op, in order: one per layer."""
+    return [node for node in model.graph if node.domain == DOMAIN and node.op_type == OP_TYPE]
+
+
+def share_last_index(model: ir.Model) -> None:
+    """Compute the op's `last_index`, past_lengths + S - 1, once, and give it to every layer."""
+    nodes = attention_nodes(model)
+    ids = next(value for value in model.graph.inputs if value.name == "input_ids")
+    lengths = nodes[0].inputs[NODE_INPUTS.index("past_lengths")]
+    tape = ir.tape.Tape()
+    one = tape.initializer(ir.tensor(np.array([1]), name=f"{LAST_INDEX}.one"), name=f"{LAST_INDEX}.one")
+    ends = tape.op("Add", [lengths, tape.op("Shape", [ids], {"start": 1, "end": 2})])  # [B]
+    last = tape.op("Cast", [tape.op("Sub", [ends, one])], {"to": int(ir.DataType.INT32)})
+    last.name, last.dtype, last.shape = LAST_INDEX, ir.DataType.INT32, ir.Shape([ids.shape[0]] if ids.shape else [None])
+    for initializer in tape.initializers:
+        model.graph.register_initializer(initializer)
+    model.graph.insert_before(nodes[0], tape.nodes)
+    for node in nodes:
+        if node.inputs[NODE_INPUTS.index("past_lengths")] is not lengths:
+            raise RuntimeError(f"{node.name} has past lengths of its own")
+        node.resize_inputs(len(NODE_INPUTS))
+        node.replace_input_with(NODE_INPUTS.index(LAST_INDEX), last)
 
 
 def _no_value() -> ir.TensorProtocol:

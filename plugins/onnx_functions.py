@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper
 from onnx.defs import OpSchema
 
-from headfold.plugins.schema import DOMAIN, INPUTS, OP_TYPE, OPTIONAL_INPUTS, OUTPUTS, VERSION
+from headfold.plugins.schema import DOMAIN, INPUTS, LAST_INDEX, OP_TYPE, OPTIONAL_INPUTS, OUTPUTS, VERSION
 
+NODE_INPUTS = (*INPUTS, *OPTIONAL_INPUTS, LAST_INDEX)  # in order; a node without norms leaves theirs empty
 OPSET = 24  # of the default domain: the first with TensorScatter
 _KINDS = {
     "num_heads": AttributeProto.INT,
@@ -26,10 +27,13 @@ _KINDS = {
 
 def schema() -> OpSchema:
     """The operator's ONNX schema; not registered, so that no tool depends on headfold being imported."""
-    types = {"past_lengths": "tensor(int64)", "total_sequence_length": "tensor(int32)"}
+    types = {"past_lengths": "tensor(int64)", "total_sequence_length": "tensor(int32)", LAST_INDEX: "tensor(int32)"}
     single, optional = OpSchema.FormalParameterOption.Single, OpSchema.FormalParameterOption.Optional
     parameters = [OpSchema.FormalParameter(name, types.get(name, "T"), param_option=single) for name in INPUTS]
-    parameters += [OpSchema.FormalParameter(name, "T", param_option=optional) for name in OPTIONAL_INPUTS]
+    parameters += [
+        OpSchema.FormalParameter(name, types.get(name, "T"), param_option=optional)
+        for name in NODE_INPUTS[len(INPUTS) :]
+    ]
     kinds = {AttributeProto.INT: OpSchema.AttrType.INT, AttributeProto.FLOAT: OpSchema.AttrType.FLOAT}
     return OpSchema(
         OP_TYPE,
@@ -68,24 +72,18 @@ class _Body:
     def ints(self, name: str, *values: int) -> str:
         return self("Constant", [], name, value_ints=values)
 
-    def function(self, qk_norm: bool, domains: dict[str, int]) -> FunctionProto:
-        inputs = [*INPUTS, *OPTIONAL_INPUTS] if qk_norm else list(INPUTS)
+    def function(self, domains: dict[str, int]) -> FunctionProto:
         opsets = [helper.make_opsetid(domain, version) for domain, version in domains.items()]
-        return helper.make_function(DOMAIN, OP_TYPE, inputs, list(OUTPUTS), self.nodes, opsets, list(_KINDS))
+        return helper.make_function(DOMAIN, OP_TYPE, list(NODE_INPUTS), list(OUTPUTS), self.nodes, opsets, list(_KINDS))
 
 
 def onnxruntime_body(qk_norm: bool = False) -> FunctionProto:
-    """One com.microsoft.GroupQueryAttention node, which takes the last valid index of each sequence, not a length.
+    """One com.microsoft.GroupQueryAttention node, which takes the last valid index of each sequence, not past lengths.
 
     Its CPU kernel refuses q/k norms, so they are applied before it.
     """
     body = _Body()
-    body("Shape", ["query"], "new_tokens", start=1, end=2)  # [1]: S
-    body.ints("one", 1)
-    body("Add", ["past_lengths", "new_tokens"], "lengths")  # [B]
-    body("Sub", ["lengths", "one"], "last_index")
-    body("Cast", ["last_index"], "seqlens_k", to=TensorProto.INT32)
-    replaced = {"past_lengths": "seqlens_k"}
+    replaced = {"past_lengths": LAST_INDEX}
     if qk_norm:
         body("Constant", [], "flat", value_ints=[0, 0, -1])
         for name, heads in (("query", "num_heads"), ("key", "kv_num_heads")):
@@ -100,7 +98,7 @@ def onnxruntime_body(qk_norm: bool = False) -> FunctionProto:
         do_rotary=1,
         refs={name: name for name in _KINDS if name != "qk_norm_epsilon"},
     )
-    return body.function(qk_norm, {"": OPSET, "com.microsoft": 1})
+    return body.function({"": OPSET, "com.microsoft": 1})
 
 
 def standard_body(rotary_dim: int, qk_norm: bool = False) -> FunctionProto:
@@ -163,7 +161,7 @@ def standard_body(rotary_dim: int, qk_norm: bool = False) -> FunctionProto:
     )
     body("Transpose", ["by_head"], "by_token", perm=[0, 2, 1, 3])  # [B, S, Hq, D]
     body("Reshape", ["by_token", "flat"], "output")  # [B, S, Hq*D]
-    return body.function(qk_norm, {"": OPSET})
+    return body.function({"": OPSET})
 
 
 def _split_heads(body: _Body, name: str, heads: str) -> str:

@@ -8,9 +8,9 @@ import torch
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from headfold.plugins.onnx_functions import OPSET, onnxruntime_body, schema, standard_body
+from headfold.plugins.onnx_functions import NODE_INPUTS, OPSET, onnxruntime_body, schema, standard_body
 from headfold.plugins.reference import grouped_query_attention
-from headfold.plugins.schema import DOMAIN, INPUTS, OP_TYPE, OPTIONAL_INPUTS, OUTPUTS, VERSION, Attributes
+from headfold.plugins.schema import DOMAIN, INPUTS, LAST_INDEX, OP_TYPE, OPTIONAL_INPUTS, OUTPUTS, VERSION, Attributes
 from headfold.plugins.torch_op import grouped_query_attention as torch_op
 
 CAPACITY = 32
@@ -26,7 +26,8 @@ def model(function: onnx.FunctionProto, attributes: Attributes, feeds: Feeds) ->
         rank = feeds[name].ndim if name in feeds else {"output": 3}.get(name, 4)
         return helper.make_tensor_value_info(name, kind, [None] * rank)
 
-    node = helper.make_node(OP_TYPE, list(feeds), OUTPUTS, domain=DOMAIN, **vars(attributes))
+    inputs = [name if name in feeds else "" for name in NODE_INPUTS]
+    node = helper.make_node(OP_TYPE, inputs, OUTPUTS, domain=DOMAIN, **vars(attributes))
     graph = helper.make_graph([node], "attention", [value(n) for n in feeds], [value(n) for n in OUTPUTS])
     domains = {"": OPSET, DOMAIN: VERSION} | {opset.domain: opset.version for opset in function.opset_import}
     opsets = [helper.make_opsetid(*item) for item in domains.items()]
@@ -36,6 +37,7 @@ def model(function: onnx.FunctionProto, attributes: Attributes, feeds: Feeds) ->
 
 
 def run_onnxruntime(attributes: Attributes, feeds: Feeds) -> list[np.ndarray]:
+    feeds = feeds | {LAST_INDEX: (feeds["past_lengths"] + feeds["query"].shape[1] - 1).astype(np.int32)}
     proto = model(onnxruntime_body("q_norm_weight" in feeds), attributes, feeds)
     return ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feeds)
 
@@ -125,7 +127,7 @@ def test_equals_the_reference(case: str, heads: tuple[int, int], backend: str) -
 
 def test_schema_names_what_the_contract_names() -> None:
     declared = schema()
-    assert tuple(p.name for p in declared.inputs) == INPUTS + OPTIONAL_INPUTS
+    assert tuple(p.name for p in declared.inputs) == INPUTS + OPTIONAL_INPUTS + (LAST_INDEX,)
     assert tuple(p.name for p in declared.outputs) == OUTPUTS
     assert set(declared.attributes) == set(vars(Attributes(1, 1, 1.0)))
 
