@@ -187,7 +187,7 @@ KINDS = {"headfold": headfold, "onnxruntime-genai": genai, "torch eager": torch_
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--prompt", type=int, default=512, help="tokens")
     parser.add_argument("--new", type=int, default=128, help="tokens")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -230,7 +230,9 @@ def generation(options: argparse.Namespace, figures: dict[str, Any]) -> None:
     }
     ids = random.Random(0).choices(range(100, 40000), k=options.prompt)
     for number in range(options.rounds + 1):  # the first one warms up
-        for contender in (memory, *contenders.values()):
+        order = [*contenders.values()]
+        turn = number % len(order)  # each is first, and after each of the others, equally often
+        for contender in (memory, *order[turn:], *order[:turn]):
             contender.round(ids, options.new, keep=number > 0)
     base = contenders["onnxruntime-genai"]
     weights = (WORK / "headfold" / "model.onnx.data").stat().st_size
