@@ -134,19 +134,30 @@ class Contender:
         return dict(json.loads(line))
 
 
-def bandwidth(_: str, threads: int) -> Run:
-    """Seconds to read 1 GiB, larger than any cache."""
+def reader(threads: int) -> Callable[[], float]:
+    """A function that reads 1 GiB, larger than any cache, and returns the seconds it took."""
     import torch
 
     torch.set_num_threads(threads)
     data = torch.ones(1 << 28)
 
-    def run(ids: list[int], new: int) -> tuple[float, float]:
+    def read() -> float:
         start = time.perf_counter()
         data.sum()
-        return time.perf_counter() - start, 0.0
+        return time.perf_counter() - start
 
-    return run
+    return read
+
+
+def memory(_: str, threads: int) -> Run:
+    read = reader(threads)
+    return lambda ids, new: (read(), 0.0)
+
+
+def bandwidth(threads: int) -> float:
+    """Bytes per second this machine reads from memory: the median of seven times."""
+    read = reader(threads)
+    return (1 << 30) / statistics.median(read() for _ in range(7))
 
 
 def measured(command: list[str]) -> tuple[float, float]:
@@ -182,7 +193,7 @@ def exports() -> Iterator[tuple[str, float, float]]:
     yield "headfold, with parity", *measured([headfold_command, *arguments, "--force"])
 
 
-KINDS = {"headfold": headfold, "onnxruntime-genai": genai, "torch eager": torch_eager, "memory": bandwidth}
+KINDS = {"headfold": headfold, "onnxruntime-genai": genai, "torch eager": torch_eager, "memory": memory}
 
 
 def main() -> None:
@@ -222,7 +233,7 @@ def main() -> None:
 def generation(options: argparse.Namespace, figures: dict[str, Any]) -> None:
     """Interleaved rounds, then the table."""
     ours = Path(sys.executable)
-    memory = Contender("memory", ours, WORK, options.threads)
+    reads = Contender("memory", ours, WORK, options.threads)
     contenders = {
         "headfold": Contender("headfold", PEERS, WORK / "headfold", options.threads),
         "onnxruntime-genai": Contender("onnxruntime-genai", PEERS, WORK / "genai", options.threads),
@@ -232,14 +243,14 @@ def generation(options: argparse.Namespace, figures: dict[str, Any]) -> None:
     for number in range(options.rounds + 1):  # the first one warms up
         order = [*contenders.values()]
         turn = number % len(order)  # each is first, and after each of the others, equally often
-        for contender in (memory, *order[turn:], *order[:turn]):
+        for contender in (reads, *order[turn:], *order[:turn]):
             contender.round(ids, options.new, keep=number > 0)
     base = contenders["onnxruntime-genai"]
     weights = (WORK / "headfold" / "model.onnx.data").stat().st_size
     kv = (
         2 * 30 * 3 * 64 * 4 * (options.prompt + options.new / 2)
     )  # bytes of SmolLM2's cache that a step reads, on average
-    read = (1 << 30) / memory.median("prefill")
+    read = (1 << 30) / reads.median("prefill")
     bound = read / (weights + kv)  # tokens per second if reading memory were all there is to do
     print(
         f"{options.threads} threads, prompt {options.prompt}, {options.new} new tokens, medians of {options.rounds} rounds"
@@ -263,7 +274,7 @@ def generation(options: argparse.Namespace, figures: dict[str, Any]) -> None:
         )
         figures[name] = {"prefill": prefill, "decode": decode, "peak_bytes": peak, "ratios": [*ratios, share]}
     figures["read_bytes_per_second"], figures["decode_bound"] = read, bound
-    for contender in (memory, *contenders.values()):
+    for contender in (reads, *contenders.values()):
         contender.process.kill()
 
 
