@@ -5,6 +5,7 @@ decode takes one token of every row. `Backend` is what another backend has to of
 """
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -15,6 +16,7 @@ import psutil
 from numpy.typing import NDArray
 
 from headfold.runtime.errors import BundleError, CapacityError, InputError, ProviderError
+from headfold.runtime.huge_pages import huge_pages
 from headfold.runtime.manifest import MODEL, Manifest
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -100,7 +102,8 @@ class OrtSession:
         if threads is not None and threads < 1:
             raise InputError(f"threads is {threads}", fix="It must be 1 or more; leave it out for one per core.")
         self.manifest, self.device = manifest, provider
-        self.session = _open(bundle, manifest, provider, threads or physical_cores())
+        with huge_pages() if provider == "cpu" else nullcontext():
+            self.session = _open(bundle, manifest, provider, threads or physical_cores())
         self._element_type, self._stored = _ONNX_TYPES[manifest.dtype], _STORED[manifest.dtype]
         self._all = manifest.logits == "all"
 

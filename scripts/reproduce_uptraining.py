@@ -2,12 +2,13 @@
 """The headline: how far does a better start and a teacher bring a converted model, against the paper's recipe?
 
 Every cell is one short uptraining of the subject; each finished cell is a line of cells.jsonl, so an interrupted run loses nothing.
-An arm is a group count, a start, a loss and a budget: its learning rate is chosen at seed 0 from the same grid as every arm's, then
-the other seeds run at that rate. `--report` only makes the tables of what is there.
+An arm is a group count, a start, a loss and a budget: its learning rate is chosen at seed 0 from the same grid as every arm's, which
+grows by a rate where the best is at an end; then the other seeds run at the best. `--report` only makes the tables of what is there.
 """
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -27,6 +28,7 @@ from headfold.export.losses import Loss
 from headfold.export.progress import Reporter
 from headfold.export.token_data import tokenize
 from headfold.export.training import TrainOptions, evaluate, train, trainable
+from headfold.runtime.errors import TrainingError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from train_subject import BATCH as PRETRAIN_BATCH
@@ -34,7 +36,8 @@ from train_subject import CONTEXT, CORPUS, STEPS, SUBJECT
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "bundles" / "uptraining"
-RATES = (5e-4, 1.5e-3, 4.5e-3)
+RATES = [float(f"{5e-4 * 3.0**power:.3g}") for power in range(-2, 6)]
+FIRST_RATES = RATES[2:5]  # 5e-4, 1.5e-3, 4.5e-3
 BATCH, SEEDS, VALIDATION, CALIBRATION = 8, 3, 256, 32  # sequences, seeds, sequences, sequences
 PRETRAIN_TOKENS = STEPS * PRETRAIN_BATCH * CONTEXT
 Budget = Literal["0.05", "0.005", "flops"]  # flops: as many as the paper's recipe takes at 0.05, the teacher counted
@@ -113,17 +116,21 @@ class Bench:
             steps, BATCH, CONTEXT, rate, loss=arm.loss, seed=seed, evaluate_sequences=VALIDATION, cpu=True
         )
         teacher = self.teacher if arm.loss != "ce" else None
-        trained = train(student, self.data, settings, teacher=teacher)
+        try:
+            trained = train(student, self.data, settings, teacher=teacher)
+            tokens, after = trained.tokens, evaluate(trained.decoder, self.validation, CONTEXT, VALIDATION)
+        except TrainingError:  # it diverged: this rate is too high
+            tokens, after = steps * BATCH * CONTEXT, math.inf
         flops = forward_flops(conversion.checkpoint.config) * 3 + (forward_flops(self.config) if teacher else 0)
         return {
             **asdict(arm),
             "rate": rate,
             "seed": seed,
             "steps": steps,
-            "tokens": trained.tokens,
-            "flops": flops * trained.tokens,
+            "tokens": tokens,
+            "flops": flops * tokens,
             "before": before,
-            "after": evaluate(trained.decoder, self.validation, CONTEXT, VALIDATION),
+            "after": after,
             "layer_errors": conversion.errors,
             "seconds": round(time.time() - start, 1),
         }
@@ -148,12 +155,25 @@ class Bench:
         )
         return cell
 
+    def tune(self, arm: Arm) -> float:
+        """The arm's best rate at seed 0, with a worse one on either side of it."""
+        tried = {rate: self.once(arm, rate, 0)["after"] for rate in FIRST_RATES}
+        while missing := neighbours(tried) - tried.keys():
+            tried |= {rate: self.once(arm, rate, 0)["after"] for rate in missing}
+        return min(tried, key=tried.__getitem__)
+
     def run(self, arms: Sequence[Arm]) -> None:
         """All arms are tuned at seed 0 before any gets its other seeds, so that an early report has every comparison."""
-        tuned = [min((self.once(arm, rate, 0) for rate in RATES), key=lambda cell: cell["after"]) for arm in arms]
+        tuned = [self.tune(arm) for arm in arms]
         for seed in range(1, SEEDS):
-            for arm, best in zip(arms, tuned, strict=True):
-                self.once(arm, best["rate"], seed)
+            for arm, rate in zip(arms, tuned, strict=True):
+                self.once(arm, rate, seed)
+
+
+def neighbours(tried: dict[float, float]) -> set[float]:
+    """The rates beside the best of those tried."""
+    at = RATES.index(min(tried, key=tried.__getitem__))
+    return {*RATES[max(at - 1, 0) : at + 2]}
 
 
 def of(cell: dict[str, Any], arm: Arm) -> bool:
@@ -168,7 +188,8 @@ def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
         tuning = [cell for cell in mine if cell["seed"] == 0]
         if not tuning:
             continue
-        rate = min(tuning, key=lambda cell: cell["after"])["rate"]
+        tried = {cell["rate"]: cell["after"] for cell in tuning}
+        rate = min(tried, key=tried.__getitem__)
         chosen = [cell for cell in mine if cell["rate"] == rate]
         losses = [cell["after"] for cell in chosen]
         rows.append(
@@ -176,7 +197,7 @@ def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 **asdict(arm),
                 "name": arm.name,
                 "rate": rate,
-                "rates_tried": len(tuning),
+                "tuned": not neighbours(tried) - tried.keys(),
                 "seeds": len(losses),
                 "steps": chosen[0]["steps"],
                 "flops": chosen[0]["flops"],
@@ -209,7 +230,7 @@ def verdicts(rows: list[dict[str, Any]]) -> list[str]:
             if paper and row and control:
                 share = (paper["after"] - row["after"]) / (paper["after"] - control["after"])
                 verdict = "holds" if share >= 0.7 else "does NOT hold"
-                unequal = any(r["rates_tried"] < len(RATES) or r["seeds"] < SEEDS for r in (paper, row, control))
+                unequal = any(not r["tuned"] or r["seeds"] < SEEDS for r in (paper, row, control))
                 verdict += "; PRELIMINARY: rates or seeds are missing" if unequal else ""
                 claim = f"svd+kl closes {share:.0%} of mean+ce's gap to the MHA control"
                 lines.append(f"{groups} groups, {label}: {claim} (70%: {verdict})")
@@ -234,7 +255,7 @@ def report(bench: Bench, output: Path) -> None:
     ]
     for row in rows:
         spread = f"{row['deviation']:.4f}" if row["deviation"] is not None else "-"
-        mark = "" if row["rates_tried"] == len(RATES) else " (not tuned yet)"
+        mark = "" if row["tuned"] else " (not tuned yet)"
         lines.append(
             f"| {row['groups']} | {row['name']} | {row['budget']} | {row['steps']} | {row['flops'] / 1e9:,.0f} | {row['before']:.4f} "
             f"| {row['after']:.4f} | {spread} | {row['seeds']} | {row['rate']:g}{mark} |"

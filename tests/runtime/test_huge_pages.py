@@ -1,0 +1,62 @@
+"""Memory that a block fills moves to huge pages and keeps its contents; what was there before is left alone."""
+
+import ctypes
+import mmap
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from headfold.runtime.huge_pages import huge_pages
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
+SIZE = 32 << 20  # bytes
+
+
+def filled() -> mmap.mmap:
+    """Memory of this process alone, in use; not numpy's, which asks for huge pages itself."""
+    memory = mmap.mmap(-1, SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    np.frombuffer(memory, np.int64)[:] = np.arange(SIZE // 8)
+    return memory
+
+
+def all_huge_bytes() -> int:
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("AnonHugePages:"))
+
+
+@pytest.fixture
+def collapses() -> None:
+    """Skips where this kernel has no MADV_COLLAPSE, or no huge pages."""
+    mode = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    memory = filled()
+    address = -(-np.frombuffer(memory, np.uint8).ctypes.data // (2 << 20)) * (2 << 20)
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    if not mode.exists() or "[never]" in mode.read_text() or madvise(address, 2 << 20, 25) != 0:
+        pytest.skip("no huge pages here")
+
+
+@pytest.mark.usefixtures("collapses")
+def test_new_memory_moves_and_old_memory_stays() -> None:
+    old = filled()
+    before = all_huge_bytes()
+    with huge_pages():
+        new = filled()
+    assert SIZE - (4 << 20) <= all_huge_bytes() - before <= SIZE  # of twice as much; the ends may not be aligned
+    assert all((np.frombuffer(memory, np.int64) == np.arange(SIZE // 8)).all() for memory in (old, new))
+
+
+@pytest.mark.usefixtures("collapses")
+def test_memory_that_is_not_in_use_is_not_filled() -> None:
+    before = all_huge_bytes()
+    with huge_pages():
+        empty = mmap.mmap(-1, SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    assert all_huge_bytes() == before
+    del empty
+
+
+def test_an_error_in_the_block_comes_through() -> None:
+    with pytest.raises(ValueError, match="inside"), huge_pages():
+        raise ValueError("inside")
