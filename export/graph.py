@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from headfold.export.config import ModelConfig
 from headfold.export.model import Cache, Decoder
-from headfold.export.passes import fold_transposed_weights, name_initializers, share_last_index
+from headfold.export.passes import fold_weights, name_initializers, share_last_index
 from headfold.plugins.onnx_functions import OPSET, onnxruntime_body, schema
 from headfold.plugins.schema import DOMAIN, OP_TYPE, VERSION
 
@@ -82,6 +82,7 @@ def export_graph(config: ModelConfig, dtype: torch.dtype, capacity: int, all_log
             custom_translation_table={
                 torch.ops.headfold.GroupedQueryAttention.default: _attention_node,
                 torch.ops.headfold.RMSNormalization.default: _norm_node,
+                torch.ops.aten.split_with_sizes.default: _split_node,
             },
         )
     assert program is not None
@@ -90,7 +91,7 @@ def export_graph(config: ModelConfig, dtype: torch.dtype, capacity: int, all_log
     model.producer_name, model.producer_version = "headfold", ""
     del model.graph.outputs[-config.num_hidden_layers :]  # the residual stream: named values, not outputs
     name_initializers(model, prefix="decoder.")
-    fold_transposed_weights(model)
+    fold_weights(model)
     ir.passes.Sequential(
         common_passes.LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=1),
         common_passes.CommonSubexpressionEliminationPass(),
@@ -139,6 +140,13 @@ def _attention_node(
 
 def _norm_node(x: Tensor, weight: Tensor, epsilon: float) -> object:
     return op.RMSNormalization(x, weight, axis=-1, epsilon=epsilon)
+
+
+def _split_node(x: ir.Value, sizes: list[int], dim: int) -> object:
+    """One `Split`; the exporter would make a sequence and take it apart."""
+    outputs = op.Split(x, op.Constant(value_ints=sizes), axis=dim, num_outputs=len(sizes))
+    outputs[0].producer().attributes.pop("num_outputs")  # the exporter counts outputs by it; ONNX wants it or the sizes
+    return outputs
 
 
 @contextmanager

@@ -80,7 +80,7 @@ class Attention(nn.Module):
         self, x: Tensor, layout: Layout, rope: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """[B, S, hidden] to the same, and the layer's cache with the new tokens in it."""
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = self._packed(x) if torch.compiler.is_exporting() else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         norms = (
             self.q_norm.weight if self.q_norm is not None else None,
             self.k_norm.weight if self.k_norm is not None else None,
@@ -94,6 +94,13 @@ class Attention(nn.Module):
         keys, values = past if past is not None else (None, None)
         output = attend(q, k, v, keys, values, layout.past_lengths, layout.total, *rope, a, *norms)
         return self.o_proj(output), past
+
+    def _packed(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The three projections in one matrix product: a runtime starts one for each token, not three."""
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        weight = torch.cat([part.weight for part in parts])  # [(Hq + 2 Hkv) D, hidden]; the export stores it like this
+        bias = torch.cat([part.bias for part in parts]) if self.q_proj.bias is not None else None
+        return torch.split(F.linear(x, weight, bias), [part.out_features for part in parts], -1)
 
 
 class HeadNorm(nn.Module):

@@ -16,25 +16,45 @@ def name_initializers(model: ir.Model, prefix: str) -> None:
             model.graph.initializers[value.name] = value
 
 
-TRANSPOSED = ".T"  # suffix of an initializer that holds its checkpoint tensor transposed
+JOINED, TRANSPOSED = (
+    "+",
+    ".T",
+)  # in the name of an initializer: several tensors of the checkpoint, end to end; transposed
 
 
-def fold_transposed_weights(model: ir.Model) -> None:
-    """`MatMul(x, Transpose(weight))` becomes `MatMul(x, weight.T)`: the weight is transposed once, when it is saved."""
+def fold_weights(model: ir.Model) -> None:
+    """What is done to weights alone, `Concat` along the first axis and `Transpose`, is done once, when they are saved.
+
+    `MatMul(x, Transpose(Concat(q, k)))` becomes `MatMul(x, "q+k.T")`.
+    """
+    initializers = model.graph.initializers
     for node in list(model.graph):
-        if node.op_type != "Transpose" or node.domain:
+        sources = [value for value in node.inputs if value is not None and value.is_initializer()]
+        if node.domain or not sources or len(sources) != len(node.inputs) or None in [v.const_value for v in sources]:
             continue
-        source, output = node.inputs[0], node.outputs[0]
-        if source is None or source.name is None or source.const_value is None or not source.is_initializer():
+        first, output, shapes = sources[0].const_value, node.outputs[0], [_shape(value) for value in sources]
+        assert first is not None
+        shape: tuple[int, ...]
+        if node.op_type == "Transpose" and len(shapes[0]) == 2:
+            name, shape = f"{sources[0].name}{TRANSPOSED}", shapes[0][::-1]  # [in, out]
+        elif node.op_type == "Concat" and node.attributes["axis"].as_int() == 0:
+            name = JOINED.join(value.name or "" for value in sources)
+            shape = (sum(each[0] for each in shapes), *shapes[0][1:])
+        else:
             continue
-        name, shape = f"{source.name}{TRANSPOSED}", ir.Shape(source.const_value.shape.numpy()[::-1])  # [in, out]
-        transposed = ir.Value(name=name, shape=shape, type=source.type)
-        transposed.const_value = ir.LazyTensor(_no_value, dtype=source.const_value.dtype, shape=shape, name=name)
-        ir.convenience.replace_all_uses_with(output, transposed)
+        folded = ir.Value(name=name, shape=ir.Shape(shape), type=sources[0].type)
+        folded.const_value = ir.LazyTensor(_no_value, dtype=first.dtype, shape=ir.Shape(shape), name=name)
+        ir.convenience.replace_all_uses_with(output, folded)
         model.graph.remove(node, safe=True)
-        model.graph.initializers[name] = transposed
-        if not source.uses():
-            model.graph.initializers.pop(source.name)
+        initializers[name] = folded
+        for value in sources:
+            if value.name is not None and not value.uses():
+                initializers.pop(value.name, None)
+
+
+def _shape(value: ir.Value) -> tuple[int, ...]:
+    assert value.const_value is not None
+    return tuple(value.const_value.shape.numpy())
 
 
 def attention_nodes(model: ir.Model) -> list[ir.Node]:

@@ -67,6 +67,7 @@ _ALLOWED: dict[str, set[str]] = {
     "Shape": {"start", "end"},
     "Sigmoid": set(),
     "Slice": set(),
+    "Split": {"axis", "num_outputs"},
     "Sqrt": set(),
     "Squeeze": set(),
     "Sub": set(),

@@ -1,6 +1,6 @@
-"""Give a traced graph its weights: each initializer becomes a promise to read one tensor of the checkpoint, kept while saving.
+"""Give a traced graph its weights: each initializer becomes a promise to read it from the checkpoint, kept while saving.
 
-So at any time about one tensor is in memory, whatever the size of the model.
+So at any time about one of them is in memory, whatever the size of the model.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 
 from headfold.export.checkpoint import Checkpoint
-from headfold.export.passes import TRANSPOSED
+from headfold.export.passes import JOINED, TRANSPOSED
 from headfold.export.rope import rope_tables
 from headfold.runtime.errors import CheckpointError, HeadfoldError
 
@@ -29,22 +29,23 @@ def attach_weights(model: ir.Model, checkpoint: Checkpoint, dtype: torch.dtype, 
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         base = name.removesuffix(TRANSPOSED)
+        parts = base.split(JOINED)
         if base in tables:
             value.const_value = TorchTensor(tables[base].to(dtype), name=name)
-        elif base in checkpoint.shapes():
+        elif all(part in checkpoint.shapes() for part in parts):
             assert tensor is not None
-            read = _reader(checkpoint, base, dtype, transposed=name != base, allow_nan=allow_nan)
+            read = _reader(checkpoint, name, parts, dtype, allow_nan)
             value.const_value = ir.LazyTensor(read, dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name)
             total += tensor.nbytes
     return total
 
 
 def _reader(
-    checkpoint: Checkpoint, name: str, dtype: torch.dtype, transposed: bool, allow_nan: bool
+    checkpoint: Checkpoint, name: str, parts: list[str], dtype: torch.dtype, allow_nan: bool
 ) -> Callable[[], ir.TensorProtocol]:
     def read() -> ir.TensorProtocol:
-        tensor = checked(checkpoint, name, dtype, allow_nan)
-        return TorchTensor(tensor.t().contiguous() if transposed else tensor.contiguous(), name=name)
+        tensor = torch.cat([checked(checkpoint, part, dtype, allow_nan) for part in parts])
+        return TorchTensor((tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous(), name=name)
 
     return read
 

@@ -7,6 +7,7 @@ small: Linux counts the peak memory of a parent as its children's. Run it as `sc
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -18,6 +19,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -25,53 +27,49 @@ ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "bundles" / "bench"
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
 GGUF = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-Result = dict[str, float]
-Run = Callable[[list[int], int], tuple[float, float]]  # prompt ids, new tokens: seconds of prefill, seconds of the rest
+SLICE = 16  # tokens decoded before the next contender's turn
+Generation = Iterator[None]  # each step does something: the first one the prefill, every other one token
+Start = Callable[[list[int], int], Generation]  # of prompt ids and the most new tokens
 
 
-def headfold(path: str, threads: int) -> Run:
+def headfold(path: str, threads: int) -> Start:
     import numpy as np
 
     from headfold.runtime import load
 
     backend = load(path, threads=threads).backend
 
-    def run(ids: list[int], new: int) -> tuple[float, float]:
+    def start(ids: list[int], new: int) -> Generation:
         cache, active = backend.new_cache(1, len(ids) + new), np.ones(1, np.bool_)
-        start = time.perf_counter()
         token = backend.prefill(cache, 0, np.array(ids)).argmax()
-        middle = time.perf_counter()
-        for _ in range(new - 1):
+        while True:
+            yield
             token = backend.decode(cache, np.array([token]), active)[0].argmax()
-        return middle - start, time.perf_counter() - middle
 
-    return run
+    return start
 
 
-def genai(path: str, threads: int) -> Run:
+def genai(path: str, threads: int) -> Start:
     import onnxruntime_genai as og
 
     config = og.Config(path)
     config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
     model = og.Model(config)
 
-    def run(ids: list[int], new: int) -> tuple[float, float]:
+    def start(ids: list[int], new: int) -> Generation:
         parameters = og.GeneratorParams(model)
         length = len(ids) + new
         parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
         generator = og.Generator(model, parameters)
-        start = time.perf_counter()
         generator.append_tokens(ids)
-        generator.generate_next_token()
-        middle = time.perf_counter()
-        for _ in range(new - 1):
+        while True:
             generator.generate_next_token()
-        return middle - start, time.perf_counter() - middle
+            yield
 
-    return run
+    return start
 
 
-def torch_eager(path: str, threads: int) -> Run:
+def torch_eager(path: str, threads: int) -> Start:
     import torch
 
     from headfold.export.checkpoint import load_decoder, open_checkpoint
@@ -80,53 +78,69 @@ def torch_eager(path: str, threads: int) -> Run:
     decoder = load_decoder(open_checkpoint(Path(path)))
 
     @torch.inference_mode()
-    def run(ids: list[int], new: int) -> tuple[float, float]:
-        cache, total = decoder.new_cache(1, len(ids) + new), len(ids)
-        start = time.perf_counter()
-        token = decoder(torch.tensor([ids]), None, cache, last_only=True).logits[0, -1].argmax()
-        middle = time.perf_counter()
-        for _ in range(new - 1):
-            total += 1
-            token = (
-                decoder(token.view(1, 1), torch.ones(1, total, dtype=torch.long), cache, True).logits[0, -1].argmax()
-            )
-        return middle - start, time.perf_counter() - middle
+    def step(ids: torch.Tensor, total: int, cache: Any) -> torch.Tensor:
+        mask = torch.ones(1, total, dtype=torch.long)
+        return decoder(ids, mask, cache, last_only=True).logits[0, -1].argmax().view(1, 1)
 
-    return run
+    def start(ids: list[int], new: int) -> Generation:
+        cache = decoder.new_cache(1, len(ids) + new)
+        total = len(ids)
+        token = step(torch.tensor([ids]), total, cache)
+        while True:
+            yield
+            total += 1
+            token = step(token, total, cache)
+
+    return start
 
 
 def worker(kind: str, path: str, threads: int) -> None:
-    """Serve rounds: a line of JSON in, a line of JSON out."""
-    run = KINDS[kind](path, threads)
+    """Serve tasks: a line of JSON in, a line of JSON out, with the seconds that the task took."""
+    start = KINDS[kind](path, threads)
     print(json.dumps({"ready": True}), flush=True)
+    generation: Generation = iter(())
     for line in sys.stdin:
         task = json.loads(line)
-        prefill, decode = run(task["ids"], task["new"])
+        if "ids" in task:  # a new prompt
+            generation = start(task["ids"], task["new"])
+        begin = time.perf_counter()
+        for _ in range(task["steps"]):
+            next(generation)
+        seconds = time.perf_counter() - begin
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"prefill": prefill, "decode": decode, "peak": peak}), flush=True)
+        print(json.dumps({"seconds": seconds, "peak": peak}), flush=True)
 
 
 class Contender:
-    """A worker process."""
+    """A worker process, and what it measured: seconds of a prefill, seconds of a slice of decoding, peak bytes."""
 
     def __init__(self, kind: str, python: Path, path: Path, threads: int) -> None:
         command = [str(python), __file__, "--worker", kind, str(path), "--threads", str(threads)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.results: list[Result] = []
+        self.prefills: list[float] = []
+        self.slices: list[float] = []
+        self.peak = 0.0
         self._read()
 
-    def round(self, ids: list[int], new: int, keep: bool) -> None:
+    def prefill(self, ids: list[int], new: int, keep: bool) -> None:
+        seconds = self._do({"ids": ids, "new": new, "steps": 1})
+        if keep:
+            self.prefills.append(seconds)
+
+    def decode(self, keep: bool) -> None:
+        seconds = self._do({"steps": SLICE})
+        if keep:
+            self.slices.append(seconds)
+
+    def _do(self, task: dict[str, Any]) -> float:
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"ids": ids, "new": new}) + "\n")
+        self.process.stdin.write(json.dumps(task) + "\n")
         self.process.stdin.flush()
         result = self._read()
-        if keep:
-            self.results.append(result)
+        self.peak = float(result["peak"])
+        return float(result["seconds"])
 
-    def median(self, name: str) -> float:
-        return statistics.median(result[name] for result in self.results)
-
-    def _read(self) -> Result:
+    def _read(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
@@ -149,9 +163,15 @@ def reader(threads: int) -> Callable[[], float]:
     return read
 
 
-def memory(_: str, threads: int) -> Run:
+def memory(_: str, threads: int) -> Start:
     read = reader(threads)
-    return lambda ids, new: (read(), 0.0)
+
+    def start(ids: list[int], new: int) -> Generation:
+        while True:
+            read()
+            yield
+
+    return start
 
 
 def bandwidth(threads: int) -> float:
@@ -230,6 +250,12 @@ def main() -> None:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
+def rotated(contenders: list[Contender], turn: int) -> list[Contender]:
+    """Each is first, and after each of the others, equally often."""
+    turn %= len(contenders)
+    return [*contenders[turn:], *contenders[:turn]]
+
+
 def generation(options: argparse.Namespace, figures: dict[str, Any]) -> None:
     """Interleaved rounds, then the table."""
     ours = Path(sys.executable)
@@ -241,33 +267,32 @@ def generation(options: argparse.Namespace, figures: dict[str, Any]) -> None:
     }
     ids = random.Random(0).choices(range(100, 40000), k=options.prompt)
     for number in range(options.rounds + 1):  # the first one warms up
-        order = [*contenders.values()]
-        turn = number % len(order)  # each is first, and after each of the others, equally often
-        for contender in (reads, *order[turn:], *order[:turn]):
-            contender.round(ids, options.new, keep=number > 0)
+        turns = itertools.count(number)
+        for contender in rotated([reads, *contenders.values()], next(turns)):
+            contender.prefill(ids, options.new + 1, keep=number > 0)
+        for _ in range(options.new // SLICE):  # in slices, so that what disturbs the machine for seconds hits all alike
+            for contender in rotated([*contenders.values()], next(turns)):
+                contender.decode(keep=number > 0)
     base = contenders["onnxruntime-genai"]
     weights = (WORK / "headfold" / "model.onnx.data").stat().st_size
-    kv = (
-        2 * 30 * 3 * 64 * 4 * (options.prompt + options.new / 2)
-    )  # bytes of SmolLM2's cache that a step reads, on average
-    read = (1 << 30) / reads.median("prefill")
+    kv = 2 * 30 * 3 * 64 * 4 * (options.prompt + options.new / 2)  # bytes of SmolLM2's cache that a step reads
+    read = (1 << 30) / statistics.median(reads.prefills)
     bound = read / (weights + kv)  # tokens per second if reading memory were all there is to do
-    print(
-        f"{options.threads} threads, prompt {options.prompt}, {options.new} new tokens, medians of {options.rounds} rounds"
-    )
+    size = f"prompt {options.prompt}, {options.new} new tokens in turns of {SLICE}"
+    print(f"{options.threads} threads, {size}, medians of {options.rounds} rounds; ratios are medians of each turn's")
     print(f"memory reads at {read / 1e9:.1f} GB/s, which bounds decode at {bound:.1f} tokens/s")
     columns = (
         f"{'prefill tok/s':>15}{'ratio':>8}{'decode tok/s':>15}{'ratio':>8}{'of bound':>10}{'peak MiB':>10}{'ratio':>8}"
     )
     print(f"{'':20}{columns}")
     for name, contender in contenders.items():
-        prefill, decode = options.prompt / contender.median("prefill"), (options.new - 1) / contender.median("decode")
-        peak = contender.median("peak")
+        prefill = options.prompt / statistics.median(contender.prefills)
+        decode = SLICE / statistics.median(contender.slices)
         ratios = (
-            base.median("prefill") / contender.median("prefill"),
-            base.median("decode") / contender.median("decode"),
+            statistics.median(map(truediv, base.prefills, contender.prefills)),  # neighbours in time
+            statistics.median(map(truediv, base.slices, contender.slices)),
         )
-        share = peak / base.median("peak")
+        peak, share = contender.peak, contender.peak / base.peak
         print(
             f"{name:20}{prefill:15.1f}{ratios[0]:8.3f}{decode:15.1f}{ratios[1]:8.3f}"
             f"{decode / bound:10.0%}{peak / 2**20:10,.0f}{share:8.3f}"

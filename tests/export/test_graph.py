@@ -142,6 +142,26 @@ def test_hidden_states_can_be_exposed(config, memory_checkpoint, tmp_path) -> No
         np.testing.assert_allclose(a, e.numpy(), atol=TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_product_projects_queries_keys_and_values(bias, config, memory_checkpoint, tmp_path) -> None:
+    checkpoint = memory_checkpoint(replace(config, qkv_bias=bias))
+    model = ir.load(save(checkpoint, tmp_path))
+    nodes = [node for node in model.graph if node.op_type == "GroupedQueryAttention"]
+    assert len(nodes) == config.num_hidden_layers
+    for layer, node in enumerate(nodes):
+        split = node.inputs[0].producer()
+        assert split.op_type == "Split"
+        assert tuple(node.inputs[:3]) == split.outputs
+        product = split.inputs[0].producer()
+        if bias:
+            assert product.op_type == "Add"
+            product = next(value.producer() for value in product.inputs if value.producer() is not None)
+        assert product.op_type == "MatMul"
+        stored = product.inputs[1].const_value.numpy()  # [hidden, (Hq + 2 Hkv) D]
+        parts = [checkpoint.read(f"model.layers.{layer}.self_attn.{name}_proj.weight").numpy() for name in "qkv"]
+        np.testing.assert_array_equal(stored, np.concatenate(parts).T)
+
+
 def test_standard_body_has_no_contrib_ops_left(config, memory_checkpoint, tmp_path) -> None:
     model = onnx.load(save(memory_checkpoint(config), tmp_path, standard=True), load_external_data=False)
     nodes = [node for function in model.functions for node in function.node] + list(model.graph.node)
