@@ -89,6 +89,15 @@ def _print_json(content: object) -> None:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the bundle to make.")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True)
 @click.option(
+    "--kv-cache",
+    type=click.Choice(["int8", "float8_e4m3fn"]),
+    help="Store keys and values in one byte each, with a scale per head. [default: in --dtype]",
+)
+@click.option("--data", multiple=True, help="Text to find these scales on. [default: the model writes its own]")
+@click.option(
+    "--calibration-tokens", type=click.IntRange(min=1), default=8192, show_default=True, help="How much of it."
+)
+@click.option(
     "--capacity", type=int, help="Most tokens of a sequence, prompt and answer. [default: what the model was made for]"
 )
 @click.option("--all-logits", is_flag=True, help="Logits of every token, for scoring; not only of the last one.")
@@ -104,6 +113,9 @@ def export(
     source: str,
     output: Path,
     dtype: Literal["float32", "float16", "bfloat16"],
+    kv_cache: Literal["int8", "float8_e4m3fn"] | None,
+    data: tuple[str, ...],
+    calibration_tokens: int,
     capacity: int | None,
     all_logits: bool,
     allow_nan: bool,
@@ -127,15 +139,21 @@ def export(
     `headfold export model.Q4_1.gguf -o smol-fp16 --dtype float16 --capacity 4096`
 
     `headfold export model.Q4_1.gguf -o smol-fp16 --dtype float16 --target tensorrt-rtx --sm 86,89,120`
+
+    `headfold export model.Q4_1.gguf -o smol-int8 --kv-cache int8 --data corpus.txt`
     """
     from headfold.export.parity_report import render
     from headfold.export.pipeline import ExportOptions, export_bundle
 
-    options = ExportOptions(dtype, capacity, all_logits, allow_nan, verify, decode_steps, force)
+    if data and kv_cache is None:
+        raise InputError("is text to calibrate a quantized cache on", where="--data", fix="Add --kv-cache int8.")
+    options = ExportOptions(
+        dtype, kv_cache, data, calibration_tokens, capacity, all_logits, allow_nan, verify, decode_steps, force
+    )
     reporter = _reporter(quiet)
     build = make_options(target, **engine) if target is not None else None
     if build is not None:
-        check_early(build, dtype)
+        check_early(build, dtype, kv_cache)
     result = export_bundle(Path(source), output, options, reporter)
     facts = build_and_tell(output, build, reporter) if build is not None else None
     if as_json:

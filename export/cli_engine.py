@@ -52,12 +52,14 @@ def make_options(target: str, sm: tuple[int, ...], workspace: int | None, **othe
     return BuildOptions(target=target, compute_capabilities=sm, workspace=scratch, **others)  # type: ignore[arg-type]
 
 
-def check_early(options: "BuildOptions", dtype: str) -> None:
+def check_early(options: "BuildOptions", dtype: str, kv_cache: str | None) -> None:
     """Refuse before a long export what `build` would refuse after it. Raises HeadfoldError."""
-    from headfold.export.engine_options import check_capabilities
+    from headfold.export.engine_options import check_cache, check_capabilities
     from headfold.export.tensorrt_network import open_flavour
 
     check_capabilities(options, dtype)
+    if kv_cache is not None:
+        check_cache(options, kv_cache)
     open_flavour(options.target)
 
 

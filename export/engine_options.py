@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from headfold.export.lowering import Attention
+from headfold.plugins.kernel_contract import FLOAT8_SINCE
 from headfold.plugins.tensorrt_library import Flavour
 from headfold.runtime.engine_file import CAPABILITY_BITS
 from headfold.runtime.errors import BuildError
@@ -73,6 +74,8 @@ def check_options(options: BuildOptions, bundle: Path, manifest: Manifest) -> No
             "is no directory", where=f"--timing-cache: {options.timing_cache.absolute().parent}", fix="Create it first."
         )
     check_capabilities(options, manifest.dtype)
+    if manifest.cache.quantization is not None:
+        check_cache(options, manifest.cache_dtype)
     if (
         any((e.flavour, e.attention) == (options.target, options.attention) for e in manifest.engines)
         and not options.force
@@ -119,6 +122,19 @@ def check_capabilities(options: BuildOptions, dtype: str) -> None:
             raise BuildError(
                 f"SM {sm} has no bfloat16 arithmetic", where="--sm", fix="Export the bundle with --dtype float16."
             )
+
+
+def check_cache(options: BuildOptions, cache_dtype: str) -> None:
+    """Refuse what cannot be done with a quantized cache of this dtype. Raises BuildError."""
+    if options.attention == "native":
+        raise BuildError(
+            f"TensorRT's own attention has no {cache_dtype} cache",
+            where="--attention native",
+            fix="Use --attention plugin, or export without --kv-cache.",
+        )
+    for sm in options.compute_capabilities:
+        if sm < FLOAT8_SINCE and cache_dtype == "float8_e4m3fn":
+            raise BuildError(f"SM {sm} has no float8", where="--sm", fix="Export the bundle with --kv-cache int8.")
 
 
 def profiles(options: BuildOptions, manifest: Manifest) -> list[EngineProfile]:

@@ -21,7 +21,7 @@ from headfold.export.config import ModelConfig
 from headfold.export.model import Cache, Decoder
 from headfold.export.passes import fold_weights, name_initializers, share_last_index
 from headfold.plugins.onnx_functions import OPSET, onnxruntime_body, schema
-from headfold.plugins.schema import DOMAIN, OP_TYPE, VERSION
+from headfold.plugins.schema import DOMAIN, OP_TYPE, VERSION, Quantized
 
 IR_VERSION = 11  # of ONNX 1.18: the first with opset 23 and later, and what onnxruntime 1.31 reads
 
@@ -38,7 +38,9 @@ class _Traced(nn.Module):
         return output.logits, output.cache, output.hidden_states
 
 
-def export_graph(config: ModelConfig, dtype: torch.dtype, capacity: int, all_logits: bool = False) -> ir.Model:
+def export_graph(
+    config: ModelConfig, dtype: torch.dtype, capacity: int, all_logits: bool = False, cache: Quantized | None = None
+) -> ir.Model:
     """Trace the decoder into the master graph.
 
     Inputs: `input_ids` int64 [batch, sequence]; `attention_mask` int64 [batch, total], 1 for tokens and 0 for padding on either
@@ -51,14 +53,20 @@ def export_graph(config: ModelConfig, dtype: torch.dtype, capacity: int, all_log
         dtype: of weights, cache and logits.
         capacity: positions the rotary tables cover; the size of the cache itself is dynamic.
         all_logits: see above.
+        cache: dtype of a quantized cache; None for `dtype`. Its scales are initializers as the weights are.
     """
+    stored = getattr(torch, cache) if cache is not None else dtype
     with torch.device("meta"):
         decoder = Decoder(config, capacity).to(device="meta", dtype=dtype).eval()
+        if cache is not None:
+            heads, layers = config.num_key_value_heads, range(config.num_hidden_layers)
+            decoder.quantize_cache(stored, [(torch.ones(heads), torch.ones(heads)) for _ in layers])
         shape = (2, config.num_key_value_heads, 11, config.head_dim)  # sizes to trace with, all different
-        cache = [
-            (torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)) for _ in range(config.num_hidden_layers)
+        caches = [
+            (torch.empty(shape, dtype=stored), torch.empty(shape, dtype=stored))
+            for _ in range(config.num_hidden_layers)
         ]
-        args = (torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 7, dtype=torch.long), cache)
+        args = (torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 7, dtype=torch.long), caches)
     batch, sequence, total, room = (
         torch.export.Dim(n, min=1, max=2**31 - 1) for n in ("batch", "sequence", "total", "capacity")
     )
@@ -100,7 +108,7 @@ def export_graph(config: ModelConfig, dtype: torch.dtype, capacity: int, all_log
         common_passes.ClearMetadataAndDocStringPass(),
     )(model)
     share_last_index(model)
-    set_attention_body(model, onnxruntime_body(config.qk_norm))
+    set_attention_body(model, onnxruntime_body(config.qk_norm, config.head_dim, cache))
     return model
 
 
@@ -130,12 +138,15 @@ def _attention_node(
     sin_cache: Tensor,
     q_norm_weight: Tensor | None = None,
     k_norm_weight: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
     **attributes: float,
 ) -> object:
     """Translate the torch op: one node of the same name."""
-    norms = () if q_norm_weight is None else (q_norm_weight, k_norm_weight)
     total = op.Cast(total_sequence_length, to=onnx.TensorProto.INT32)
-    return _OP(query, key, value, past_key, past_value, past_lengths, total, cos_cache, sin_cache, *norms, **attributes)
+    inputs = (query, key, value, past_key, past_value, past_lengths, total, cos_cache, sin_cache)
+    optional = (q_norm_weight, k_norm_weight, None, key_scale, value_scale)  # last_index comes later
+    return _OP(*inputs, *(optional if key_scale is not None else optional[:2]), **attributes)
 
 
 def _norm_node(x: Tensor, weight: Tensor, epsilon: float) -> object:

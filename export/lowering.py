@@ -13,12 +13,11 @@ from onnx_ir.passes import common as common_passes
 
 from headfold.export.graph import set_attention_body
 from headfold.export.passes import attention_nodes
-from headfold.plugins.onnx_functions import standard_body
-from headfold.plugins.schema import DOMAIN, INPUTS, OP_TYPE, OPTIONAL_INPUTS, VERSION
+from headfold.plugins.onnx_functions import CACHE_TYPES, NODE_INPUTS, standard_body
+from headfold.plugins.schema import DOMAIN, LAST_INDEX, OP_TYPE, VERSION
 from headfold.runtime.errors import BundleError
 
 Attention = Literal["native", "plugin"]
-_TOTAL = INPUTS.index("total_sequence_length")
 
 
 def lower(path: Path, attention: Attention, capacity: int) -> ir.Model:
@@ -65,12 +64,7 @@ def fix_capacity(model: ir.Model, capacity: int) -> None:
 
 def inline_standard_body(model: ir.Model) -> None:
     """Replace the attention op by standard ops, which TensorRT imports as its own layers."""
-    node = attention_nodes(model)[0]
-    cos = node.inputs[INPUTS.index("cos_cache")]
-    assert cos is not None
-    assert cos.shape is not None
-    qk_norm = len(node.inputs) > len(INPUTS) and node.inputs[len(INPUTS)] is not None
-    set_attention_body(model, standard_body(2 * int(cos.shape[1]), qk_norm))  # type: ignore[arg-type]  # a number here
+    use_standard_body(model)
     common_passes.InlinePass()(model)
     for node in model.graph:
         if (
@@ -81,6 +75,27 @@ def inline_standard_body(model: ir.Model) -> None:
             node.attributes.pop("softcap")  # off; what is left is a real one, and TensorRT has none
 
 
+def use_standard_body(model: ir.Model) -> None:
+    """Give the attention op the body of standard ops."""
+    given = dict(zip(NODE_INPUTS, attention_nodes(model)[0].inputs, strict=False))
+    cos, cache = given["cos_cache"], given["past_key"]
+    assert cos is not None
+    assert cos.shape is not None
+    assert cache is not None
+    quantized = {ir.DataType(number): name for name, number in CACHE_TYPES.items()}.get(cache.dtype)  # type: ignore[arg-type]
+    rotary_dim = 2 * int(cos.shape[1])  # type: ignore[arg-type]  # a number here
+    set_attention_body(model, standard_body(rotary_dim, given.get("q_norm_weight") is not None, quantized))
+
+
+def widen_float8_caches(model: ir.Model) -> None:
+    """Keep the numbers of float8 caches in float32 and compute with standard ops, exactly: for backends without float8."""
+    use_standard_body(model)
+    values = [value for node in attention_nodes(model) for value in node.outputs]
+    for value in (*model.graph.inputs, *model.graph.outputs, *values):
+        if value.dtype == ir.DataType.FLOAT8E4M3FN:
+            value.dtype = ir.DataType.FLOAT
+
+
 def call_plugin(model: ir.Model) -> None:
     """Leave the attention op in place, but as a call of the plugin of its name.
 
@@ -89,9 +104,11 @@ def call_plugin(model: ir.Model) -> None:
     """
     mask = next(value for value in model.graph.inputs if value.name == "attention_mask")
     for node in attention_nodes(model):
-        norms = len(INPUTS) if node.inputs[len(INPUTS)] is None else len(INPUTS) + len(OPTIONAL_INPUTS)
-        node.resize_inputs(norms)
-        node.replace_input_with(_TOTAL, mask)
+        given = dict(zip(NODE_INPUTS, node.inputs, strict=False)) | {"total_sequence_length": mask}
+        inputs = [value for name, value in given.items() if value is not None and name != LAST_INDEX]
+        node.resize_inputs(len(inputs))
+        for position, value in enumerate(inputs):
+            node.replace_input_with(position, value)
         node.attributes["plugin_namespace"] = ir.AttrString("plugin_namespace", DOMAIN)
         node.attributes["plugin_version"] = ir.AttrString("plugin_version", str(VERSION))
     model.functions.clear()

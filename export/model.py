@@ -3,6 +3,7 @@
 Parameter names are Hugging Face's Llama names, so a state dict goes in and out unchanged.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -59,6 +60,9 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """Projections around the grouped-attention op."""
 
+    key_scale: Tensor | None
+    value_scale: Tensor | None
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -75,24 +79,28 @@ class Attention(nn.Module):
             local_window_size=config.window(layer),
             qk_norm_epsilon=config.norm_eps,
         )
+        self.register_buffer("key_scale", None)  # of a quantized cache, float32 [Hkv] each
+        self.register_buffer("value_scale", None)
 
     def forward(
         self, x: Tensor, layout: Layout, rope: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """[B, S, hidden] to the same, and the layer's cache with the new tokens in it."""
         q, k, v = self._packed(x) if torch.compiler.is_exporting() else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        norms = (
+        optional = (
             self.q_norm.weight if self.q_norm is not None else None,
             self.k_norm.weight if self.k_norm is not None else None,
+            self.key_scale,
+            self.value_scale,
         )
         a = self.attributes
         if past is not None and torch.compiler.is_exporting():
             output, *present = grouped_query_attention(
-                q, k, v, *past, layout.past_lengths, layout.total, *rope, *norms, **vars(a)
+                q, k, v, *past, layout.past_lengths, layout.total, *rope, *optional, **vars(a)
             )
             return self.o_proj(output), (present[0], present[1])
         keys, values = past if past is not None else (None, None)
-        output = attend(q, k, v, keys, values, layout.past_lengths, layout.total, *rope, a, *norms)
+        output = attend(q, k, v, keys, values, layout.past_lengths, layout.total, *rope, a, *optional)
         return self.o_proj(output), past
 
     def _packed(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -197,12 +205,25 @@ class Decoder(nn.Module):
             cos, sin = rope_tables(config, self.capacity)
         self.register_buffer("cos_cache", cos, persistent=False)
         self.register_buffer("sin_cache", sin, persistent=False)
+        self.cache_dtype: torch.dtype | None = None  # of a quantized cache; None: that of the weights
+
+    def quantize_cache(self, dtype: torch.dtype, scales: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Keep keys and values in int8 or float8_e4m3fn from now on; `scales` are those of each layer's heads, float32 [Hkv] each."""
+        self.cache_dtype = dtype
+        for layer, (key_scale, value_scale) in zip(self.model.layers, scales, strict=True):
+            attention = cast(Layer, layer).self_attn
+            attention.register_buffer("key_scale", key_scale, persistent=False)
+            attention.register_buffer("value_scale", value_scale, persistent=False)
 
     def new_cache(self, batch: int, capacity: int | None = None) -> Cache:
-        """An empty static cache of zeros, in the dtype of the weights."""
+        """An empty static cache of zeros, in the dtype of the weights or quantized."""
         c, weight = self.config, self.model.embed_tokens.weight
-        shape = (batch, c.num_key_value_heads, capacity or self.capacity, c.head_dim)
-        return [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(c.num_hidden_layers)]
+        shape, dtype = (batch, c.num_key_value_heads, capacity or self.capacity, c.head_dim), self.cache_dtype
+        new = [
+            torch.zeros(shape, dtype=dtype or weight.dtype, device=weight.device)
+            for _ in range(2 * c.num_hidden_layers)
+        ]
+        return list(zip(new[::2], new[1::2], strict=True))
 
     def forward(
         self,
@@ -222,6 +243,8 @@ class Decoder(nn.Module):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         layout = sequence_layout(input_ids, attention_mask)
+        if cache is None and self.cache_dtype is not None:  # tokens are attended to as they are stored
+            cache = self.new_cache(*input_ids.shape)
         columns = torch.arange(input_ids.shape[1], device=input_ids.device)  # [S]
         shifted = columns + layout.leading[:, None]  # [B, S]
         aligned = torch.where(shifted < input_ids.shape[1], shifted, shifted - input_ids.shape[1])  # real tokens first

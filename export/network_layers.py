@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headfold.plugins import tensorrt_plugin
-from headfold.plugins.schema import INPUTS
+from headfold.plugins.schema import INPUTS, SCALES
 from headfold.plugins.torch_op import attend
 from headfold.runtime.errors import VerificationError
 
@@ -24,6 +24,8 @@ DTYPES = {
     "INT32": torch.int32,
     "INT64": torch.int64,
     "BOOL": torch.bool,
+    "INT8": torch.int8,
+    "FP8": torch.float8_e4m3fn,
 }
 
 
@@ -305,9 +307,11 @@ def _plugin(layer: Any, inputs: Inputs) -> list[Tensor]:
     names = (plugin.plugin_namespace, plugin.plugin_name, plugin.plugin_version)
     if names != (tensorrt_plugin.NAMESPACE, tensorrt_plugin.NAME, tensorrt_plugin.PLUGIN_VERSION):
         raise unknown(layer, f"is the plugin {'::'.join(names)}")
-    named = dict(zip(INPUTS, inputs, strict=False))
-    norms = [tensor.float() for tensor in inputs[len(INPUTS) :] if tensor is not None]
-    q, k, v, past_key, past_value, lengths, width, cos, sin = _required(list(named.values()), len(INPUTS))
+    q, k, v, past_key, past_value, lengths, width, cos, sin = _required(inputs, len(INPUTS))
+    more = [tensor.float() for tensor in inputs[len(INPUTS) :] if tensor is not None]
+    quantized = past_key.dtype in (torch.int8, torch.float8_e4m3fn)
+    norms = more[: -len(SCALES)] if quantized else more
+    scales = more[-len(SCALES) :] if quantized else []
     caches = []
     for position, past in ((1, past_key), (2, past_value)):
         aliased = plugin.get_aliased_input(position)
@@ -315,10 +319,12 @@ def _plugin(layer: Any, inputs: Inputs) -> list[Tensor]:
     key_cache, value_cache = (_required([cache], 1)[0] for cache in caches)
     total = width.shape[1]
     written = max(total, int(lengths.max()) + q.shape[1])  # padding is written too, behind T
-    keys, values = past_key[:, :, :written].float(), past_value[:, :, :written].float()
-    tables = cos.float(), sin.float()
-    output = attend(q.float(), k.float(), v.float(), keys, values, lengths, total, *tables, plugin.attributes, *norms)
-    key_cache[:, :, :written], value_cache[:, :, :written] = keys.to(q.dtype), values.to(q.dtype)
+    keys, values = past_key[:, :, :written], past_value[:, :, :written]
+    keys, values = (keys.clone(), values.clone()) if quantized else (keys.float(), values.float())
+    optional = (*(norms or (None, None)), *scales)
+    q32, k32, v32, tables = q.float(), k.float(), v.float(), (cos.float(), sin.float())
+    output = attend(q32, k32, v32, keys, values, lengths, total, *tables, plugin.attributes, *optional)
+    key_cache[:, :, :written], value_cache[:, :, :written] = keys.to(past_key.dtype), values.to(past_key.dtype)
     return [output.to(q.dtype), key_cache, value_cache]
 
 

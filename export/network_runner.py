@@ -18,6 +18,7 @@ from torch import Tensor
 from headfold.export.engine_options import BuildOptions
 from headfold.export.network_layers import DTYPES, run_layer, unknown
 from headfold.export.parity import Candidate
+from headfold.export.parity_report import precision
 from headfold.export.parity_runners import CachedRunner
 from headfold.export.tensorrt_build import lowered_network, model_config
 from headfold.export.tensorrt_network import ParsedNetwork, kind, open_flavour, report
@@ -183,7 +184,11 @@ def network_candidate(bundle: Path, manifest: Manifest, options: BuildOptions) -
 
         return NetworkRunner(load, greedy)
 
-    return Candidate(start, f"tensorrt {manifest.dtype}", f"the TensorRT network, {options.attention} attention")
+    return Candidate(
+        start,
+        f"tensorrt {precision(manifest.dtype, manifest.cache_dtype)}",
+        f"the TensorRT network, {options.attention} attention",
+    )
 
 
 class NetworkRunner(CachedRunner):

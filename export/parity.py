@@ -11,26 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from polygraphy.comparator import Comparator, CompareFunc, RunResults
 from polygraphy.logger import G_LOGGER
 from tokenizers import Tokenizer
 
+from headfold.export.cache_scales import Scales
 from headfold.export.checkpoint import Checkpoint, load_decoder
 from headfold.export.config import ModelConfig
 from headfold.export.model import Decoder
 from headfold.export.parity_report import (
-    NARROW,
-    TOLERANCES,
     CheckResult,
     LayerResult,
     ParityReport,
     Tolerance,
     compare_logits,
+    narrow,
+    precision,
+    tolerance,
 )
 from headfold.export.parity_runners import GREEDY, CachedRunner, Feed, OrtRunner, TorchRunner, feed, open_session
 from headfold.export.progress import Reporter
+from headfold.plugins.schema import SCALES
 from headfold.runtime.manifest import MODEL, Manifest
 
 _TEXT = (
@@ -53,7 +57,7 @@ class Candidate:
     """
 
     open: Callable[[int, int, bool], CachedRunner]
-    precision: str  # a key of TOLERANCES
+    precision: str  # see parity_report
     title: str
 
 
@@ -79,11 +83,15 @@ def verify_bundle(
     `candidate` is by default the bundle's graph in ONNX Runtime.
     """
     stored = getattr(torch, manifest.dtype)
+    quantization = manifest.cache.quantization
+    layers = manifest.cache.num_hidden_layers
+    scales = stored_scales(directory / MODEL, layers) if quantization is not None else []
 
     def load() -> Decoder:
-        return load_decoder(
-            checkpoint, stored, manifest.cache.capacity
-        ).float()  # rounded like the bundle, computed in float32
+        decoder = load_decoder(checkpoint, stored, manifest.cache.capacity).float()  # rounded like the bundle
+        if quantization is not None:
+            decoder.quantize_cache(getattr(torch, quantization.dtype), scales)
+        return decoder  # and computed in float32
 
     tokenizer = directory / "tokenizer.json"
     text = Tokenizer.from_file(str(tokenizer)).encode(_TEXT).ids if tokenizer.is_file() else None
@@ -93,13 +101,25 @@ def verify_bundle(
         directory / MODEL,
         load,
         checkpoint.config,
-        manifest.dtype,
+        precision(manifest.dtype, manifest.cache_dtype),
         manifest.logits == "all",
         prompts,
         min(decode_steps, manifest.cache.capacity - max(map(len, prompts)) - 1),
         reporter,
         candidate,
     )
+
+
+def stored_scales(path: Path, num_hidden_layers: int) -> list[Scales]:
+    """The scales of a graph's quantized cache, of each layer."""
+    values = ir.load(path).graph.initializers
+
+    def read(layer: int, name: str) -> torch.Tensor:
+        tensor = values[f"model.layers.{layer}.self_attn.{name}"].const_value
+        assert tensor is not None
+        return torch.tensor(tensor.numpy())
+
+    return [(read(layer, SCALES[0]), read(layer, SCALES[1])) for layer in range(num_hidden_layers)]
 
 
 def make_prompts(vocab_size: int, length: int, text: Sequence[int] | None) -> list[NDArray[np.int64]]:
@@ -126,7 +146,7 @@ def verify_graph(
         path: of the ONNX file; its weights lie beside it.
         load: makes the decoder, in float32 arithmetic. PyTorch is done and freed before ONNX Runtime starts.
         config: of the model.
-        dtype: of the graph: picks the tolerance.
+        dtype: of the graph, as `parity_report.precision` names it: picks the tolerance.
         all_logits: whether the graph has logits for all new tokens.
         prompts: token ids; the first is also decoded and chunked, all of them make the ragged batch.
         decode_steps: tokens decoded, teacher-forced and greedily; 0 or less for none.
@@ -149,18 +169,18 @@ def verify_graph(
             layered = candidate.open(capacity, 0, True)
             layers = Comparator.run([layered], data_loader=feeds[:1], use_subprocess=False)
         with reporter.step("compare"):
-            tolerance = TOLERANCES[dtype]
+            allowed = tolerance(dtype)
             iterations = list(zip(expected[0][1], actual[0][1], strict=True))
             checks = []
             for name in dict.fromkeys(name for name, _ in steps):
                 pairs = [pair for (n, _), pair in zip(steps, iterations, strict=True) if n == name]
-                checks += _check(name, pairs, tolerance)
+                checks += _check(name, pairs, allowed)
             first, divergent = expected[0][1][0], None
             tokens = first[GREEDY], actual[0][1][0][GREEDY]
             if (tokens[0] != tokens[1]).any():
                 divergent = int(np.flatnonzero(tokens[0] != tokens[1])[0])
             checks.append(_greedy_check(*tokens, divergent, dtype))
-            hidden = _layers(first, layers[0][1][0], config, tolerance)
+            hidden = _layers(first, layers[0][1][0], config, allowed)
             checks.append(_layer_check(hidden))
     return ParityReport(dtype, checks, hidden, greedy, divergent)
 
@@ -255,7 +275,7 @@ def _greedy_check(
     """Tokens are equal or not. In 16 bits near-ties may fall the other way, and everything after differs: reported, not failed."""
     same = float((expected == actual).mean())
     note = f"{len(expected)} equal" if divergent is None else f"differ from token {divergent}"
-    passed = divergent is None or dtype in NARROW
+    passed = divergent is None or narrow(dtype)
     return CheckResult(
         "greedy tokens", float(divergent is not None), 1 - same, 0.0, GREEDY, passed, top1=same, note=note
     )

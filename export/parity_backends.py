@@ -18,7 +18,7 @@ from polygraphy.datatype import DataType
 
 from headfold.export.model import Decoder
 from headfold.export.parity import feed_steps, quiet_polygraphy
-from headfold.export.parity_report import TOLERANCES, compare_logits
+from headfold.export.parity_report import compare_logits, tolerance
 from headfold.export.parity_runners import Feed, Outputs, TorchRunner
 from headfold.runtime.session import Backend
 
@@ -100,13 +100,11 @@ def verify_backends(
     runners = [TorchRunner(load, False, 1), *(BackendRunner(name, open_, capacity) for name, open_ in backends.items())]
     with quiet_polygraphy():
         (_, expected), *results = Comparator.run(runners, data_loader=feeds, use_subprocess=False)
-    tolerance, checks = TOLERANCES[dtype], []
+    allowed, checks = tolerance(dtype), []
     for name, actual in results:
         for check in dict.fromkeys(step for step, _ in steps):
             pairs = [(e, a) for (s, _), e, a in zip(steps, expected, actual, strict=True) if s == check]
-            errors = [
-                (np.abs(e["logits"] - a["logits"]).max(), tolerance.limit("logits", e["logits"])) for e, a in pairs
-            ]
+            errors = [(np.abs(e["logits"] - a["logits"]).max(), allowed.limit("logits", e["logits"])) for e, a in pairs]
             error, limit = max(errors, key=lambda pair: np.inf if np.isnan(pair[0]) else pair[0] / pair[1])
             cosine, _, top1 = zip(*(compare_logits(e["logits"], a["logits"]) for e, a in pairs), strict=True)
             passed = all(bool(found <= most) for found, most in errors)  # NaN is not

@@ -21,6 +21,7 @@ from polygraphy.common import TensorMetadata
 from polygraphy.datatype import DataType
 
 from headfold.export.config import ModelConfig
+from headfold.export.lowering import widen_float8_caches
 from headfold.export.model import Decoder
 from headfold.export.passes import expose_hidden_states, widen_to_float32
 
@@ -186,7 +187,7 @@ class OrtRunner(CachedRunner):
 
     def start(self, batch: int) -> None:
         """See CachedRunner."""
-        dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+        dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
         shape = (batch, self._config.num_key_value_heads, self._capacity, self._config.head_dim)
         inputs = [node for node in self._runner.sess.get_inputs() if node.name.startswith("past")]
         self._past = OrderedDict((node.name, np.zeros(shape, dtypes[node.type])) for node in inputs)
@@ -200,21 +201,26 @@ class OrtRunner(CachedRunner):
         return raw
 
 
-def open_session(path: Path, dtype: str, expose: bool = False) -> ort.InferenceSession:
+def open_session(path: Path, precision: str, expose: bool = False) -> ort.InferenceSession:
     """The graph at `path` in ONNX Runtime on the CPU: as it is, with the residual stream as outputs (`expose`), or widened.
 
-    ONNX Runtime has no bfloat16 matrix product on CPUs, so a bfloat16 graph runs in float32, with exactly its weights.
+    ONNX Runtime has no bfloat16 matrix product on CPUs, so a bfloat16 graph runs in float32, with exactly its weights; and no float8
+    cache, so its numbers are kept in float32, and the standard body computes with them.
     """
+    wide = [name for name in ("bfloat16", "float8_e4m3fn") if name in precision]
     options = ort.SessionOptions()
     options.log_severity_level = 3
     providers = ["CPUExecutionProvider"]
-    if dtype != "bfloat16" and not expose:
+    if not wide and not expose:
         return ort.InferenceSession(path, options, providers=providers)
     model = ir.load(path)
     if expose:
         expose_hidden_states(model)
-    if dtype == "bfloat16":
-        widen_to_float32(model)
+    if wide:
+        if "float8_e4m3fn" in wide:
+            widen_float8_caches(model)
+        if "bfloat16" in wide:
+            widen_to_float32(model)
         with tempfile.TemporaryDirectory() as directory:
             ir.save(model, Path(directory) / path.name, external_data=f"{path.name}.data")
             return ort.InferenceSession(Path(directory) / path.name, options, providers=providers)

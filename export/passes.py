@@ -78,7 +78,7 @@ def share_last_index(model: ir.Model) -> None:
     for node in nodes:
         if node.inputs[NODE_INPUTS.index("past_lengths")] is not lengths:
             raise RuntimeError(f"{node.name} has past lengths of its own")
-        node.resize_inputs(len(NODE_INPUTS))
+        node.resize_inputs(max(len(node.inputs), NODE_INPUTS.index(LAST_INDEX) + 1))
         node.replace_input_with(NODE_INPUTS.index(LAST_INDEX), last)
 
 

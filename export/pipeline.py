@@ -13,20 +13,26 @@ import psutil
 import torch
 
 from headfold.export.bundle import check_output, staged, write_file, write_json, write_manifest
-from headfold.export.checkpoint import Checkpoint, open_checkpoint
+from headfold.export.cache_scales import Scales, cache_scales, quantization_cost
+from headfold.export.calibration import TOKENS as CALIBRATION_TOKENS
+from headfold.export.calibration import calibration_tokens
+from headfold.export.checkpoint import Checkpoint, load_decoder, open_checkpoint
 from headfold.export.genai import genai_config
 from headfold.export.graph import export_graph
 from headfold.export.parity import Candidate, verify_bundle
 from headfold.export.parity_report import ParityReport
 from headfold.export.progress import Reporter
 from headfold.export.weights import attach_weights, save_model
+from headfold.plugins.schema import Quantized
 from headfold.runtime.errors import BundleError, ConfigError, VerificationError
 from headfold.runtime.manifest import (
     FORMAT_VERSION,
     MODEL,
+    QUANTIZED_VERSION,
     CacheSpec,
     DType,
     Manifest,
+    QuantizationSpec,
     TensorSpec,
     check_files,
     read_manifest,
@@ -41,6 +47,9 @@ class ExportOptions:
     """What a bundle should be. `capacity` is in tokens, by default all that the model was made for."""
 
     dtype: DType = "float32"
+    kv_cache: Quantized | None = None  # dtype of a quantized cache; None for `dtype`
+    calibration_data: tuple[str, ...] = ()  # text for the cache's scales; the model's own if there is none
+    calibration_tokens: int = CALIBRATION_TOKENS
     capacity: int | None = None
     all_logits: bool = False
     allow_nan: bool = False
@@ -86,10 +95,11 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, reporter: 
         )
     dtype = getattr(torch, options.dtype)
     with staged(output, options.force) as stage:
+        scales, quantization = _calibrate(checkpoint, capacity, options, reporter) if options.kv_cache else ([], None)
         before = psutil.Process().memory_info().rss
         with reporter.step("trace the graph"):
-            model = export_graph(config, dtype, capacity, options.all_logits)
-            weight_bytes = attach_weights(model, checkpoint, dtype, capacity, options.allow_nan)
+            model = export_graph(config, dtype, capacity, options.all_logits, options.kv_cache)
+            weight_bytes = attach_weights(model, checkpoint, dtype, capacity, options.allow_nan, scales)
         with reporter.step(f"write {weight_bytes / 2**20:,.0f} MiB of weights", weight_bytes) as advance:
             save_model(model, stage / MODEL, lambda _, size: advance(size))
         inputs, outputs = [_spec(v) for v in model.graph.inputs], [_spec(v) for v in model.graph.outputs]
@@ -98,7 +108,7 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, reporter: 
         reporter.note(f"peak memory of the export: {peak / 2**20:,.0f} MiB, {peak / weight_bytes:.2f} x the weights")
         _write_side_files(stage, checkpoint, capacity)
         fields: dict[str, Any] = {
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION if quantization is None else QUANTIZED_VERSION,
             "headfold_version": version("headfold"),
             "source": source.name,
             "config": config.to_json(),
@@ -113,6 +123,7 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, reporter: 
                 num_key_value_heads=config.num_key_value_heads,
                 head_dim=config.head_dim,
                 capacity=capacity,
+                quantization=quantization,
             ),
             "tools": _tools(),
         }
@@ -130,6 +141,28 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, reporter: 
         with reporter.step("hash and publish"):
             manifest = write_manifest(stage, parity=report.summary() if report else None, **fields)
     return ExportResult(output, manifest, report, weight_bytes, peak)
+
+
+def _calibrate(
+    checkpoint: Checkpoint, capacity: int, options: ExportOptions, reporter: Reporter
+) -> tuple[list[Scales], QuantizationSpec]:
+    """The cache's scales, and what they cost; the decoder that this takes is gone afterwards."""
+    assert options.kv_cache is not None
+    stored = getattr(torch, options.kv_cache)
+    with reporter.step("read the checkpoint"):
+        decoder = load_decoder(checkpoint, torch.float32, capacity).eval()
+    tokens = calibration_tokens(
+        checkpoint, decoder, options.calibration_data, options.calibration_tokens, reporter=reporter
+    )
+    with reporter.step(f"calibrate the {options.kv_cache} cache"):
+        scales = cache_scales(decoder, tokens, stored)
+        cost = quantization_cost(decoder, tokens, stored, scales)
+    reporter.note(
+        f"{options.kv_cache} cache on {tokens.numel():,} tokens: KL {cost.kl:.2g} nats, same likeliest token {cost.top1:.1%}"
+    )
+    return scales, QuantizationSpec(
+        dtype=options.kv_cache, calibration_tokens=tokens.numel(), kl=cost.kl, top1=cost.top1
+    )
 
 
 def verify(

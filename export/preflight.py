@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from headfold.export.lowering import Attention
 from headfold.plugins.onnx_functions import OPSET
-from headfold.plugins.schema import DOMAIN, INPUTS, OP_TYPE, OPTIONAL_INPUTS, VERSION, Attributes
+from headfold.plugins.schema import DOMAIN, INPUTS, OP_TYPE, OPTIONAL_INPUTS, SCALES, VERSION, Attributes
 from headfold.runtime.errors import BuildError
 
 _REPORT = "Please report it: no lowering of headfold makes it."
@@ -25,6 +25,7 @@ _DTYPES = {
     ir.DataType.INT32,
     ir.DataType.BOOL,
 }
+_CACHES = {ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN}  # quantized ones, which go into the plugin and nowhere else
 
 # Ops that TensorRT imports as they are meant, with the attributes that it heeds.
 _ALLOWED: dict[str, set[str]] = {
@@ -102,7 +103,8 @@ def preflight(model: ir.Model, attention: Attention, where: Path) -> None:
         name = next(iter(model.functions))
         raise BuildError(f"still has the function {name[0]}::{name[1]}", where=where, fix=_REPORT)
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
-        if value.dtype not in _DTYPES:
+        cached = value.name is not None and value.name.startswith("past_key_values.") and value.dtype in _CACHES
+        if value.dtype not in _DTYPES and not cached:
             raise BuildError(f"{value.name} is {value.dtype}, which TensorRT has not", where=where, fix=_EXPORT)
     inputs = {value.name for value in model.graph.inputs}
     for node in model.graph:
@@ -209,7 +211,8 @@ def _plugin_node(node: ir.Node, attention: Attention) -> tuple[str, str] | None:
     names = node.attributes.get_string("plugin_namespace", ""), node.attributes.get_string("plugin_version", "")
     if names != (DOMAIN, str(VERSION)):
         return f"names the plugin {names[0] or '?'} version {names[1] or '?'}, not {DOMAIN} version {VERSION}", _REPORT
-    if len(node.inputs) not in (len(INPUTS), len(INPUTS) + len(OPTIONAL_INPUTS)) or None in node.inputs:
+    norms_and_scales = len(node.inputs) - len(INPUTS)  # each has two
+    if norms_and_scales not in (0, len(OPTIONAL_INPUTS), len(OPTIONAL_INPUTS) + len(SCALES)) or None in node.inputs:
         return f"has {len(node.inputs)} inputs", _EXPORT
     cache = node.inputs[INPUTS.index("past_key")]
     if cache is None or cache.shape is None or not isinstance(cache.shape[2], int):

@@ -49,6 +49,8 @@ _SPECS = {
     "HALF": "float16",
     "BF16": "bfloat16",
     "FLOAT": "float32",
+    "INT8": "int8",
+    "FP8": "float8_e4m3fn",
 }
 
 
@@ -248,7 +250,14 @@ def _add_kernels(
     shutil.rmtree(directory, ignore_errors=True)
     others = (entry for entry in manifest.engines if entry.plugin is not None and entry.flavour != options.target)
     capabilities = {*_capabilities(options), *(sm for entry in others for sm in entry.compute_capabilities)}
-    compile_kernels(model_config(manifest), manifest.dtype, sorted(capabilities), directory, reporter=reporter)
+    compile_kernels(
+        model_config(manifest),
+        manifest.dtype,
+        sorted(capabilities),
+        directory,
+        cache_dtype=manifest.cache_dtype,
+        reporter=reporter,
+    )
     entry = PluginEntry(
         name=tensorrt_plugin.NAME,
         version=tensorrt_plugin.PLUGIN_VERSION,
@@ -291,7 +300,7 @@ def _write_manifest(stage: Path, manifest: Manifest, entry: EngineEntry, new: se
         path = stage / name
         files[name] = FileEntry(size=path.stat().st_size, sha256=sha256(path))
     update = {
-        "format_version": ENGINES_VERSION,
+        "format_version": max(ENGINES_VERSION, manifest.format_version),
         "engines": [*engines, entry],
         "files": dict(sorted(files.items())),
     }

@@ -3,35 +3,49 @@
 So at any time about one of them is in memory, whatever the size of the model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor
 
+from headfold.export.cache_scales import Scales
 from headfold.export.checkpoint import Checkpoint
 from headfold.export.passes import JOINED, TRANSPOSED
 from headfold.export.rope import rope_tables
+from headfold.plugins.schema import SCALES
 from headfold.runtime.errors import CheckpointError, HeadfoldError
 
 _INLINE = 1024  # bytes; smaller tensors stay in the graph, where shape inference can see them
 
 
-def attach_weights(model: ir.Model, checkpoint: Checkpoint, dtype: torch.dtype, capacity: int, allow_nan: bool) -> int:
+def attach_weights(
+    model: ir.Model,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    capacity: int,
+    allow_nan: bool,
+    scales: Sequence[Scales] = (),
+) -> int:
     """Attach the checkpoint's tensors, cast to `dtype`, and rotary tables for `capacity` positions; returns the weights' bytes.
+
+    `scales` are those of a quantized cache, of each layer.
 
     Nothing is read before the graph is saved; reading raises CheckpointError for a value that is not finite, or that `dtype`
     cannot hold, unless `allow_nan`.
     """
     tables = dict(zip(("cos_cache", "sin_cache"), rope_tables(checkpoint.config, capacity), strict=True))
+    tables = {name: table.to(dtype) for name, table in tables.items()}
+    for layer, pair in enumerate(scales):
+        tables |= {f"model.layers.{layer}.self_attn.{name}": scale for name, scale in zip(SCALES, pair, strict=True)}
     total = 0
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         base = name.removesuffix(TRANSPOSED)
         parts = base.split(JOINED)
         if base in tables:
-            value.const_value = TorchTensor(tables[base].to(dtype), name=name)
+            value.const_value = TorchTensor(tables[base], name=name)
         elif all(part in checkpoint.shapes() for part in parts):
             assert tensor is not None
             read = _reader(checkpoint, name, parts, dtype, allow_nan)

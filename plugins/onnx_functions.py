@@ -1,8 +1,8 @@
 """headfold::GroupedQueryAttention for ONNX: its operator schema, and the function bodies a graph can carry for it.
 
 ONNX Runtime inlines `onnxruntime_body` and runs its own kernel; `standard_body` has only standard ops, for everybody else.
-Both obey `headfold.plugins.schema`. A body belongs to one model: whether it has q/k norms and how much of a head RoPE rotates are
-the same in all its layers.
+Both obey `headfold.plugins.schema`. A body belongs to one model: whether it has q/k norms, how much of a head RoPE rotates and how its
+cache is stored are the same in all its layers.
 """
 
 from collections.abc import Sequence
@@ -10,9 +10,24 @@ from collections.abc import Sequence
 from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper
 from onnx.defs import OpSchema
 
-from headfold.plugins.schema import DOMAIN, INPUTS, LAST_INDEX, OP_TYPE, OPTIONAL_INPUTS, OUTPUTS, VERSION
+from headfold.plugins.schema import (
+    DOMAIN,
+    INPUTS,
+    LAST_INDEX,
+    OP_TYPE,
+    OPTIONAL_INPUTS,
+    OUTPUTS,
+    SCALES,
+    VERSION,
+    Quantized,
+)
 
-NODE_INPUTS = (*INPUTS, *OPTIONAL_INPUTS, LAST_INDEX)  # in order; a node without norms leaves theirs empty
+NODE_INPUTS = (*INPUTS, *OPTIONAL_INPUTS, LAST_INDEX, *SCALES)  # in order; a node without norms leaves theirs empty
+CACHE_TYPES: dict[Quantized, int] = {
+    "int8": TensorProto.INT8,
+    "float8_e4m3fn": TensorProto.FLOAT8E4M3FN,
+}  # of a quantized cache
+_RANGES: dict[Quantized, tuple[float, float]] = {"int8": (-128.0, 127.0), "float8_e4m3fn": (-448.0, 448.0)}
 OPSET = 24  # of the default domain: the first with TensorScatter
 _KINDS = {
     "num_heads": AttributeProto.INT,
@@ -28,6 +43,9 @@ _KINDS = {
 def schema() -> OpSchema:
     """The operator's ONNX schema; not registered, so that no tool depends on headfold being imported."""
     types = {"past_lengths": "tensor(int64)", "total_sequence_length": "tensor(int32)", LAST_INDEX: "tensor(int32)"}
+    types |= dict.fromkeys(SCALES, "tensor(float)")
+    types |= dict.fromkeys(("past_key", "past_value", "present_key", "present_value"), "T_CACHE")
+    floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
     single, optional = OpSchema.FormalParameterOption.Single, OpSchema.FormalParameterOption.Optional
     parameters = [OpSchema.FormalParameter(name, types.get(name, "T"), param_option=single) for name in INPUTS]
     parameters += [
@@ -40,8 +58,11 @@ def schema() -> OpSchema:
         DOMAIN,
         VERSION,
         inputs=parameters,
-        outputs=[OpSchema.FormalParameter(name, "T") for name in OUTPUTS],
-        type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "weights, cache and output")],
+        outputs=[OpSchema.FormalParameter(name, types.get(name, "T")) for name in OUTPUTS],
+        type_constraints=[
+            ("T", floats, "weights and output"),
+            ("T_CACHE", [*floats, "tensor(int8)", "tensor(float8e4m3fn)"], "T, or quantized with scales"),
+        ],
         attributes=[OpSchema.Attribute(name, kinds[kind]) for name, kind in _KINDS.items()],
     )
 
@@ -72,15 +93,17 @@ class _Body:
     def ints(self, name: str, *values: int) -> str:
         return self("Constant", [], name, value_ints=values)
 
-    def function(self, domains: dict[str, int]) -> FunctionProto:
+    def function(self, domains: dict[str, int], quantized: bool) -> FunctionProto:
+        inputs = [name for name in NODE_INPUTS if quantized or name not in SCALES]  # onnx.reference wants all of them
         opsets = [helper.make_opsetid(domain, version) for domain, version in domains.items()]
-        return helper.make_function(DOMAIN, OP_TYPE, list(NODE_INPUTS), list(OUTPUTS), self.nodes, opsets, list(_KINDS))
+        return helper.make_function(DOMAIN, OP_TYPE, inputs, list(OUTPUTS), self.nodes, opsets, list(_KINDS))
 
 
-def onnxruntime_body(qk_norm: bool = False) -> FunctionProto:
+def onnxruntime_body(qk_norm: bool = False, head_dim: int = 0, cache: Quantized | None = None) -> FunctionProto:
     """One com.microsoft.GroupQueryAttention node, which takes the last valid index of each sequence, not past lengths.
 
-    Its CPU kernel refuses q/k norms, so they are applied before it.
+    Its CPU kernel refuses q/k norms, so they are applied before it. `cache` is the dtype of a quantized cache, and
+    needs `head_dim`: the kernel wants a scale per channel, and ONNX Runtime repeats ours once, when it loads the graph.
     """
     body = _Body()
     replaced = {"past_lengths": LAST_INDEX}
@@ -90,22 +113,38 @@ def onnxruntime_body(qk_norm: bool = False) -> FunctionProto:
             _split_heads(body, name, heads)  # [B, S, H, D]
             _norm(body, f"{name}_heads", f"{name[0]}_norm_weight", f"{name}_normed")
             replaced[name] = body("Reshape", [f"{name}_normed", "flat"], f"{name}_flat")  # [B, S, H*D]
+    inputs: list[str] = [replaced.get(name, name) for name in INPUTS]
+    quantized: dict[str, object] = {}
+    if cache is not None:
+        body.ints("channels", 1, head_dim)
+        body.ints("last_axis", 1)
+        body.ints("all_channels", -1)
+        for name in SCALES:
+            body("Unsqueeze", [name, "last_axis"], f"{name}_column")  # [Hkv, 1]
+            body("Expand", [f"{name}_column", "channels"], f"{name}_channels")  # [Hkv, D]
+            replaced[name] = body("Reshape", [f"{name}_channels", "all_channels"], f"{name}_flat")  # [Hkv*D]
+        inputs += ["", "", "", *(replaced[name] for name in SCALES)]  # no position ids, bias or sinks
+        quantized = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
     body(
         "GroupQueryAttention",
-        [replaced.get(name, name) for name in INPUTS],
+        inputs,
         OUTPUTS,
         domain="com.microsoft",
         do_rotary=1,
         refs={name: name for name in _KINDS if name != "qk_norm_epsilon"},
+        **quantized,
     )
-    return body.function({"": OPSET, "com.microsoft": 1})
+    return body.function({"": OPSET, "com.microsoft": 1}, quantized=cache is not None)
 
 
-def standard_body(rotary_dim: int, qk_norm: bool = False) -> FunctionProto:
+def standard_body(rotary_dim: int, qk_norm: bool = False, cache: Quantized | None = None) -> FunctionProto:
     """TensorScatter, RotaryEmbedding and Attention of opset 24 under an explicit mask; no contrib ops.
 
-    `rotary_dim` is R. The mask is explicit because importers differ in what they make of Attention's causal and length inputs.
-    Positions behind a sequence's last token are masked, but must hold finite numbers: zero a new cache.
+    `rotary_dim` is R, `cache` the dtype of a quantized cache: it may then also be kept in a wider dtype that holds the same numbers,
+    for tools that cannot compute with the narrow one.
+
+    The mask is explicit because importers differ in what they make of Attention's causal and length inputs. Positions behind a
+    sequence's last token are masked, but must hold finite numbers: zero a new cache.
     """
     body = _Body()
     for name, values in {
@@ -135,13 +174,19 @@ def standard_body(rotary_dim: int, qk_norm: bool = False) -> FunctionProto:
             tables = ["cos_cache", "sin_cache", "positions"]
             refs = {"interleaved": "rotary_interleaved"}
             body("RotaryEmbedding", [current, *tables], f"{name}_rotated", refs=refs, rotary_embedding_dim=rotary_dim)
-    body("TensorScatter", ["past_key", "key_rotated", "past_lengths"], "present_key", axis=-2)  # [B, Hkv, C, D]
-    body("TensorScatter", ["past_value", "value_by_head", "past_lengths"], "present_value", axis=-2)
     # Only the first T positions can be visible
     body("Cast", ["total_sequence_length"], "total", to=TensorProto.INT64)
     body("Unsqueeze", ["total", "zero"], "total_vector")  # [1]
-    body("Slice", ["present_key", "zero", "total_vector", "seq_axis"], "keys")  # [B, Hkv, T, D]
-    body("Slice", ["present_value", "zero", "total_vector", "seq_axis"], "values")
+    for name, new, seen in (("key", "key_rotated", "keys"), ("value", "value_by_head", "values")):
+        stored = new if cache is None else _quantized(body, name, new, cache)
+        body("TensorScatter", [f"past_{name}", stored, "past_lengths"], f"present_{name}", axis=-2)  # [B, Hkv, C, D]
+        if cache is None:
+            body("Slice", [f"present_{name}", "zero", "total_vector", "seq_axis"], seen)  # [B, Hkv, T, D]
+            continue
+        body("Cast", [f"present_{name}"], f"{name}_wide", to=TensorProto.FLOAT)
+        body("Slice", [f"{name}_wide", "zero", "total_vector", "seq_axis"], f"{name}_seen")
+        body("Mul", [f"{name}_seen", f"{name}_scale_by_head"], f"{name}_real")
+        body("CastLike", [f"{name}_real", "query"], seen)
     # A token sees itself and what is at most window - 1 before it
     body("Range", ["zero_scalar", "total", "one_scalar"], "key_positions")  # [T]
     body("Unsqueeze", ["positions", "behind"], "query_positions")  # [B, 1, S, 1]
@@ -161,7 +206,7 @@ def standard_body(rotary_dim: int, qk_norm: bool = False) -> FunctionProto:
     )
     body("Transpose", ["by_head"], "by_token", perm=[0, 2, 1, 3])  # [B, S, Hq, D]
     body("Reshape", ["by_token", "flat"], "output")  # [B, S, Hq*D]
-    return body.function({"": OPSET})
+    return body.function({"": OPSET}, quantized=cache is not None)
 
 
 def _split_heads(body: _Body, name: str, heads: str) -> str:
@@ -173,6 +218,22 @@ def _split_heads(body: _Body, name: str, heads: str) -> str:
     body("Unsqueeze", [f"{name}_count", f"{name}_axis"], f"{name}_count_vector")
     body("Concat", [f"{name}_same", f"{name}_count_vector", f"{name}_rest"], f"{name}_shape", axis=0)
     return body("Reshape", [name, f"{name}_shape"], f"{name}_heads")
+
+
+def _quantized(body: _Body, name: str, new: str, cache: Quantized) -> str:
+    """What the cache stores of the new keys or values [B, Hkv, S, D]."""
+    body("Constant", [], f"{name}_trailing", value_ints=[1, 2])
+    body("Unsqueeze", [f"{name}_scale", f"{name}_trailing"], f"{name}_scale_by_head")  # [Hkv, 1, 1]
+    body("Cast", [new], f"{name}_new", to=TensorProto.FLOAT)
+    current = body("Div", [f"{name}_new", f"{name}_scale_by_head"], f"{name}_divided")
+    if cache == "int8":
+        current = body("Round", [current], f"{name}_rounded")  # half to even
+    least, most = _RANGES[cache]
+    body("Constant", [], f"{name}_least", value_float=least)
+    body("Constant", [], f"{name}_most", value_float=most)
+    body("Clip", [current, f"{name}_least", f"{name}_most"], f"{name}_held")
+    body("Cast", [f"{name}_held"], f"{name}_narrow", to=CACHE_TYPES[cache])
+    return body("CastLike", [f"{name}_narrow", f"past_{name}"], f"{name}_stored")
 
 
 def _norm(body: _Body, x: str, weight: str, output: str) -> str:

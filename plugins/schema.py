@@ -6,6 +6,7 @@ The caches are updated in place: `present_*` aliases `past_*` wherever the backe
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 DOMAIN = "headfold"  # never com.microsoft: a kernel of that name, of today's or a later release, would win over ours
 OP_TYPE = "GroupedQueryAttention"
@@ -15,7 +16,7 @@ INPUTS = (
     "query",  # [B, S, Hq*D]
     "key",  # [B, S, Hkv*D] of the new tokens, before RoPE
     "value",  # [B, S, Hkv*D]
-    "past_key",  # [B, Hkv, C, D], rotated; rows at and after past_lengths are undefined
+    "past_key",  # [B, Hkv, C, D], rotated; rows at and after past_lengths are undefined; int8 or float8_e4m3fn if quantized
     "past_value",  # [B, Hkv, C, D]
     "past_lengths",  # int64 [B]: tokens already in each sequence's cache; the new ones go right behind them
     "total_sequence_length",  # int32 [], on the host: bound of past_lengths + S; S itself for a first prompt
@@ -23,7 +24,11 @@ INPUTS = (
     "sin_cache",  # [>= C, R/2]
 )
 OPTIONAL_INPUTS = ("q_norm_weight", "k_norm_weight")  # [D] each: RMSNorm over D of every head, before RoPE (Qwen3)
-# The last input, in ONNX graphs only: int32 [B], past_lengths + S - 1. It says nothing new, but ONNX Runtime's kernel wants it,
+# Of a quantized cache, float32 [Hkv] each: what is stored stands for `stored * scale`. A new token is divided by the scale, held to the
+# range of the cache's dtype, rounded to the nearest (half to even), and attended to as it is stored.
+SCALES = ("key_scale", "value_scale")
+Quantized = Literal["int8", "float8_e4m3fn"]  # dtypes of a quantized cache
+# One more input, in ONNX graphs only: int32 [B], past_lengths + S - 1. It says nothing new, but ONNX Runtime's kernel wants it,
 # and it is the same in all layers: computed in each of them, it takes 8% of SmolLM2's time per token.
 LAST_INDEX = "last_index"
 OUTPUTS = ("output", "present_key", "present_value")  # [B, S, Hq*D], [B, Hkv, C, D], [B, Hkv, C, D]

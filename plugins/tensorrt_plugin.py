@@ -11,7 +11,7 @@ import numpy as np
 
 from headfold.plugins.kernel_contract import KernelSpec, max_workspace_bytes
 from headfold.plugins.launcher import Launcher, Pointers, Shape
-from headfold.plugins.schema import DOMAIN, INPUTS, OP_TYPE, OPTIONAL_INPUTS, OUTPUTS, VERSION, Attributes
+from headfold.plugins.schema import DOMAIN, INPUTS, OP_TYPE, OPTIONAL_INPUTS, OUTPUTS, SCALES, VERSION, Attributes
 
 NAME, PLUGIN_VERSION, NAMESPACE = OP_TYPE, str(VERSION), DOMAIN
 ALIASES = {1: INPUTS.index("past_key"), 2: INPUTS.index("past_value")}  # output: the input whose memory it is
@@ -79,13 +79,21 @@ def _plugin_class(trt: Any) -> type:
 
         def supports_format_combination(self, position: int, tensors: list[Any], inputs: int) -> bool:
             described = tensors[position].desc
-            if described.format != trt.TensorFormat.LINEAR or inputs not in (len(INPUTS), len(INPUTS) + 2):
+            names = input_names(trt, inputs, tensors[ALIASES[1]].desc.type if position >= ALIASES[1] else None)
+            if described.format != trt.TensorFormat.LINEAR or names is None:
                 return False
+            name = (*names, *OUTPUTS)[position]
             if position in _INT64:
                 return bool(described.type == trt.int64)
-            if position == 0:
+            if name == "query":
                 return described.type in (trt.float16, trt.bfloat16, trt.float32)
-            return bool(described.type == tensors[0].desc.type)  # one dtype throughout
+            if name == "past_key" and described.type in (trt.int8, trt.fp8):
+                return True
+            if name in ("past_value", "present_key", "present_value"):
+                return bool(described.type == tensors[ALIASES[1]].desc.type)  # the caches are alike
+            if name in SCALES:
+                return bool(described.type == trt.float32)
+            return bool(described.type == tensors[0].desc.type)
 
         def configure_plugin(self, inputs: list[Any], outputs: list[Any]) -> None:
             del inputs, outputs
@@ -125,9 +133,11 @@ def _plugin_class(trt: Any) -> type:
             del output_desc
             if self.launcher is None:
                 raise RuntimeError("the plugin was registered without a launcher: it can build engines, not run them")
-            launch(
-                self.launcher, self.attributes, [tuple(d.dims) for d in input_desc], inputs, outputs, workspace, stream
-            )
+            names = input_names(trt, len(inputs), input_desc[ALIASES[1]].type)
+            assert names is not None
+            shapes = [tuple(d.dims) for d in input_desc]
+            named = dict(zip(names, inputs, strict=True))
+            launch(self.launcher, self.attributes, shapes, named, outputs, workspace, stream)
 
     return GroupedQueryAttention
 
@@ -159,13 +169,12 @@ def launch(
     launcher: Launcher,
     attributes: Attributes,
     shapes: list[tuple[int, ...]],
-    inputs: list[int],
+    named: dict[str, int],
     outputs: list[int],
     workspace: int,
     stream: int,
 ) -> None:
-    """One launch from what TensorRT hands to `enqueue`: `shapes` of the inputs, and addresses."""
-    named = dict(zip((*INPUTS, *OPTIONAL_INPUTS), inputs, strict=False))
+    """One launch from what TensorRT hands to `enqueue`: `shapes` of the inputs, and addresses, the inputs' by name."""
     _, present_key, present_value = outputs  # are past_key and past_value
     launcher.launch(
         Pointers(
@@ -180,6 +189,8 @@ def launch(
             output=outputs[0],
             q_norm_weight=named.get("q_norm_weight", 0),
             k_norm_weight=named.get("k_norm_weight", 0),
+            key_scale=named.get("key_scale", 0),
+            value_scale=named.get("value_scale", 0),
         ),
         Shape(batch=shapes[0][0], new_tokens=shapes[0][1], capacity=shapes[ALIASES[1]][2]),
         scale=attributes.scale,
@@ -190,20 +201,37 @@ def launch(
     )
 
 
+def input_names(trt: Any, count: int, cache: Any) -> tuple[str, ...] | None:
+    """What a node's inputs are, by their number and the dtype of its cache; None if it can have no such number.
+
+    Without `cache`, which TensorRT tells after the inputs before it, the last two may be either norms or scales.
+    """
+    quantized = cache in (trt.int8, trt.fp8)
+    names = {
+        len(INPUTS): INPUTS,
+        len(INPUTS) + 2: (*INPUTS, *(SCALES if quantized else OPTIONAL_INPUTS)),
+        len(INPUTS) + 4: (*INPUTS, *OPTIONAL_INPUTS, *SCALES),
+    }.get(count)
+    known = cache is None or quantized == (names is not None and SCALES[0] in names)
+    return names if known else None
+
+
 def kernel_spec(trt: Any, attributes: Attributes, inputs: list[Any]) -> KernelSpec:
     """Which kernels a node needs, by its attributes and the descriptions of its inputs."""
     dtypes = {trt.float16: "float16", trt.bfloat16: "bfloat16", trt.float32: "float32"}
     dtype: Any = dtypes[inputs[0].type]
+    cache = inputs[ALIASES[1]].type
+    names = input_names(trt, len(inputs), cache) or ()
     return KernelSpec(
         num_heads=attributes.num_heads,
         kv_num_heads=attributes.kv_num_heads,
         head_dim=inputs[ALIASES[1]].dims[3],
         rotary_dim=2 * inputs[_COS].dims[1],
         rotary_interleaved=bool(attributes.rotary_interleaved),
-        qk_norm=len(inputs) > len(INPUTS),
+        qk_norm="q_norm_weight" in names,
         softcap=attributes.softcap,
         dtype=dtype,
-        cache_dtype=dtype,
+        cache_dtype={trt.int8: "int8", trt.fp8: "float8_e4m3fn"}.get(cache, dtype),
     )
 
 

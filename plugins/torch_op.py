@@ -23,6 +23,8 @@ def attend(
     attributes: Attributes,
     q_norm_weight: Tensor | None = None,
     k_norm_weight: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> Tensor:
     """Attend causally over the cache and the new tokens, writing the new keys and values **into** the caches.
 
@@ -41,6 +43,8 @@ def attend(
         attributes: heads, scale, window, soft cap, RoPE pairing.
         q_norm_weight: [D] or None, and `k_norm_weight` alike.
         k_norm_weight: see `q_norm_weight`.
+        key_scale: float32 [Hkv] of a quantized cache, which must then be given, and `value_scale` alike.
+        value_scale: see `key_scale`.
     """
     a = attributes
     batch, length, _ = query.shape
@@ -58,8 +62,15 @@ def attend(
     q, k = rotate(q, cos, sin, bool(a.rotary_interleaved)), rotate(k, cos, sin, bool(a.rotary_interleaved))
     if past_key is not None and past_value is not None:
         index = positions[:, None, :, None].expand(batch, a.kv_num_heads, length, head_dim)
-        k = past_key.scatter_(2, index, k)[:, :, :total_sequence_length]  # [B, Hkv, T, D]
-        v = past_value.scatter_(2, index, v)[:, :, :total_sequence_length]  # [B, Hkv, T, D]
+        if key_scale is not None and value_scale is not None:
+            k, v = quantize(k, key_scale, past_key.dtype), quantize(v, value_scale, past_value.dtype)
+            for past, new in ((past_key, k), (past_value, v)):
+                past.view(torch.int8).scatter_(2, index, new.view(torch.int8))  # torch cannot scatter float8
+            k = dequantize(past_key[:, :, :total_sequence_length], key_scale).to(q.dtype)  # [B, Hkv, T, D]
+            v = dequantize(past_value[:, :, :total_sequence_length], value_scale).to(q.dtype)
+        else:
+            k = past_key.scatter_(2, index, k)[:, :, :total_sequence_length]  # [B, Hkv, T, D]
+            v = past_value.scatter_(2, index, v)[:, :, :total_sequence_length]  # [B, Hkv, T, D]
 
     distance = positions[:, None, :, None] - torch.arange(k.shape[2], device=query.device)  # [B, 1, S, T]
     visible = distance >= 0
@@ -74,6 +85,20 @@ def attend(
         gqa = a.num_heads != a.kv_num_heads
         output = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=a.scale, enable_gqa=gqa)
     return output.transpose(1, 2).reshape(batch, length, a.num_heads * head_dim)
+
+
+def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """What an int8 or float8_e4m3fn cache stores of `x` [B, Hkv, S, D]; `scale` is [Hkv]. See `headfold.plugins.schema`."""
+    real = x.float() / scale[:, None, None]
+    if dtype == torch.int8:
+        return real.round().clamp(-128, 127).to(dtype)
+    largest = torch.finfo(dtype).max
+    return real.clamp(-largest, largest).to(dtype)
+
+
+def dequantize(stored: Tensor, scale: Tensor) -> Tensor:
+    """What a quantized cache [B, Hkv, T, D] stands for, in float32."""
+    return stored.float() * scale[:, None, None]
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -108,6 +133,8 @@ def grouped_query_attention(
     sin_cache: Tensor,
     q_norm_weight: Tensor | None,
     k_norm_weight: Tensor | None,
+    key_scale: Tensor | None,
+    value_scale: Tensor | None,
     *,
     num_heads: int,
     kv_num_heads: int,
@@ -122,7 +149,7 @@ def grouped_query_attention(
         num_heads, kv_num_heads, scale, local_window_size, softcap, rotary_interleaved, qk_norm_epsilon
     )
     present_key, present_value = past_key.clone(), past_value.clone()
-    tables = (cos_cache, sin_cache, attributes, q_norm_weight, k_norm_weight)
+    tables = (cos_cache, sin_cache, attributes, q_norm_weight, k_norm_weight, key_scale, value_scale)
     output = attend(query, key, value, present_key, present_value, past_lengths, total_sequence_length, *tables)
     return output, present_key, present_value
 

@@ -10,10 +10,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from headfold.plugins.schema import Quantized
 from headfold.runtime.errors import BundleError
 
 FORMAT_VERSION = 1
 ENGINES_VERSION = 2  # of a bundle with engines, which readers of version 1 refuse
+QUANTIZED_VERSION = 3  # of a bundle with a quantized cache
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 _CHUNK = 1 << 22  # bytes hashed at a time
@@ -41,6 +43,15 @@ class TensorSpec(_Strict):
     shape: list[int | str]
 
 
+class QuantizationSpec(_Strict):
+    """A quantized cache, with a scale for each head's keys and values; and what it costs on the text it was calibrated on."""
+
+    dtype: Quantized
+    calibration_tokens: int = Field(ge=1)
+    kl: float  # mean KL of the next token's distribution, without || with quantization, nats
+    top1: float  # share of positions whose likeliest token is the same
+
+
 class CacheSpec(_Strict):
     """The KV cache. Per layer two tensors [batch, num_key_value_heads, capacity, head_dim]; capacity is in tokens."""
 
@@ -49,6 +60,7 @@ class CacheSpec(_Strict):
     num_key_value_heads: int = Field(ge=1)
     head_dim: int = Field(ge=1)
     capacity: int = Field(ge=1)  # the most tokens (prompt and answer) a sequence may have
+    quantization: QuantizationSpec | None = None
 
 
 class ShapeRange(_Strict):
@@ -107,7 +119,7 @@ class Manifest(_Strict):
     config: dict[str, Any]  # headfold.export.config.ModelConfig as JSON
     vocab_size: int = Field(ge=1)
     parameters: int = Field(ge=1)
-    dtype: DType  # of the weights, the cache and the logits
+    dtype: DType  # of the weights, the logits, and the cache unless that is quantized
     logits: Literal["last", "all"]  # of each row's last token, or of every new token
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
@@ -116,6 +128,11 @@ class Manifest(_Strict):
     tools: dict[str, str]  # package and version that made it
     parity: dict[str, Any] | None  # summary of parity.json; None if the export was told not to verify
     engines: list[EngineEntry] = []
+
+    @property
+    def cache_dtype(self) -> str:
+        """What the cache holds: `dtype`, or a narrower one."""
+        return self.cache.quantization.dtype if self.cache.quantization is not None else self.dtype
 
 
 def read_manifest(bundle: Path) -> Manifest:
@@ -136,9 +153,9 @@ def read_manifest(bundle: Path) -> Manifest:
     except ValueError as error:
         raise BundleError(f"is not JSON: {error}", where=path, fix="Export the bundle again.") from error
     version = content.get("format_version") if isinstance(content, dict) else None
-    if isinstance(version, int) and version > ENGINES_VERSION:
+    if isinstance(version, int) and version > QUANTIZED_VERSION:
         raise BundleError(
-            f"has format version {version}, this headfold reads up to {ENGINES_VERSION}",
+            f"has format version {version}, this headfold reads up to {QUANTIZED_VERSION}",
             where=path,
             fix="Upgrade headfold, or export the bundle with this version.",
         )

@@ -21,8 +21,14 @@ from headfold.runtime.manifest import MODEL, Manifest
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 CHUNK = 512  # tokens per prefill step: enough to keep matrix products efficient, few enough to bound their memory
-_ONNX_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16}  # TensorProto.DataType
-_STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}  # numpy has no bfloat16: its bits
+_ONNX_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16, "int8": 3, "float8_e4m3fn": 17}  # TensorProto.DataType
+_STORED = {  # numpy has no bfloat16 and no float8: their bits
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": np.uint16,
+    "int8": np.int8,
+    "float8_e4m3fn": np.uint8,
+}
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of CPU per period, or "max"
 _SILENT, _WARNING = 4, 2  # severities of ONNX Runtime's logger
 
@@ -76,11 +82,11 @@ class OrtCache:
     """Per layer keys and values [B, Hkv, C, D] on the session's device, and the logits [B, V] of decode."""
 
     def __init__(self, manifest: Manifest, batch: int, capacity: int, device: str) -> None:
-        spec, stored = manifest.cache, _STORED[manifest.dtype]
+        spec, stored = manifest.cache, _STORED[manifest.cache_dtype]
         self.capacity, self.lengths = capacity, np.zeros(batch, np.int64)
         self.row_shape = (spec.num_key_value_heads, capacity, spec.head_dim)
         self.row_bytes = int(np.prod(self.row_shape)) * np.dtype(stored).itemsize
-        self.logits = np.empty((batch, manifest.vocab_size), stored)
+        self.logits = np.empty((batch, manifest.vocab_size), _STORED[manifest.dtype])
         self.window: _Window | None = None
         self.values = {  # on the CPU the array's own memory; its pages are taken when they are first written
             f"{layer}.{part}": ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, *self.row_shape), stored), device, 0)
@@ -177,7 +183,13 @@ class OrtSession:
         """Bind rows of the cache as past and present: the same memory, so it is updated in place."""
         shape = (end - first, *cache.row_shape)  # [b, Hkv, C, D]
         for name, value in cache.values.items():
-            place = (self.device, 0, self._element_type, shape, value.data_ptr() + first * cache.row_bytes)
+            place = (
+                self.device,
+                0,
+                _ONNX_TYPES[self.manifest.cache_dtype],
+                shape,
+                value.data_ptr() + first * cache.row_bytes,
+            )
             binding.bind_input(f"past_key_values.{name}", *place)
             binding.bind_output(f"present.{name}", *place)
 
@@ -220,6 +232,12 @@ def _open(bundle: Path, manifest: Manifest, provider: str, threads: int) -> Any:
             "ONNX Runtime has no bfloat16 matrix product for CPUs",
             where=bundle,
             fix="Export with --dtype float32, or use provider 'cuda'.",
+        )
+    if manifest.cache_dtype == "float8_e4m3fn" and provider == "cpu":
+        raise ProviderError(
+            "ONNX Runtime has no float8 cache on CPUs",
+            where=bundle,
+            fix="Export with --kv-cache int8, or use provider 'cuda'.",
         )
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1

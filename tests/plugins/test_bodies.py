@@ -1,5 +1,6 @@
 """Both ONNX bodies and the torch op against the numpy reference: prefill, decode, ragged, chunked, window, softcap, q/k norm."""
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -10,7 +11,17 @@ from onnx.reference import ReferenceEvaluator
 
 from headfold.plugins.onnx_functions import NODE_INPUTS, OPSET, onnxruntime_body, schema, standard_body
 from headfold.plugins.reference import grouped_query_attention
-from headfold.plugins.schema import DOMAIN, INPUTS, LAST_INDEX, OP_TYPE, OPTIONAL_INPUTS, OUTPUTS, VERSION, Attributes
+from headfold.plugins.schema import (
+    DOMAIN,
+    INPUTS,
+    LAST_INDEX,
+    OP_TYPE,
+    OPTIONAL_INPUTS,
+    OUTPUTS,
+    SCALES,
+    VERSION,
+    Attributes,
+)
 from headfold.plugins.torch_op import grouped_query_attention as torch_op
 
 CAPACITY = 32
@@ -22,11 +33,13 @@ Feeds = dict[str, np.ndarray]
 
 def model(function: onnx.FunctionProto, attributes: Attributes, feeds: Feeds) -> onnx.ModelProto:
     def value(name: str) -> onnx.ValueInfoProto:
-        kind = helper.np_dtype_to_tensor_dtype(feeds[name].dtype) if name in feeds else TensorProto.FLOAT
+        like = feeds.get(name.replace("present", "past"))
+        kind = helper.np_dtype_to_tensor_dtype(like.dtype) if like is not None else TensorProto.FLOAT
         rank = feeds[name].ndim if name in feeds else {"output": 3}.get(name, 4)
         return helper.make_tensor_value_info(name, kind, [None] * rank)
 
-    inputs = [name if name in feeds else "" for name in NODE_INPUTS]
+    names = [name for name in NODE_INPUTS if "key_scale" in feeds or name not in SCALES]
+    inputs = [name if name in feeds else "" for name in names]
     node = helper.make_node(OP_TYPE, inputs, OUTPUTS, domain=DOMAIN, **vars(attributes))
     graph = helper.make_graph([node], "attention", [value(n) for n in feeds], [value(n) for n in OUTPUTS])
     domains = {"": OPSET, DOMAIN: VERSION} | {opset.domain: opset.version for opset in function.opset_import}
@@ -38,28 +51,46 @@ def model(function: onnx.FunctionProto, attributes: Attributes, feeds: Feeds) ->
 
 def run_onnxruntime(attributes: Attributes, feeds: Feeds) -> list[np.ndarray]:
     feeds = feeds | {LAST_INDEX: (feeds["past_lengths"] + feeds["query"].shape[1] - 1).astype(np.int32)}
-    proto = model(onnxruntime_body("q_norm_weight" in feeds), attributes, feeds)
+    proto = model(onnxruntime_body("q_norm_weight" in feeds, HEAD_DIM, cache_of(feeds)), attributes, feeds)
     return ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feeds)
 
 
 def standard(attributes: Attributes, feeds: Feeds) -> onnx.ModelProto:
-    return model(standard_body(2 * feeds["cos_cache"].shape[1], "q_norm_weight" in feeds), attributes, feeds)
+    rotary_dim, cache = 2 * feeds["cos_cache"].shape[1], cache_of(feeds)
+    return model(standard_body(rotary_dim, "q_norm_weight" in feeds, cache), attributes, wide(feeds))
+
+
+def wide(feeds: Feeds) -> Feeds:
+    """A float8 cache's numbers in float32: nobody computes with float8 here."""
+    return {n: x.astype(np.float32) if x.dtype == ml_dtypes.float8_e4m3fn else x for n, x in feeds.items()}
+
+
+def cache_of(feeds: Feeds) -> str | None:
+    return feeds["past_key"].dtype.name if "key_scale" in feeds else None
 
 
 def run_standard(attributes: Attributes, feeds: Feeds) -> list[np.ndarray]:
     proto = standard(attributes, feeds).SerializeToString()
-    return ort.InferenceSession(proto, providers=["CPUExecutionProvider"]).run(None, feeds)
+    return ort.InferenceSession(proto, providers=["CPUExecutionProvider"]).run(None, wide(feeds))
 
 
 def run_reference_evaluator(attributes: Attributes, feeds: Feeds) -> list[np.ndarray]:
-    return ReferenceEvaluator(standard(attributes, feeds)).run(None, feeds)
+    return ReferenceEvaluator(standard(attributes, feeds)).run(None, wide(feeds))
 
 
 def run_torch(attributes: Attributes, feeds: Feeds) -> list[np.ndarray]:
-    tensors = {name: torch.from_numpy(x) for name, x in feeds.items() if name != "total_sequence_length"}
-    norms = {name: tensors.pop(name, None) for name in OPTIONAL_INPUTS}
+    narrow = {"float8_e4m3fn": torch.float8_e4m3fn}.get(cache_of(feeds))
+    tensors = {
+        name: torch.from_numpy(x.view(np.uint8)).view(narrow)
+        if x.dtype == ml_dtypes.float8_e4m3fn
+        else torch.from_numpy(x)
+        for name, x in feeds.items()
+        if name != "total_sequence_length"
+    }
+    optional = {name: tensors.pop(name, None) for name in OPTIONAL_INPUTS + SCALES}
     total = int(feeds["total_sequence_length"])
-    return [x.numpy() for x in torch_op(**tensors, **norms, total_sequence_length=total, **vars(attributes))]
+    results = torch_op(**tensors, **optional, total_sequence_length=total, **vars(attributes))
+    return [(x.float() if x.dtype == narrow else x).numpy() for x in results]
 
 
 BACKENDS = {
@@ -71,7 +102,13 @@ BACKENDS = {
 
 
 def make_feeds(
-    rng: np.random.Generator, a: Attributes, past: list[int], new: int, rotated: int, qk_norm: bool
+    rng: np.random.Generator,
+    a: Attributes,
+    past: list[int],
+    new: int,
+    rotated: int,
+    qk_norm: bool,
+    cache: str = "float32",
 ) -> Feeds:
     def normal(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape).astype(np.float32)
@@ -89,6 +126,13 @@ def make_feeds(
         "cos_cache": np.cos(angles).astype(np.float32),
         "sin_cache": np.sin(angles).astype(np.float32),
     }
+    if cache != "float32":
+        largest = 127 if cache == "int8" else 448
+        feeds |= {
+            name: (2 + rng.random(a.kv_num_heads).astype(np.float32)) / largest for name in SCALES
+        }  # cuts off some
+        for name in ("past_key", "past_value"):
+            feeds[name] = (feeds[name] * largest / 4).clip(-largest, largest).astype(np.dtype(cache))
     return feeds | ({name: normal(HEAD_DIM) for name in OPTIONAL_INPUTS} if qk_norm else {})
 
 
@@ -125,9 +169,30 @@ def test_equals_the_reference(case: str, heads: tuple[int, int], backend: str) -
             np.testing.assert_allclose(actual[cache][row, :, :end], expected[cache][row, :, :end], atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cache", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("case", ["prefill of two", "decode of a ragged batch", "window, ragged decode", "q/k norm"])
+def test_quantized_caches_equal_the_reference(case: str, cache: str, backend: str) -> None:
+    if cache == "float8_e4m3fn" and backend == "onnxruntime":
+        pytest.skip("ONNX Runtime has no float8 cache on CPUs")
+    past, new, options = CASES[case]
+    attributes = Attributes(6, 2, scale=HEAD_DIM**-0.5, **options)
+    feeds = make_feeds(np.random.default_rng(0), attributes, past, new, HEAD_DIM, case == "q/k norm", cache)
+    actual = BACKENDS[backend](attributes, feeds)
+    reference_feeds = {n: x for n, x in feeds.items() if n != "total_sequence_length"}
+    expected = grouped_query_attention(**reference_feeds, attributes=attributes)
+    np.testing.assert_allclose(actual[0], expected[0], atol=TOLERANCE)
+    for row, length in enumerate(past):
+        for which in (1, 2):
+            end = length + new
+            np.testing.assert_array_equal(
+                actual[which][row, :, :end].astype(np.float32), expected[which][row, :, :end].astype(np.float32)
+            )
+
+
 def test_schema_names_what_the_contract_names() -> None:
     declared = schema()
-    assert tuple(p.name for p in declared.inputs) == INPUTS + OPTIONAL_INPUTS + (LAST_INDEX,)
+    assert tuple(p.name for p in declared.inputs) == INPUTS + OPTIONAL_INPUTS + (LAST_INDEX,) + SCALES
     assert tuple(p.name for p in declared.outputs) == OUTPUTS
     assert set(declared.attributes) == set(vars(Attributes(1, 1, 1.0)))
 
