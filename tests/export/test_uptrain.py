@@ -4,12 +4,14 @@ import json
 import multiprocessing
 import shutil
 import socket
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from tokenizers import Tokenizer
 
 from headfold.export.checkpoint import MemoryCheckpoint, TokenizerFiles, load_decoder, open_checkpoint
 from headfold.export.cli import main
@@ -18,10 +20,10 @@ from headfold.export.initialize import new_decoder
 from headfold.export.train_options import TrainOptions
 from headfold.export.training_state import read_log
 from headfold.export.uptrain import Budget
-from headfold.runtime import load
 from tests.export.conftest import TRAINED, byte_tokenizer
 
 SMALL = ("--batch", 4, "--sequence", 16, "--learning-rate", 3e-3, "--quiet", "--cpu")
+COMPARE = ("--decode-steps", 4, "-q")
 
 
 @pytest.fixture(autouse=True)
@@ -45,31 +47,45 @@ def test_alpha_is_a_share_of_the_pretraining(toys):
     assert Budget(tokens=800).steps(options) == 1
 
 
-def test_the_whole_chain(toys, tmp_path):
-    """Train MHA, convert, uptrain, export with parity, generate. (The TensorRT build joins when its branch does.)"""
+def test_the_whole_chain(toys, tmp_path, subtests):
+    """Train MHA, convert, uptrain, export with parity, build an engine, verify its network, generate: each by its command."""
+
+    def run(*arguments: object) -> str:
+        done = headfold(*arguments)
+        assert done.exit_code == 0, done.stderr
+        return done.stdout
+
+    mha, gqa, up, bundle = (tmp_path / name for name in ("mha", "gqa", "up", "bundle"))
     data = ("--data", toys / "text.txt", "--holdout", 0.05)
-    done = headfold("uptrain", toys / "mha", "-o", tmp_path / "mha", "--tokens", 16384, *data, *SMALL, "--batch", 16)
-    assert done.exit_code == 0, done.stderr
-    convert = ("--kv-heads", 1, "--init", "mean", "--data", toys / "text.txt", "--calibration-length", 32, "--quiet")
-    done = headfold("convert", tmp_path / "mha", "-o", tmp_path / "gqa", *convert)
-    assert done.exit_code == 0, done.stderr
-    arguments = ("--teacher", tmp_path / "mha", "--alpha", 0.25, "--pretrain-tokens", 16384, *data, *SMALL, "--json")
-    done = headfold("uptrain", tmp_path / "gqa", "-o", tmp_path / "up", *arguments)
-    assert done.exit_code == 0, done.stderr
-    first, last = json.loads(done.stdout)["evaluations"]
+    run("uptrain", toys / "mha", "-o", mha, "--tokens", 16384, *data, *SMALL, "--batch", 16)
+    calibration = ("--data", toys / "text.txt", "--calibration-length", 32)
+    run("convert", mha, "-o", gqa, "--kv-heads", 1, "--init", "mean", *calibration, "--quiet")
+    budget = ("--alpha", 0.25, "--pretrain-tokens", 16384)
+    uptrained = json.loads(run("uptrain", gqa, "-o", up, "--teacher", mha, *budget, *data, *SMALL, "--json"))
+    first, last = uptrained["evaluations"]
     assert last["loss"] < first["loss"]
-    assert open_checkpoint(tmp_path / "up").config.num_key_value_heads == 1
-    done = headfold("export", tmp_path / "up", "-o", tmp_path / "bundle", "-q")
-    assert done.exit_code == 0, done.stderr
-    done = headfold("verify", tmp_path / "bundle", "--against", tmp_path / "up", "-q")
-    assert done.exit_code == 0, done.stderr
-    text = load(tmp_path / "bundle").generate("the cat ", max_new_tokens=12, temperature=0).text
-    decoder, ids = load_decoder(open_checkpoint(tmp_path / "up")), list(b"the cat ")
-    tokenizer = load(tmp_path / "bundle")._text.tokenizer
+    assert open_checkpoint(up).config.num_key_value_heads == 1
+    run("export", up, "-o", bundle, "--dtype", "float16", *COMPARE)
+    with subtests.test("TensorRT"):  # skips these two steps alone
+        if find_spec("tensorrt_rtx") is None:
+            pytest.skip("pip install tensorrt-rtx")
+        sizes = ("--max-batch", 1, "--max-input", 16)
+        built = json.loads(run("build", bundle, "--sm", 86, *sizes, "--json", "-q"))
+        assert built["engine"]["layers"]["ATTENTION"] == 2
+        assert (bundle / built["engine"]["file"]).stat().st_size == built["engine_bytes"]
+        parity = run("verify", bundle, "--against", up, "--backend", "tensorrt-network", "--json", *COMPARE)
+        assert json.loads(parity)["passed"]
+    run("verify", bundle, "--against", up, *COMPARE)
+    text = run("generate", bundle, "the cat ", "-n", 12, "--temperature", 0)
+    source = open_checkpoint(up)
+    decoder, tokenizer = (
+        load_decoder(source, torch.float16).float(),
+        Tokenizer.from_file(str(bundle / "tokenizer.json")),
+    )
     ids = tokenizer.encode("the cat ").ids
-    for _ in range(12):  # greedy in torch, without a cache
+    for _ in range(12):  # greedy in torch, without a cache; the best two logits are 0.07 or more apart
         ids.append(int(decoder(torch.tensor([ids])).logits[0, -1].argmax()))
-    assert text == tokenizer.decode(ids)[len("the cat ") :]
+    assert text == tokenizer.decode(ids)[len("the cat ") :] + "\n"
     assert set(text) <= set("thecasdogolmnkfwbir.\n ")  # letters of the text it learned
 
 
