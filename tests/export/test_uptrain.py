@@ -77,11 +77,8 @@ def test_the_whole_chain(toys, tmp_path, subtests):
         assert json.loads(parity)["passed"]
     run("verify", bundle, "--against", up, *COMPARE)
     text = run("generate", bundle, "the cat ", "-n", 12, "--temperature", 0)
-    source = open_checkpoint(up)
-    decoder, tokenizer = (
-        load_decoder(source, torch.float16).float(),
-        Tokenizer.from_file(str(bundle / "tokenizer.json")),
-    )
+    decoder = load_decoder(open_checkpoint(up), torch.float16).float()
+    tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
     ids = tokenizer.encode("the cat ").ids
     for _ in range(12):  # greedy in torch, without a cache; the best two logits are 0.07 or more apart
         ids.append(int(decoder(torch.tensor([ids])).logits[0, -1].argmax()))
