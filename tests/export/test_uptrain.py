@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import shutil
 import socket
 from importlib.util import find_spec
@@ -10,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from click.testing import CliRunner, Result
 from tokenizers import Tokenizer
 
@@ -86,30 +89,33 @@ def test_the_whole_chain(toys, tmp_path, subtests):
     assert set(text) <= set("thecasdogolmnkfwbir.\n ")  # letters of the text it learned
 
 
-def as_two(*arguments: object) -> None:
-    """Runs headfold in two processes that find each other as those of torchrun and `accelerate launch` do."""
+def as_two(*arguments: object) -> str:
+    """Runs headfold in two processes that find each other as those of torchrun and `accelerate launch` do; returns what they print."""
     context = multiprocessing.get_context("forkserver")  # it has imported torch, and never computed anything
     context.set_forkserver_preload(["headfold.export.uptrain", "torch._dynamo", "torch._inductor.config"])
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    processes = []
+    processes, printed = [], context.SimpleQueue()
     for rank in range(2):
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
         environment = {name: str(value) for name, value in (names | {"OMP_NUM_THREADS": 1}).items()}
         code = f"""
-import os
+import contextlib, io, os
 os.environ.update({environment!r})
 from accelerate.state import PartialState
 from headfold.export.cli import main
-main({[str(argument) for argument in arguments]!r}, standalone_mode=False)
+with contextlib.redirect_stdout(io.StringIO()) as out:
+    main({[str(argument) for argument in arguments]!r}, standalone_mode=False)
+printed.put(out.getvalue())
 assert PartialState().num_processes == 2
 """
-        processes.append(context.Process(target=exec, args=(code, {})))
+        processes.append(context.Process(target=exec, args=(code, {"printed": printed})))
         processes[-1].start()
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
+    return "".join(printed.get() for _ in processes)
 
 
 def test_two_processes_follow_one(toys, tmp_path):
@@ -118,7 +124,8 @@ def test_two_processes_follow_one(toys, tmp_path):
     arguments += [*SMALL, "--checkpoint-every", 3]
     done = headfold("uptrain", toys / "student", "-o", tmp_path / "one", *arguments)
     assert done.exit_code == 0, done.stderr
-    as_two("uptrain", toys / "student", "-o", tmp_path / "two", *arguments)
+    printed = as_two("uptrain", toys / "student", "-o", tmp_path / "two", *arguments)
+    assert printed.count(f"wrote {tmp_path / 'two'}") == 1
     one, two = (read_log(tmp_path / f"{name}.training" / "log.jsonl") for name in ("one", "two"))
     assert len(one) == len(two) == 8  # six steps, and the validation before and after
     for key in ("loss", "gradient_norm", "validation_loss"):
@@ -133,6 +140,37 @@ def test_two_processes_follow_one(toys, tmp_path):
     as_two("uptrain", toys / "student", "-o", tmp_path / "two", *arguments, "--resume")
     again = open_checkpoint(tmp_path / "two")
     assert all(torch.equal(again.read(name), tensor) for name, tensor in whole.items())
+
+
+def test_several_processes_that_are_one_are_refused(toys, tmp_path, monkeypatch):
+    """torchrun without a GPU and without --cpu; `accelerate launch --cpu`, which starts one, in the environment that it makes."""
+    command = ["uptrain", toys / "student", "-o", tmp_path / "out", *TEXT(toys), *SMALL]
+    command.remove("--cpu")
+    launch = [
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "-m",
+        "headfold.export",
+    ]
+    parsed, *_ = _validate_launch_command(launch_command_parser().parse_args(launch))
+    _, accelerates = prepare_simple_launcher_cmd_env(parsed)
+    for environment, message in (
+        ({"WORLD_SIZE": "2"}, "2 processes were started that do not know of each other"),
+        (accelerates, "was asked for several processes and started one"),
+    ):
+        with monkeypatch.context() as patched:
+            for name in environment.keys() - os.environ.keys():
+                patched.setenv(name, environment[name])
+            done = headfold(*command)
+        assert done.exit_code == 2
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.glob("out*"))
 
 
 def stranger(directory: Path, name: str, **changes: object) -> Path:
