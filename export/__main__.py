@@ -1,4 +1,4 @@
-"""`python -m headfold.export` is `headfold`: what `accelerate launch -m` needs."""
+"""`python -m headfold.export` is `headfold`: what `accelerate launch -m` and `torchrun -m` need."""
 
 from headfold.export.cli import main
 

@@ -8,12 +8,11 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from headfold.export.files import CANNOT_WRITE, sync, sync_tree
+from headfold.export.files import CANNOT_WRITE, remove_leftovers, sync, sync_tree
 from headfold.runtime.errors import BundleError, HeadfoldError
 from headfold.runtime.manifest import MANIFEST, FileEntry, Manifest, sha256
 
@@ -31,9 +30,7 @@ def staged(output: Path, force: bool) -> Iterator[Path]:
     """
     check_output(output, force)
     output = output.absolute()
-    for stale in output.parent.glob(f".{output.name}{_PARTIAL}*"):
-        if not psutil.pid_exists(int(stale.name.rpartition("-")[2])):
-            shutil.rmtree(stale)
+    remove_leftovers(output.parent, f".{escape(output.name)}{_PARTIAL}*")
     stage = output.parent / f".{output.name}{_PARTIAL}{os.getpid()}"
     try:
         stage.mkdir()

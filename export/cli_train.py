@@ -97,13 +97,15 @@ def uptrain(
     """Train STUDENT for a share of its pretraining, so that it recovers what its conversion lost.
 
     Checkpoints and log.jsonl are written to OUTPUT.training; a run that was stopped, however, goes on with --resume and ends with
-    the same weights. On several GPUs or machines: `accelerate launch -m headfold.export uptrain …`
+    the same weights. On several GPUs or machines: `accelerate launch -m headfold.export uptrain …`; in several processes on CPUs:
+    `torchrun --nproc_per_node 2 -m headfold.export uptrain … --cpu`
 
     **Example**
 
     `headfold uptrain smol-mqa --teacher SmolLM2-135M-Instruct --data corpus.jsonl --alpha 0.001 --pretrain-tokens 2e12 -o smol-up`
     """
     import torch
+    from accelerate import PartialState
 
     from headfold.export.progress import Reporter
     from headfold.export.uptrain import Budget, run_directory
@@ -122,6 +124,8 @@ def uptrain(
         dtype=getattr(torch, dtype) if dtype else None,
         resume=resume,
     )
+    if not PartialState().is_main_process:
+        return
     evaluations = [vars(evaluation) for evaluation in result.evaluations]
     if as_json:
         content = {"output": str(output), "training": str(run_directory(output)), "tokens": result.tokens}

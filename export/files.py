@@ -2,7 +2,10 @@
 
 import errno
 import os
+import shutil
 from pathlib import Path
+
+import psutil
 
 # The disk is full, or may not be written: the user's to mend, so one line and no traceback.
 CANNOT_WRITE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM})
@@ -22,3 +25,14 @@ def sync_tree(directory: Path) -> None:
     for path in directory.rglob("*"):
         sync(path)
     sync(directory)
+
+
+def remove_leftovers(directory: Path, pattern: str) -> None:
+    """Remove what killed processes left half-written: directories that match, and whose names end in `-` and a dead process's id.
+
+    One that cannot be removed stays: it is in nobody's way, and another process may be removing it, too.
+    """
+    for path in directory.glob(pattern):
+        process = path.name.rpartition("-")[2]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(path, ignore_errors=True)

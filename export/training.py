@@ -7,6 +7,7 @@ the weights of one that was not: on a CPU (with the same number of threads and p
 import functools
 import hashlib
 import math
+import os
 import statistics
 import time
 from contextlib import nullcontext
@@ -349,13 +350,35 @@ class _Run:
 
 
 def accelerator(options: TrainOptions) -> Accelerator:
-    """accelerate's handle on this process; `accelerate launch` decides how many there are and how the model is sharded."""
+    """accelerate's handle on this process; torchrun or `accelerate launch` decides how many there are and how the model is sharded.
+
+    Raises:
+        InputError: several processes were asked for, and this one is alone.
+    """
     wanted = "bf16" if options.bf16 else None
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != (wanted or "no"):
         AcceleratorState._reset_state()  # it remembers the precision of the process's first run, and refuses another
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # others wait while the first one tokenizes
     tracking = {"log_with": "tensorboard", "project_dir": options.tensorboard} if options.tensorboard else {}
-    return Accelerator(cpu=options.cpu, mixed_precision=wanted, kwargs_handlers=[patience], **tracking)
+    handle = Accelerator(cpu=options.cpu, mixed_precision=wanted, kwargs_handlers=[patience], **tracking)
+    if handle.num_processes == 1:
+        _check_alone()
+    return handle
+
+
+def _check_alone() -> None:
+    """Whether one process is what was asked for: others that do not know of each other would all write the same files."""
+    started = int(os.environ.get("WORLD_SIZE", 0))  # of torchrun
+    if started > 1:
+        raise InputError(
+            f"{started} processes were started that do not know of each other, so each would train alone",
+            fix="Start them with torchrun or accelerate launch, and with --cpu where there is no GPU.",
+        )
+    if not started and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys():  # it sets both for several
+        raise InputError(
+            "`accelerate launch` was asked for several processes and started one: on CPUs it needs MPI",
+            fix="Use torchrun --nproc_per_node N -m headfold.export … --cpu, or for one process no launcher.",
+        )
 
 
 def fingerprint(decoder: Decoder) -> str:

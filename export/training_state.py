@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -25,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from headfold.export.checkpoint import Checkpoint
-from headfold.export.files import CANNOT_WRITE, sync
+from headfold.export.files import CANNOT_WRITE, remove_leftovers, sync
 from headfold.export.hf import HuggingFaceCheckpoint, read_json, save_hf
 from headfold.export.model import Decoder
 from headfold.runtime.errors import CheckpointError, InputError
@@ -98,7 +97,7 @@ def save_state(
     try:
         with writing(target.name, directory):
             directory.mkdir(parents=True, exist_ok=True)
-            _sweep(directory)
+            remove_leftovers(directory, f".*{_PARTIAL}*")
             shutil.rmtree(target, ignore_errors=True)  # of a run that resumed from before it
             save_hf(stage, checkpoint, torch.float32)
             save_file(dict(optimizer), stage / OPTIMIZER)
@@ -129,13 +128,6 @@ def writing(what: str, run: Path) -> Iterator[None]:
             where=run,
             fix=f"Free some space, then --resume: {kept.name if kept else 'no checkpoint'} is kept.",
         ) from error
-
-
-def _sweep(directory: Path) -> None:
-    """Remove what killed processes left half-written."""
-    for stale in directory.glob(f".*{_PARTIAL}*"):
-        if not psutil.pid_exists(int(stale.name.rpartition("-")[2])):
-            shutil.rmtree(stale, ignore_errors=True)
 
 
 def checkpoints(directory: Path) -> list[Path]:

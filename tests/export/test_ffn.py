@@ -1,12 +1,15 @@
-"""A plain feed-forward made gated computes the same, bit for bit, and learns."""
+"""A plain feed-forward made gated computes the same, bit for bit, and learns; by the function, and by `headfold convert --ffn`."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner, Result
 
-from headfold.export.checkpoint import MemoryCheckpoint, expected_shapes, load_decoder
+from headfold.export.checkpoint import MemoryCheckpoint, expected_shapes, load_decoder, open_checkpoint
+from headfold.export.cli import main
 from headfold.export.families import config_to_json
 from headfold.export.ffn import plain_to_gated
 from headfold.export.hf import save_hf
@@ -70,3 +73,56 @@ def test_what_has_no_exact_form_is_refused(config, memory_checkpoint):
         checkpoint = memory_checkpoint(model)
         with pytest.raises(ConfigError, match=message):
             plain_to_gated(model, checkpoint.tensors, target)
+
+
+def headfold(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("act", ["silu", "relu", "gelu"])
+def test_the_command_writes_a_checkpoint_that_exports(config, memory_checkpoint, tmp_path, act):
+    source, gated, bundle = (tmp_path / name for name in ("plain", "gated", "bundle"))
+    save_hf(source, memory_checkpoint(plain(replace(config, num_hidden_layers=1), act)), torch.float32)
+    done = headfold("convert", source, "-o", gated, "--ffn", PLAIN[act], "--quiet")
+    assert done.exit_code == 0, done.stderr
+    first, second = open_checkpoint(source), open_checkpoint(gated)
+    assert second.config == replace(first.config, model_type="llama", gated=True, mlp_bias=True)
+    assert second.config.feed_forward.lower() == PLAIN[act]
+    ids = torch.randint(config.vocab_size, (2, 20))
+    before, after = (load_decoder(checkpoint)(ids).logits for checkpoint in (first, second))
+    assert torch.equal(before, after)
+    done = headfold("export", gated, "-o", bundle, "--decode-steps", 2, "--json", "-q")
+    assert done.exit_code == 0, done.stderr
+    manifest = json.loads(done.stdout)["manifest"]
+    assert manifest["parity"]["passed"] is True
+    assert manifest["config"]["hidden_act"] == act
+    assert manifest["config"]["gated"] is True
+
+
+def test_the_command_converts_heads_and_feed_forward_at_once(config, memory_checkpoint, tmp_path):
+    save_hf(tmp_path / "plain", memory_checkpoint(plain(config, "silu")), torch.float32)
+    heads = ("--kv-heads", 1, "--init", "mean", "--calibration-tokens", 64, "--calibration-length", 16, "--quiet")
+    for name, more in (("heads", ()), ("both", ("--ffn", "swiglu"))):
+        done = headfold("convert", tmp_path / "plain", "-o", tmp_path / name, *heads, *more)
+        assert done.exit_code == 0, done.stderr
+    heads, both = (open_checkpoint(tmp_path / name) for name in ("heads", "both"))
+    assert (both.config.num_key_value_heads, both.config.feed_forward) == (1, "SwiGLU")
+    ids = torch.randint(config.vocab_size, (2, 20))
+    assert torch.equal(load_decoder(heads)(ids).logits, load_decoder(both)(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("act", "target", "message"),
+    [
+        ("relu", "swiglu", "a ReLU feed-forward has no exact form as swiglu. Its exact gated form is reglu."),
+        ("silu", "swish", "feed-forward 'swish' is not a gated one. Choose one of"),
+    ],
+)
+def test_the_command_refuses_in_one_line(config, memory_checkpoint, tmp_path, act, target, message):
+    save_hf(tmp_path / "plain", memory_checkpoint(plain(config, act)), torch.float32)
+    done = headfold("convert", tmp_path / "plain", "-o", tmp_path / "gated", "--ffn", target, "--quiet")
+    assert done.exit_code == 2
+    assert done.stderr.startswith("headfold: error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "gated").exists()

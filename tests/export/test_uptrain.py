@@ -2,14 +2,19 @@
 
 import json
 import multiprocessing
+import os
 import shutil
 import socket
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from click.testing import CliRunner, Result
+from tokenizers import Tokenizer
 
 from headfold.export.checkpoint import MemoryCheckpoint, TokenizerFiles, load_decoder, open_checkpoint
 from headfold.export.cli import main
@@ -18,10 +23,10 @@ from headfold.export.initialize import new_decoder
 from headfold.export.train_options import TrainOptions
 from headfold.export.training_state import read_log
 from headfold.export.uptrain import Budget
-from headfold.runtime import load
 from tests.export.conftest import TRAINED, byte_tokenizer
 
 SMALL = ("--batch", 4, "--sequence", 16, "--learning-rate", 3e-3, "--quiet", "--cpu")
+COMPARE = ("--decode-steps", 4, "-q")
 
 
 @pytest.fixture(autouse=True)
@@ -45,58 +50,72 @@ def test_alpha_is_a_share_of_the_pretraining(toys):
     assert Budget(tokens=800).steps(options) == 1
 
 
-def test_the_whole_chain(toys, tmp_path):
-    """Train MHA, convert, uptrain, export with parity, generate. (The TensorRT build joins when its branch does.)"""
+def test_the_whole_chain(toys, tmp_path, subtests):
+    """Train MHA, convert, uptrain, export with parity, build an engine, verify its network, generate: each by its command."""
+
+    def run(*arguments: object) -> str:
+        done = headfold(*arguments)
+        assert done.exit_code == 0, done.stderr
+        return done.stdout
+
+    mha, gqa, up, bundle = (tmp_path / name for name in ("mha", "gqa", "up", "bundle"))
     data = ("--data", toys / "text.txt", "--holdout", 0.05)
-    done = headfold("uptrain", toys / "mha", "-o", tmp_path / "mha", "--tokens", 16384, *data, *SMALL, "--batch", 16)
-    assert done.exit_code == 0, done.stderr
-    convert = ("--kv-heads", 1, "--init", "mean", "--data", toys / "text.txt", "--calibration-length", 32, "--quiet")
-    done = headfold("convert", tmp_path / "mha", "-o", tmp_path / "gqa", *convert)
-    assert done.exit_code == 0, done.stderr
-    arguments = ("--teacher", tmp_path / "mha", "--alpha", 0.25, "--pretrain-tokens", 16384, *data, *SMALL, "--json")
-    done = headfold("uptrain", tmp_path / "gqa", "-o", tmp_path / "up", *arguments)
-    assert done.exit_code == 0, done.stderr
-    first, last = json.loads(done.stdout)["evaluations"]
+    run("uptrain", toys / "mha", "-o", mha, "--tokens", 16384, *data, *SMALL, "--batch", 16)
+    calibration = ("--data", toys / "text.txt", "--calibration-length", 32)
+    run("convert", mha, "-o", gqa, "--kv-heads", 1, "--init", "mean", *calibration, "--quiet")
+    budget = ("--alpha", 0.25, "--pretrain-tokens", 16384)
+    uptrained = json.loads(run("uptrain", gqa, "-o", up, "--teacher", mha, *budget, *data, *SMALL, "--json"))
+    first, last = uptrained["evaluations"]
     assert last["loss"] < first["loss"]
-    assert open_checkpoint(tmp_path / "up").config.num_key_value_heads == 1
-    done = headfold("export", tmp_path / "up", "-o", tmp_path / "bundle", "-q")
-    assert done.exit_code == 0, done.stderr
-    done = headfold("verify", tmp_path / "bundle", "--against", tmp_path / "up", "-q")
-    assert done.exit_code == 0, done.stderr
-    text = load(tmp_path / "bundle").generate("the cat ", max_new_tokens=12, temperature=0).text
-    decoder, ids = load_decoder(open_checkpoint(tmp_path / "up")), list(b"the cat ")
-    tokenizer = load(tmp_path / "bundle")._text.tokenizer
+    assert open_checkpoint(up).config.num_key_value_heads == 1
+    run("export", up, "-o", bundle, "--dtype", "float16", *COMPARE)
+    with subtests.test("TensorRT"):  # skips these two steps alone
+        if find_spec("tensorrt_rtx") is None:
+            pytest.skip("pip install tensorrt-rtx")
+        sizes = ("--max-batch", 1, "--max-input", 16)
+        built = json.loads(run("build", bundle, "--sm", 86, *sizes, "--json", "-q"))
+        assert built["engine"]["layers"]["ATTENTION"] == 2
+        assert (bundle / built["engine"]["file"]).stat().st_size == built["engine_bytes"]
+        parity = run("verify", bundle, "--against", up, "--backend", "tensorrt-network", "--json", *COMPARE)
+        assert json.loads(parity)["passed"]
+    run("verify", bundle, "--against", up, *COMPARE)
+    text = run("generate", bundle, "the cat ", "-n", 12, "--temperature", 0)
+    decoder = load_decoder(open_checkpoint(up), torch.float16).float()
+    tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
     ids = tokenizer.encode("the cat ").ids
-    for _ in range(12):  # greedy in torch, without a cache
+    for _ in range(12):  # greedy in torch, without a cache; the best two logits are 0.07 or more apart
         ids.append(int(decoder(torch.tensor([ids])).logits[0, -1].argmax()))
-    assert text == tokenizer.decode(ids)[len("the cat ") :]
+    assert text == tokenizer.decode(ids)[len("the cat ") :] + "\n"
     assert set(text) <= set("thecasdogolmnkfwbir.\n ")  # letters of the text it learned
 
 
-def as_two(*arguments: object) -> None:
-    """Runs headfold in two processes that find each other as those of torchrun and `accelerate launch` do."""
+def as_two(*arguments: object) -> str:
+    """Runs headfold in two processes that find each other as those of torchrun and `accelerate launch` do; returns what they print."""
     context = multiprocessing.get_context("forkserver")  # it has imported torch, and never computed anything
     context.set_forkserver_preload(["headfold.export.uptrain", "torch._dynamo", "torch._inductor.config"])
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    processes = []
+    processes, printed = [], context.SimpleQueue()
     for rank in range(2):
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
         environment = {name: str(value) for name, value in (names | {"OMP_NUM_THREADS": 1}).items()}
         code = f"""
-import os
+import contextlib, io, os
 os.environ.update({environment!r})
 from accelerate.state import PartialState
 from headfold.export.cli import main
-main({[str(argument) for argument in arguments]!r}, standalone_mode=False)
+with contextlib.redirect_stdout(io.StringIO()) as out:
+    main({[str(argument) for argument in arguments]!r}, standalone_mode=False)
+printed.put(out.getvalue())
 assert PartialState().num_processes == 2
 """
-        processes.append(context.Process(target=exec, args=(code, {})))
+        processes.append(context.Process(target=exec, args=(code, {"printed": printed})))
         processes[-1].start()
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
+    return "".join(printed.get() for _ in processes)
 
 
 def test_two_processes_follow_one(toys, tmp_path):
@@ -105,7 +124,8 @@ def test_two_processes_follow_one(toys, tmp_path):
     arguments += [*SMALL, "--checkpoint-every", 3]
     done = headfold("uptrain", toys / "student", "-o", tmp_path / "one", *arguments)
     assert done.exit_code == 0, done.stderr
-    as_two("uptrain", toys / "student", "-o", tmp_path / "two", *arguments)
+    printed = as_two("uptrain", toys / "student", "-o", tmp_path / "two", *arguments)
+    assert printed.count(f"wrote {tmp_path / 'two'}") == 1
     one, two = (read_log(tmp_path / f"{name}.training" / "log.jsonl") for name in ("one", "two"))
     assert len(one) == len(two) == 8  # six steps, and the validation before and after
     for key in ("loss", "gradient_norm", "validation_loss"):
@@ -120,6 +140,37 @@ def test_two_processes_follow_one(toys, tmp_path):
     as_two("uptrain", toys / "student", "-o", tmp_path / "two", *arguments, "--resume")
     again = open_checkpoint(tmp_path / "two")
     assert all(torch.equal(again.read(name), tensor) for name, tensor in whole.items())
+
+
+def test_several_processes_that_are_one_are_refused(toys, tmp_path, monkeypatch):
+    """torchrun without a GPU and without --cpu; `accelerate launch --cpu`, which starts one, in the environment that it makes."""
+    command = ["uptrain", toys / "student", "-o", tmp_path / "out", *TEXT(toys), *SMALL]
+    command.remove("--cpu")
+    launch = [
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "-m",
+        "headfold.export",
+    ]
+    parsed, *_ = _validate_launch_command(launch_command_parser().parse_args(launch))
+    _, accelerates = prepare_simple_launcher_cmd_env(parsed)
+    for environment, message in (
+        ({"WORLD_SIZE": "2"}, "2 processes were started that do not know of each other"),
+        (accelerates, "was asked for several processes and started one"),
+    ):
+        with monkeypatch.context() as patched:
+            for name in environment.keys() - os.environ.keys():
+                patched.setenv(name, environment[name])
+            done = headfold(*command)
+        assert done.exit_code == 2
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.glob("out*"))
 
 
 def stranger(directory: Path, name: str, **changes: object) -> Path:

@@ -1,4 +1,4 @@
-"""A toy bundle made by the real exporter, and ways to change it."""
+"""A toy bundle made by the real exporter, ways to change it, and a TensorRT session over the fakes on it."""
 
 import json
 from collections.abc import Callable
@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from tensorrt_rig import Rig, copy_with_engine
 
 from headfold.export.bundle import write_manifest
 from headfold.export.checkpoint import load_decoder, open_checkpoint
@@ -32,6 +34,10 @@ class Toy:
             tokens.append(int(self.decoder(torch.tensor([tokens])).logits[0, -1].argmax()))
         return tokens[len(ids) :]
 
+    def logits(self, ids: Any) -> np.ndarray:
+        """The oracle's logits [S, V] of token ids [S], without a cache."""
+        return self.decoder(torch.tensor(np.asarray(ids))[None]).logits[0].numpy()
+
 
 @pytest.fixture(scope="session")
 def make_toy(tmp_path_factory: pytest.TempPathFactory, toy_checkpoint: Path) -> Callable[..., Toy]:
@@ -55,6 +61,13 @@ def toy(make_toy: Callable[..., Toy]) -> Toy:
     return make_toy()
 
 
+@pytest.fixture(scope="session")
+def prompts(toy: Toy) -> list[np.ndarray]:
+    """Token ids of three lengths, the middle one the shortest."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, toy.config.vocab_size, length) for length in (7, 3, 12)]
+
+
 @pytest.fixture
 def changed(toy: Toy, tmp_path: Path) -> Callable[..., Path]:
     """Copies the toy's bundle with other side files, and a manifest that is right for them; None removes a file."""
@@ -75,3 +88,18 @@ def changed(toy: Toy, tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return change
+
+
+@pytest.fixture
+def with_engine(make_toy: Callable[..., Toy], tmp_path: Path) -> Callable[..., Path]:
+    """Copies the toy's bundle and adds an engine to it; see `copy_with_engine`."""
+
+    def make(all_logits: bool = False, **changes: Any) -> Path:
+        return copy_with_engine(make_toy(all_logits).path, tmp_path / "bundle", **changes)
+
+    return make
+
+
+@pytest.fixture
+def rig(with_engine: Callable[..., Path], toy: Toy) -> Rig:
+    return Rig(with_engine(), toy.decoder)

@@ -6,30 +6,17 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
-import torch
 
 from headfold.runtime import BundleError, CapacityError, HeadfoldError, InputError, ProviderError, load, session
 from headfold.runtime.manifest import read_manifest
 from headfold.runtime.session import OrtSession, physical_cores
 
 TOLERANCE = 1e-5  # float32 logits of order 1, sums of a hundred products in another order
-LENGTHS = (7, 3, 12)
 
 
 @pytest.fixture(scope="module")
 def backend(toy) -> OrtSession:
     return OrtSession(toy.path, read_manifest(toy.path), threads=1)
-
-
-@pytest.fixture(scope="module")
-def prompts(toy) -> list[np.ndarray]:
-    rng = np.random.default_rng(0)
-    return [rng.integers(0, toy.config.vocab_size, length) for length in LENGTHS]
-
-
-def expected(toy, ids: np.ndarray) -> np.ndarray:
-    """The oracle's logits [S, V]."""
-    return toy.decoder(torch.from_numpy(np.asarray(ids))[None]).logits[0].numpy()
 
 
 def memory(value: ort.OrtValue) -> np.ndarray:
@@ -42,7 +29,7 @@ def test_prefill_in_chunks_equals_the_decoder(chunk, all_logits, make_toy, promp
     toy = make_toy(all_logits)
     backend = OrtSession(toy.path, read_manifest(toy.path), threads=1)
     cache = backend.new_cache(2, 16)
-    want = expected(toy, prompts[2])
+    want = toy.logits(prompts[2])
     actual = backend.prefill(cache, 1, prompts[2], chunk=chunk)
     np.testing.assert_allclose(actual, want[-1], atol=TOLERANCE)
     every = backend.prefill(cache, 0, prompts[2], all_logits=True, chunk=chunk)
@@ -65,7 +52,7 @@ def test_a_second_prefill_goes_on_where_the_first_ended(backend, toy, prompts) -
     cache = backend.new_cache(1, 32)
     backend.prefill(cache, 0, prompts[0])
     actual = backend.prefill(cache, 0, prompts[2])
-    np.testing.assert_allclose(actual, expected(toy, np.concatenate([prompts[0], prompts[2]]))[-1], atol=TOLERANCE)
+    np.testing.assert_allclose(actual, toy.logits(np.concatenate([prompts[0], prompts[2]]))[-1], atol=TOLERANCE)
 
 
 def test_ragged_decode_equals_the_decoder(backend, toy, prompts) -> None:
@@ -80,7 +67,7 @@ def test_ragged_decode_equals_the_decoder(backend, toy, prompts) -> None:
         logits = backend.decode(cache, tokens, active)
         for row in np.flatnonzero(active):
             sequences[row].append(tokens[row])
-            np.testing.assert_allclose(logits[row], expected(toy, np.array(sequences[row]))[-1], atol=TOLERANCE)
+            np.testing.assert_allclose(logits[row], toy.logits(np.array(sequences[row]))[-1], atol=TOLERANCE)
     assert cache.lengths.tolist() == [len(sequence) for sequence in sequences]
 
 
@@ -91,7 +78,7 @@ def test_a_full_row_lets_the_others_go_on(backend, toy, prompts) -> None:
         backend.prefill(cache, row, ids)
     logits = backend.decode(cache, np.array([1, 2, 3]), np.array([True, False, True]))
     for row, token in ((0, 1), (2, 3)):
-        want = expected(toy, np.append(sequences[row], token))[-1]
+        want = toy.logits(np.append(sequences[row], token))[-1]
         np.testing.assert_allclose(logits[row], want, atol=TOLERANCE)
     with pytest.raises(CapacityError, match="13 tokens are 1 over the 12 of this cache"):
         backend.decode(cache, np.array([1, 2, 3]), np.ones(3, bool))
@@ -140,7 +127,7 @@ def test_float16_runs_on_the_cpu(make_toy, prompts) -> None:
     toy = make_toy(dtype="float16")
     backend = OrtSession(toy.path, read_manifest(toy.path), threads=1)
     cache = backend.new_cache(1, 16)
-    want = expected(toy, np.append(prompts[0], 5))
+    want = toy.logits(np.append(prompts[0], 5))
     first = backend.prefill(cache, 0, prompts[0])
     second = backend.decode(cache, np.array([5]), np.ones(1, bool))[0]
     assert first.dtype == second.dtype == np.float32
