@@ -55,10 +55,11 @@ def _bundle(path: Path) -> Facts:
     config = ModelConfig(**manifest.config | {"rope": rope} | lists)
     itemsize = getattr(torch, manifest.dtype).itemsize
     facts: Facts = {"kind": "bundle", "path": str(path), "source": manifest.source}
-    facts |= _architecture(config, itemsize)
+    facts |= _architecture(config, getattr(torch, manifest.cache_dtype).itemsize)
     return facts | {
         "parameters": manifest.parameters,
         "dtype": manifest.dtype,
+        "cache_dtype": manifest.cache_dtype,
         "weight_bytes": manifest.parameters * itemsize,
         "bundle_bytes": sum(entry.size for entry in manifest.files.values()),
         "capacity": manifest.cache.capacity,

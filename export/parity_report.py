@@ -61,9 +61,9 @@ def precision(dtype: str, cache: str) -> str:
 def tolerance(precision: str) -> Tolerance:
     """What is tolerated.
 
-    Where arithmetic differs a little, a value halfway between two numbers of a quantized cache is rounded to either; the next layers get
-    other inputs by it and round more values differently, so that the logits end up as far apart as quantization itself moves them: by
-    a few percent of the largest. What is exact about a quantized cache is tested where it can be, on the op alone.
+    Where arithmetic differs a little, a value halfway between two numbers of a quantized cache is rounded to either; by it the next
+    layers get other inputs and round more values differently, so that the logits end up as far apart as quantization itself moves
+    them: by a few percent of the largest. What is exact about a quantized cache is tested where it can be, on the op alone.
     """
     dtype, cache = _split(precision)
     return TOLERANCES[dtype] if cache is None else Tolerance(_ROUNDED, _ROUNDED, (_CACHES[cache], 0.0))
