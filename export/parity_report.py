@@ -75,6 +75,11 @@ def narrow(precision: str) -> bool:
     return cache is not None or dtype in _NARROW
 
 
+def in_float32(precision: str) -> bool:
+    """Whether both sides compute in float32 throughout, so that float64 tells how exact they can be."""
+    return precision in {"float32", "bfloat16", "tensorrt float32"}
+
+
 def arithmetic(precision: str) -> str:
     """How both sides compute, in words."""
     dtype, cache = _split(precision)

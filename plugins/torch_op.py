@@ -102,8 +102,8 @@ def dequantize(stored: Tensor, scale: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """RMSNorm over the last axis, in float32, then scaled in the dtype of `x` (Zhang and Sennrich 2019, equation 4)."""
-    wide = x.float()
+    """RMSNorm over the last axis, in float32 or wider, then scaled in the dtype of `x` (Zhang and Sennrich 2019, equation 4)."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(x.dtype)
 
 

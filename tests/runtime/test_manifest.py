@@ -50,7 +50,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "extra": (lambda p: (p / "extra.py").write_text("x"), r"extra\.py: is not listed in the manifest"),
     "link": (link, r"tokenizer\.json: is missing, or no regular file"),
     "linked directory": (link_directory, r"more: is not listed in the manifest"),
-    "newer": (edit(format_version=3), "format version 3, this headfold reads up to 2. Upgrade headfold"),
+    "newer": (edit(format_version=4), "format version 4, this headfold reads up to 3. Upgrade headfold"),
     "no JSON": (lambda p: (p / "manifest.json").write_bytes(b"\xff{"), "manifest.json: is not JSON"),
     "no object": (lambda p: (p / "manifest.json").write_text("[]"), "manifest.json: manifest: Input should be"),
     "field missing": (drop_field, r"cache\.capacity: Field required"),
