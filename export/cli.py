@@ -148,7 +148,7 @@ def export(
     if data and kv_cache is None:
         raise InputError("is text to calibrate a quantized cache on", where="--data", fix="Add --kv-cache int8.")
     options = ExportOptions(
-        dtype, kv_cache, data, calibration_tokens, capacity, all_logits, allow_nan, verify, decode_steps, force
+        dtype, capacity, all_logits, allow_nan, verify, decode_steps, force, kv_cache, data, calibration_tokens
     )
     reporter = _reporter(quiet)
     build = make_options(target, **engine) if target is not None else None

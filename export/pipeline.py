@@ -47,15 +47,15 @@ class ExportOptions:
     """What a bundle should be. `capacity` is in tokens, by default all that the model was made for."""
 
     dtype: DType = "float32"
-    kv_cache: Quantized | None = None  # dtype of a quantized cache; None for `dtype`
-    calibration_data: tuple[str, ...] = ()  # text for the cache's scales; the model's own if there is none
-    calibration_tokens: int = CALIBRATION_TOKENS
     capacity: int | None = None
     all_logits: bool = False
     allow_nan: bool = False
     verify: bool = True
     decode_steps: int = 16
     force: bool = False
+    kv_cache: Quantized | None = None  # dtype of a quantized cache; None for `dtype`
+    calibration_data: tuple[str, ...] = ()  # text for the cache's scales; the model's own if there is none
+    calibration_tokens: int = CALIBRATION_TOKENS
 
 
 @dataclass(frozen=True)
