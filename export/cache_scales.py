@@ -32,17 +32,14 @@ def cache_scales(decoder: Decoder, tokens: Tensor, dtype: torch.dtype) -> list[S
         dtype: int8 or float8_e4m3fn.
     """
     largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
-    found: list[Scales] | None = None
+    seen = []
     for row in tokens:
         cache = decoder.new_cache(1, len(row))
         decoder(row[None], None, cache, last_only=True)
-        seen = [tuple(x.float().abs().amax((0, 2, 3)) for x in pair) for pair in cache]  # [Hkv] each
-        pairs = [(keys, values) for keys, values in seen]
-        if found is not None:
-            pairs = [(k.maximum(a), v.maximum(b)) for (k, v), (a, b) in zip(pairs, found, strict=True)]
-        found = pairs
-    assert found is not None
-    return [((k / largest).clamp(min=_SMALLEST), (v / largest).clamp(min=_SMALLEST)) for k, v in found]
+        magnitudes = [x.float().abs().amax((0, 2, 3)) for pair in cache for x in pair]  # [Hkv] each
+        seen.append(torch.stack(magnitudes))  # [2 L, Hkv]
+    scales = (torch.stack(seen).amax(0) / largest).clamp(min=_SMALLEST)
+    return list(zip(scales[::2], scales[1::2], strict=True))
 
 
 @torch.inference_mode()

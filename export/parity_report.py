@@ -47,10 +47,7 @@ TOLERANCES = {
 }
 _ROUNDED = (5e-2, 5e-2)
 _NARROW = {"float16", "tensorrt float16", "tensorrt bfloat16"}
-_CACHES = {
-    "int8": 8.0,
-    "float8_e4m3fn": 96.0,
-}  # allowed in what a quantized cache stores: 8 steps, and 3 of the largest
+_CACHES = {"int8": 8.0, "float8_e4m3fn": 96.0}  # in what a quantized cache stores: 8 steps, or 3 of the largest
 
 
 def precision(dtype: str, cache: str) -> str:

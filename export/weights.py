@@ -58,7 +58,8 @@ def _reader(
     checkpoint: Checkpoint, name: str, parts: list[str], dtype: torch.dtype, allow_nan: bool
 ) -> Callable[[], ir.TensorProtocol]:
     def read() -> ir.TensorProtocol:
-        tensor = torch.cat([checked(checkpoint, part, dtype, allow_nan) for part in parts])
+        tensors = [checked(checkpoint, part, dtype, allow_nan) for part in parts]
+        tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]  # which would copy it
         return TorchTensor((tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous(), name=name)
 
     return read

@@ -79,14 +79,18 @@ def _plugin_class(trt: Any) -> type:
 
         def supports_format_combination(self, position: int, tensors: list[Any], inputs: int) -> bool:
             described = tensors[position].desc
-            names = input_names(trt, inputs, tensors[ALIASES[1]].desc.type if position >= ALIASES[1] else None)
-            if described.format != trt.TensorFormat.LINEAR or names is None:
+            if described.format != trt.TensorFormat.LINEAR:
                 return False
-            name = (*names, *OUTPUTS)[position]
+            if position == 0:
+                return described.type in (trt.float16, trt.bfloat16, trt.float32)
             if position in _INT64:
                 return bool(described.type == trt.int64)
-            if name == "query":
-                return described.type in (trt.float16, trt.bfloat16, trt.float32)
+            if position < ALIASES[1]:  # TensorRT has not told the cache's dtype yet
+                return bool(described.type == tensors[0].desc.type)
+            names = input_names(trt, inputs, tensors[ALIASES[1]].desc.type)
+            if names is None:
+                return False
+            name = (*names, *OUTPUTS)[position]
             if name == "past_key" and described.type in (trt.int8, trt.fp8):
                 return True
             if name in ("past_value", "present_key", "present_value"):
@@ -202,18 +206,10 @@ def launch(
 
 
 def input_names(trt: Any, count: int, cache: Any) -> tuple[str, ...] | None:
-    """What a node's inputs are, by their number and the dtype of its cache; None if it can have no such number.
-
-    Without `cache`, which TensorRT tells after the inputs before it, the last two may be either norms or scales.
-    """
-    quantized = cache in (trt.int8, trt.fp8)
-    names = {
-        len(INPUTS): INPUTS,
-        len(INPUTS) + 2: (*INPUTS, *(SCALES if quantized else OPTIONAL_INPUTS)),
-        len(INPUTS) + 4: (*INPUTS, *OPTIONAL_INPUTS, *SCALES),
-    }.get(count)
-    known = cache is None or quantized == (names is not None and SCALES[0] in names)
-    return names if known else None
+    """What a node's inputs are, by their number and the dtype of its cache; None if it can have no such number."""
+    scales = SCALES if cache in (trt.int8, trt.fp8) else ()
+    possible = ((*INPUTS, *norms, *scales) for norms in ((), OPTIONAL_INPUTS))
+    return next((names for names in possible if len(names) == count), None)
 
 
 def kernel_spec(trt: Any, attributes: Attributes, inputs: list[Any]) -> KernelSpec:

@@ -11,9 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _HUGE = 2 << 20  # bytes; where huge pages are larger, the kernel declines
-_COLLAPSE = (
-    25  # MADV_COLLAPSE: at once, and whatever /sys/kernel/mm/transparent_hugepage/enabled says, short of "never"
-)
+_COLLAPSE = 25  # MADV_COLLAPSE: at once, and even where huge pages are only for those who ask ("madvise")
 _MAPPINGS = Path("/proc/self/smaps")
 _FULL = 0.9  # share of a mapping that must be in memory: collapsing an empty one would fill it
 

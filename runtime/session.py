@@ -111,6 +111,7 @@ class OrtSession:
         with huge_pages() if provider == "cpu" else nullcontext():
             self.session = _open(bundle, manifest, provider, threads or physical_cores())
         self._element_type, self._stored = _ONNX_TYPES[manifest.dtype], _STORED[manifest.dtype]
+        self._cache_type = _ONNX_TYPES[manifest.cache_dtype]
         self._all = manifest.logits == "all"
 
     def new_cache(self, batch: int, capacity: int) -> OrtCache:
@@ -183,13 +184,7 @@ class OrtSession:
         """Bind rows of the cache as past and present: the same memory, so it is updated in place."""
         shape = (end - first, *cache.row_shape)  # [b, Hkv, C, D]
         for name, value in cache.values.items():
-            place = (
-                self.device,
-                0,
-                _ONNX_TYPES[self.manifest.cache_dtype],
-                shape,
-                value.data_ptr() + first * cache.row_bytes,
-            )
+            place = (self.device, 0, self._cache_type, shape, value.data_ptr() + first * cache.row_bytes)
             binding.bind_input(f"past_key_values.{name}", *place)
             binding.bind_output(f"present.{name}", *place)
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headfold.plugins.cuda_launch import Kernels, LaunchError
-from headfold.plugins.kernel_contract import KernelFileError
+from headfold.plugins.kernel_contract import ITEM_SIZES, KernelFileError
 from headfold.plugins.tensorrt_library import TensorRTMissing, open_tensorrt
 from headfold.runtime.device import Device, Graph, view
 from headfold.runtime.engine_file import check_engine
@@ -24,7 +24,6 @@ from headfold.runtime.manifest import EngineEntry, Manifest
 BUCKET = 256  # positions: decode's mask is a multiple of it wide, so its graph is captured anew every so many tokens
 PREFILL, DECODE = 0, 1  # optimization profiles
 _STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}  # numpy has no bfloat16: its bits
-_ITEM_SIZES = {"int8": 1, "float8_e4m3fn": 1}  # bytes, of a quantized cache's elements
 _IDS = 8  # bytes of an int64
 _ALIGNMENT = 256  # bytes, of every tensor
 _serials = itertools.count()
@@ -36,11 +35,10 @@ class TensorRTCache:
 
     def __init__(self, device: Device, manifest: Manifest, entry: EngineEntry, batch: int, capacity: int) -> None:
         self.serial = next(_serials)
-        item, spec = np.dtype(_STORED[entry.dtype]).itemsize, manifest.cache
-        cached = _ITEM_SIZES.get(manifest.cache_dtype, item)
+        item, spec = ITEM_SIZES[entry.dtype], manifest.cache
         self.capacity, self.lengths = capacity, np.zeros(batch, np.int64)
         self.row_shape = (spec.num_key_value_heads, entry.capacity, spec.head_dim)
-        self.row_bytes = int(np.prod(self.row_shape)) * cached
+        self.row_bytes = int(np.prod(self.row_shape)) * ITEM_SIZES[manifest.cache_dtype]
         names = [f"{layer}.{part}" for layer in range(spec.num_hidden_layers) for part in ("key", "value")]
         tensor = -(-batch * self.row_bytes // _ALIGNMENT) * _ALIGNMENT
         self.memory = device.allocate(len(names) * tensor, zero=True)
