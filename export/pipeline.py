@@ -3,6 +3,7 @@
 import resource
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -66,9 +67,7 @@ class ExportResult:
     manifest: Manifest
     parity: ParityReport | None
     weight_bytes: int
-    peak_bytes: (
-        int  # resident memory that writing graph and weights added to the process at its peak; parity not included
-    )
+    peak_bytes: int  # resident memory that writing graph and weights added to the process at its peak; neither calibration nor parity included
 
     @property
     def peak_ratio(self) -> float:
@@ -96,6 +95,7 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, reporter: 
     dtype = getattr(torch, options.dtype)
     with staged(output, options.force) as stage:
         scales, quantization = _calibrate(checkpoint, capacity, options, reporter) if options.kv_cache else ([], None)
+        _forget_peak_memory()
         before = psutil.Process().memory_info().rss
         with reporter.step("trace the graph"):
             model = export_graph(config, dtype, capacity, options.all_logits, options.kv_cache)
@@ -237,6 +237,16 @@ def _tools() -> dict[str, str]:
     return found | {"python": ".".join(map(str, sys.version_info[:3]))}
 
 
+def _forget_peak_memory() -> None:
+    """Have Linux count the largest resident size anew: what a process did before its export is not the export's."""
+    if sys.platform == "linux":
+        with suppress(OSError):  # on a hardened system it stays the process's, which is an upper bound
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 def _peak_memory() -> int:
-    """The process's largest resident size so far in bytes; Linux counts it in KiB, macOS in bytes."""
+    """The largest resident size in bytes, of Linux since `_forget_peak_memory`, elsewhere of the process so far."""
+    if sys.platform == "linux":
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from headfold.export.bundle import staged, write_json, write_manifest
@@ -99,3 +100,15 @@ def test_kill_9_in_the_middle_leaves_nothing_that_looks_finished(toy_checkpoint,
     assert not list(tmp_path.rglob("manifest.json"))
     assert subprocess.run(command, check=False).returncode == 0
     assert names(tmp_path) == ["b"]  # and the next try cleans up
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak is the whole process's")
+def test_the_peak_of_an_export_is_not_that_of_what_came_before_it() -> None:
+    from headfold.export import pipeline
+
+    large = np.ones(1 << 25)  # 256 MiB
+    assert pipeline._peak_memory() > large.nbytes
+    peak = pipeline._peak_memory()
+    del large
+    pipeline._forget_peak_memory()
+    assert pipeline._peak_memory() < peak - (128 << 20)
