@@ -67,7 +67,7 @@ class ExportResult:
     manifest: Manifest
     parity: ParityReport | None
     weight_bytes: int
-    peak_bytes: int  # resident memory that writing graph and weights added to the process at its peak; neither calibration nor parity included
+    peak_bytes: int  # resident memory that graph and weights added at their peak; calibration and parity not included
 
     @property
     def peak_ratio(self) -> float:
