@@ -116,7 +116,7 @@ class Manifest(_Strict):
     format_version: int
     headfold_version: str
     source: str  # name of the checkpoint's file or directory, without its path
-    config: dict[str, Any]  # headfold.export.config.ModelConfig as JSON
+    config: dict[str, Any]  # headfold.export.model.config.ModelConfig as JSON
     vocab_size: int = Field(ge=1)
     parameters: int = Field(ge=1)
     dtype: DType  # of the weights, the logits, and the cache unless that is quantized

@@ -72,7 +72,7 @@ def genai(path: str, threads: int) -> Start:
 def torch_eager(path: str, threads: int) -> Start:
     import torch
 
-    from headfold.export.checkpoint import load_decoder, open_checkpoint
+    from headfold.export.checkpoints.base import load_decoder, open_checkpoint
 
     torch.set_num_threads(threads)
     decoder = load_decoder(open_checkpoint(Path(path)))
@@ -195,8 +195,8 @@ def exports() -> Iterator[tuple[str, float, float]]:
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
     save = (
-        "import sys, torch; from pathlib import Path; from headfold.export.checkpoint import open_checkpoint;"
-        "from headfold.export.hf import save_hf;"
+        "import sys, torch; from pathlib import Path; from headfold.export.checkpoints.base import open_checkpoint;"
+        "from headfold.export.checkpoints.hf import save_hf;"
         "save_hf(Path(sys.argv[2]), open_checkpoint(Path(sys.argv[1])), torch.float32)"
     )
     measured([sys.executable, "-c", save, str(GGUF), str(WORK / "hf")])

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from headfold.export.checkpoint import MemoryCheckpoint
-from headfold.export.config import ModelConfig
-from headfold.export.hf import save_hf
-from headfold.export.initialize import new_decoder
-from headfold.export.pipeline import ExportOptions, export_bundle
+from headfold.export.bundle.pipeline import ExportOptions, export_bundle
+from headfold.export.checkpoints.base import MemoryCheckpoint
+from headfold.export.checkpoints.hf import save_hf
+from headfold.export.model.config import ModelConfig
+from headfold.export.model.initialize import new_decoder
 from headfold.export.progress import Reporter
 from headfold.runtime import load
 

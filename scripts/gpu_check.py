@@ -96,10 +96,10 @@ def run_tests() -> dict[str, Any]:
 
 def prepare(capability: int) -> tuple[dict[str, Open], dict[str, str]]:
     """A bundle of SmolLM2 with every engine that can be built for this GPU: what opens each backend, and why others are not there."""
-    from headfold.export.engine_options import BuildOptions
-    from headfold.export.pipeline import ExportOptions, export_bundle
+    from headfold.export.bundle.pipeline import ExportOptions, export_bundle
+    from headfold.export.engine.build import build_engine
+    from headfold.export.engine.options import BuildOptions
     from headfold.export.progress import Reporter
-    from headfold.export.tensorrt_build import build_engine
     from headfold.runtime.manifest import read_manifest
     from headfold.runtime.session import OrtSession
     from headfold.runtime.tensorrt_session import TensorRTSession
@@ -142,9 +142,9 @@ def compare(backends: dict[str, Open]) -> list[dict[str, Any]]:
     """Every backend's logits against PyTorch on the CPU, through polygraphy's runners."""
     import torch
 
-    from headfold.export.checkpoint import load_decoder, open_checkpoint
-    from headfold.export.parity import make_prompts
-    from headfold.export.parity_backends import verify_backends
+    from headfold.export.checkpoints.base import load_decoder, open_checkpoint
+    from headfold.export.parity.backends import verify_backends
+    from headfold.export.parity.compare import make_prompts
 
     checkpoint = open_checkpoint(GGUF)
     prompts = make_prompts(checkpoint.config.vocab_size, 48, None)

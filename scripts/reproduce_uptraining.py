@@ -20,14 +20,14 @@ from typing import Any, Literal
 
 import torch
 
-from headfold.export.checkpoint import Checkpoint, load_decoder, open_checkpoint
-from headfold.export.config import ModelConfig
-from headfold.export.conversion import convert_checkpoint
-from headfold.export.convert import ConvertOptions, Init
-from headfold.export.losses import Loss
+from headfold.export.checkpoints.base import Checkpoint, load_decoder, open_checkpoint
+from headfold.export.conversion.checkpoint import convert_checkpoint
+from headfold.export.conversion.layers import ConvertOptions, Init
+from headfold.export.data.token_data import tokenize
+from headfold.export.model.config import ModelConfig
 from headfold.export.progress import Reporter
-from headfold.export.token_data import tokenize
-from headfold.export.training import TrainOptions, evaluate, train, trainable
+from headfold.export.training.loop import TrainOptions, evaluate, train, trainable
+from headfold.export.training.losses import Loss
 from headfold.runtime.errors import TrainingError
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from headfold.export.checkpoint import load_decoder, open_checkpoint
+from headfold.export.checkpoints.base import load_decoder, open_checkpoint
+from headfold.export.data.token_data import TokenData, tokenize
 from headfold.export.progress import Reporter
-from headfold.export.token_data import TokenData, tokenize
-from headfold.export.training import evaluate
+from headfold.export.training.loop import evaluate
 
 sys.path.insert(0, str(Path(__file__).parent))
 from corpus import corpus

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from headfold.export.checkpoint import MemoryCheckpoint, TokenizerFiles
-from headfold.export.config import ModelConfig
-from headfold.export.hf import save_hf
-from headfold.export.model import Decoder
+from headfold.export.checkpoints.base import MemoryCheckpoint, TokenizerFiles
+from headfold.export.checkpoints.hf import save_hf
+from headfold.export.model.config import ModelConfig
+from headfold.export.model.decoder import Decoder
 
 sys.path.insert(0, str(Path(__file__).parent))
 from corpus import corpus

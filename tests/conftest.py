@@ -10,11 +10,11 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from headfold.export.checkpoint import MemoryCheckpoint, TokenizerFiles, load_decoder, open_checkpoint
-from headfold.export.config import ModelConfig
-from headfold.export.hf import save_hf
-from headfold.export.model import Decoder
-from headfold.export.pipeline import ExportOptions, export_bundle
+from headfold.export.bundle.pipeline import ExportOptions, export_bundle
+from headfold.export.checkpoints.base import MemoryCheckpoint, TokenizerFiles, load_decoder, open_checkpoint
+from headfold.export.checkpoints.hf import save_hf
+from headfold.export.model.config import ModelConfig
+from headfold.export.model.decoder import Decoder
 from headfold.export.progress import Reporter
 from headfold.runtime.manifest import Manifest
 

@@ -13,8 +13,8 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from headfold.export.checkpoint import load_decoder, open_checkpoint
-from headfold.export.graph import set_attention_body
+from headfold.export.checkpoints.base import load_decoder, open_checkpoint
+from headfold.export.graph.trace import set_attention_body
 from headfold.plugins.onnx_functions import standard_body
 from headfold.runtime import load
 

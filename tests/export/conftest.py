@@ -11,10 +11,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from headfold.export.checkpoint import MemoryCheckpoint, TokenizerFiles, open_checkpoint
-from headfold.export.config import ModelConfig
-from headfold.export.hf import save_hf
-from headfold.export.initialize import new_decoder
+from headfold.export.checkpoints.base import MemoryCheckpoint, TokenizerFiles, open_checkpoint
+from headfold.export.checkpoints.hf import save_hf
+from headfold.export.model.config import ModelConfig
+from headfold.export.model.initialize import new_decoder
 
 TRAINED = ModelConfig(
     model_type="llama",

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from fake_cuda import FakeCuda, Misuse
 
-from headfold.export.model import Decoder
+from headfold.export.model.decoder import Decoder
 from headfold.runtime.manifest import EngineEntry
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from headfold.export.checkpoint import MemoryCheckpoint, load_decoder
-from headfold.export.config import ModelConfig, RopeConfig
-from headfold.export.conversion import Conversion, convert_checkpoint
-from headfold.export.convert import ConvertOptions
-from headfold.export.model import Decoder
+from headfold.export.checkpoints.base import MemoryCheckpoint, load_decoder
+from headfold.export.conversion.checkpoint import Conversion, convert_checkpoint
+from headfold.export.conversion.layers import ConvertOptions
+from headfold.export.model.config import ModelConfig, RopeConfig
+from headfold.export.model.decoder import Decoder
 from headfold.export.progress import Reporter
 
 QUIET = Reporter(quiet=True)

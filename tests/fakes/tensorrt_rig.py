@@ -7,7 +7,7 @@ from pathlib import Path
 from fake_cuda import FakeCuda, write_kernels
 from fake_tensorrt import FakeTensorRT
 
-from headfold.export.bundle import write_manifest
+from headfold.export.bundle.writer import write_manifest
 from headfold.plugins.kernel_contract import KernelSpec
 from headfold.runtime.engine_file import _FIELDS, CAPABILITY_BITS
 from headfold.runtime.manifest import read_manifest

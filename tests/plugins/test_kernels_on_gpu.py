@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from attention_problem import Problem, spec
 
-from headfold.export.kernels import compile_spec
+from headfold.export.engine.kernels import compile_spec
 from headfold.plugins.cuda_launch import Kernels
 from headfold.plugins.kernel_contract import FLOAT8_SINCE, SHARED_KIB, KernelSpec
 from headfold.runtime.device import Device

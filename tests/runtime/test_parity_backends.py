@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 
-from headfold.export.parity_backends import verify_backends
+from headfold.export.parity.backends import verify_backends
 from headfold.runtime.manifest import read_manifest
 from headfold.runtime.session import OrtSession
 

@@ -163,9 +163,9 @@ def test_the_plugins_kernels_are_loaded_and_registered(with_engine, toy, monkeyp
 @pytest.mark.gpu
 @pytest.mark.parametrize("attention", ["native", "plugin"])
 def test_a_real_engine_on_a_real_gpu(attention, make_toy, tmp_path, prompts) -> None:
-    from headfold.export.engine_options import BuildOptions
+    from headfold.export.engine.build import build_engine
+    from headfold.export.engine.options import BuildOptions
     from headfold.export.progress import Reporter
-    from headfold.export.tensorrt_build import build_engine
 
     try:
         capability = device.Device().capability

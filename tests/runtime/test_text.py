@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 
-from headfold.export.bundle import write_json
+from headfold.export.bundle.writer import write_json
 from headfold.runtime import InputError
 from headfold.runtime.text import Detokenizer, Text
 

@@ -1,0 +1,116 @@
+"""What `headfold inspect` tells of a checkpoint or a bundle: facts as plain JSON types, and a table of them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from headfold.export.checkpoints.base import open_checkpoint
+from headfold.export.model.config import ModelConfig, RopeConfig
+from headfold.runtime.engine_file import check_engine
+from headfold.runtime.manifest import MANIFEST, EngineEntry, check_files, read_manifest
+
+Facts = dict[str, Any]
+
+
+def inspect_path(path: Path) -> Facts:
+    """Facts of the bundle or checkpoint at `path`; sizes are in bytes. A bundle's files are checked against its manifest.
+
+    Raises:
+        HeadfoldError: it is neither, or it is damaged.
+    """
+    return _bundle(path) if (path / MANIFEST).exists() else _checkpoint(path)
+
+
+def _checkpoint(path: Path) -> Facts:
+    checkpoint = open_checkpoint(path)
+    shapes = checkpoint.shapes()
+    counts = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+    dtypes = sorted({str(checkpoint.dtype(name)).removeprefix("torch.") for name in shapes})
+    size = sum(count * checkpoint.dtype(name).itemsize for name, count in counts.items())
+    cache_itemsize = min(checkpoint.dtype(name).itemsize for name in shapes)
+    facts: Facts = {"kind": "checkpoint", "path": str(path)}
+    facts |= _architecture(checkpoint.config, cache_itemsize)
+    tokenizer = sorted(checkpoint.tokenizer.files)
+    return facts | {
+        "parameters": sum(counts.values()),
+        "dtype": ", ".join(dtypes),
+        "weight_bytes": size,
+        "tokenizer": tokenizer,
+    }
+
+
+def _bundle(path: Path) -> Facts:
+    manifest = read_manifest(path)
+    check_files(path, manifest)
+    for engine in manifest.engines:
+        check_engine(path, engine)
+    rope = RopeConfig(**manifest.config["rope"])
+    lists = {
+        "eos_token_id": tuple(manifest.config["eos_token_id"]),
+        "sliding_layers": tuple(manifest.config["sliding_layers"]),
+    }
+    config = ModelConfig(**manifest.config | {"rope": rope} | lists)
+    itemsize = getattr(torch, manifest.dtype).itemsize
+    facts: Facts = {"kind": "bundle", "path": str(path), "source": manifest.source}
+    facts |= _architecture(config, getattr(torch, manifest.cache_dtype).itemsize)
+    return facts | {
+        "parameters": manifest.parameters,
+        "dtype": manifest.dtype,
+        "cache_dtype": manifest.cache_dtype,
+        "weight_bytes": manifest.parameters * itemsize,
+        "bundle_bytes": sum(entry.size for entry in manifest.files.values()),
+        "capacity": manifest.cache.capacity,
+        "logits": manifest.logits,
+        "targets": ["onnxruntime", *map(_engine, manifest.engines)],
+        "parity": manifest.parity,
+        "tools": manifest.tools,
+    }
+
+
+def _engine(engine: EngineEntry) -> str:
+    gpus = ", ".join(map(str, engine.compute_capabilities))
+    sizes = f"batch {engine.max_batch}, input {engine.max_input}, capacity {engine.capacity}"
+    return f"{engine.flavour} {engine.version}, {engine.attention} attention, SM {gpus}, {sizes}"
+
+
+def _architecture(config: ModelConfig, itemsize: int) -> Facts:
+    """Sizes in tokens, heads and bytes; a token's cache is keys and values of all layers (Ainslie et al. 2023, section 1)."""
+    window = f", window {config.sliding_window} in {len(config.sliding_layers)} layers" if config.sliding_layers else ""
+    return {
+        "model_type": config.model_type,
+        "attention": f"{config.attention}{window}",
+        "feed_forward": config.feed_forward,
+        "norm": config.norm,
+        "rope": f"{config.rope.rope_type}, theta {config.rope.rope_theta:g}",
+        "num_hidden_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "max_position_embeddings": config.max_position_embeddings,
+        "kv_bytes_per_token": 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize,
+    }
+
+
+def render(facts: Facts) -> None:
+    """Print the facts as a table of two columns on standard output; bytes are also given in MiB."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in facts.items():
+        if value is None:
+            text = "none"
+        elif name.endswith("_bytes"):
+            text = f"{value:,} ({value / 2**20:,.1f} MiB)"
+        elif isinstance(value, dict):
+            text = ", ".join(f"{k} {v}" for k, v in value.items())
+        elif isinstance(value, list):
+            text = ", ".join(map(str, value)) or "none"
+        else:
+            text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+        table.add_row(name.replace("_", " "), text)
+    Console(highlight=False).print(table)

@@ -1,0 +1,252 @@
+"""The main job: a checkpoint becomes a verified bundle. Graph, weights, tokenizer, parity, manifest, then it is published."""
+
+import resource
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import psutil
+import torch
+
+from headfold.export.bundle.cache_scales import Scales, cache_scales, quantization_cost
+from headfold.export.bundle.genai import genai_config
+from headfold.export.bundle.writer import check_output, staged, write_file, write_json, write_manifest
+from headfold.export.checkpoints.base import Checkpoint, load_decoder, open_checkpoint
+from headfold.export.conversion.statistics import TOKENS as CALIBRATION_TOKENS
+from headfold.export.conversion.statistics import calibration_tokens
+from headfold.export.graph.trace import export_graph
+from headfold.export.graph.weights import attach_weights, save_model
+from headfold.export.parity.compare import Candidate, verify_bundle
+from headfold.export.parity.report import ParityReport
+from headfold.export.progress import Reporter
+from headfold.plugins.schema import Quantized
+from headfold.runtime.errors import BundleError, ConfigError, VerificationError
+from headfold.runtime.manifest import (
+    FORMAT_VERSION,
+    MODEL,
+    QUANTIZED_VERSION,
+    CacheSpec,
+    DType,
+    Manifest,
+    QuantizationSpec,
+    TensorSpec,
+    check_files,
+    read_manifest,
+)
+
+PARITY = "parity.json"
+_TOOLS = ("headfold", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime-gpu", "onnxruntime", "polygraphy")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What a bundle should be. `capacity` is in tokens, by default all that the model was made for."""
+
+    dtype: DType = "float32"
+    capacity: int | None = None
+    all_logits: bool = False
+    allow_nan: bool = False
+    verify: bool = True
+    decode_steps: int = 16
+    force: bool = False
+    kv_cache: Quantized | None = None  # dtype of a quantized cache; None for `dtype`
+    calibration_data: tuple[str, ...] = ()  # text for the cache's scales; the model's own if there is none
+    calibration_tokens: int = CALIBRATION_TOKENS
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A published bundle, and what its making took."""
+
+    output: Path
+    manifest: Manifest
+    parity: ParityReport | None
+    weight_bytes: int
+    peak_bytes: int  # resident memory that graph and weights added at their peak; calibration and parity not included
+
+    @property
+    def peak_ratio(self) -> float:
+        """Peak memory in units of the weights' size."""
+        return self.peak_bytes / self.weight_bytes
+
+
+def export_bundle(source: Path, output: Path, options: ExportOptions, reporter: Reporter) -> ExportResult:
+    """Export the checkpoint at `source` to a new bundle at `output`.
+
+    Raises:
+        HeadfoldError: see the errors of `open_checkpoint`, `staged` and `attach_weights`.
+        VerificationError: parity failed; no bundle is published.
+    """
+    check_output(output, options.force)
+    checkpoint = open_checkpoint(source)
+    config = checkpoint.config
+    capacity = _capacity(options.capacity, config.max_position_embeddings)
+    if config.rotary_dim % 16:
+        raise ConfigError(
+            f"RoPE rotates {config.rotary_dim} dimensions of each head, and onnxruntime's attention kernel needs a multiple of 16",
+            where=source,
+            fix="headfold cannot export this model yet.",
+        )
+    dtype = getattr(torch, options.dtype)
+    with staged(output, options.force) as stage:
+        scales, quantization = _calibrate(checkpoint, capacity, options, reporter) if options.kv_cache else ([], None)
+        _forget_peak_memory()
+        before = psutil.Process().memory_info().rss
+        with reporter.step("trace the graph"):
+            model = export_graph(config, dtype, capacity, options.all_logits, options.kv_cache)
+            weight_bytes = attach_weights(model, checkpoint, dtype, capacity, options.allow_nan, scales)
+        with reporter.step(f"write {weight_bytes / 2**20:,.0f} MiB of weights", weight_bytes) as advance:
+            save_model(model, stage / MODEL, lambda _, size: advance(size))
+        inputs, outputs = [_spec(v) for v in model.graph.inputs], [_spec(v) for v in model.graph.outputs]
+        del model
+        peak = max(_peak_memory() - before, 0)
+        reporter.note(f"peak memory of the export: {peak / 2**20:,.0f} MiB, {peak / weight_bytes:.2f} x the weights")
+        _write_side_files(stage, checkpoint, capacity)
+        fields: dict[str, Any] = {
+            "format_version": FORMAT_VERSION if quantization is None else QUANTIZED_VERSION,
+            "headfold_version": version("headfold"),
+            "source": source.name,
+            "config": config.to_json(),
+            "vocab_size": config.vocab_size,
+            "parameters": sum(torch.Size(shape).numel() for shape in checkpoint.shapes().values()),
+            "dtype": options.dtype,
+            "logits": "all" if options.all_logits else "last",
+            "inputs": inputs,
+            "outputs": outputs,
+            "cache": CacheSpec(
+                num_hidden_layers=config.num_hidden_layers,
+                num_key_value_heads=config.num_key_value_heads,
+                head_dim=config.head_dim,
+                capacity=capacity,
+                quantization=quantization,
+            ),
+            "tools": _tools(),
+        }
+        report = None
+        if options.verify:
+            report = verify_bundle(
+                stage, checkpoint, write_manifest(stage, parity=None, **fields), options.decode_steps, reporter
+            )
+            if not report.passed:
+                raise VerificationError(
+                    report.failure(), where=source, fix="No bundle was written; --no-verify publishes it anyway."
+                )
+            (stage / "manifest.json").unlink()
+            write_json(stage / PARITY, report.to_json())
+        with reporter.step("hash and publish"):
+            manifest = write_manifest(stage, parity=report.summary() if report else None, **fields)
+    return ExportResult(output, manifest, report, weight_bytes, peak)
+
+
+def _calibrate(
+    checkpoint: Checkpoint, capacity: int, options: ExportOptions, reporter: Reporter
+) -> tuple[list[Scales], QuantizationSpec]:
+    """The cache's scales, and what they cost; the decoder that this takes is gone afterwards."""
+    assert options.kv_cache is not None
+    stored = getattr(torch, options.kv_cache)
+    with reporter.step("read the checkpoint"):
+        decoder = load_decoder(checkpoint, torch.float32, capacity).eval()
+    tokens = calibration_tokens(
+        checkpoint, decoder, options.calibration_data, options.calibration_tokens, reporter=reporter
+    )
+    with reporter.step(f"calibrate the {options.kv_cache} cache"):
+        scales = cache_scales(decoder, tokens, stored)
+        cost = quantization_cost(decoder, tokens, stored, scales)
+    reporter.note(
+        f"{options.kv_cache} cache on {tokens.numel():,} tokens: KL {cost.kl:.2g} nats, same likeliest token {cost.top1:.1%}"
+    )
+    return scales, QuantizationSpec(
+        dtype=options.kv_cache, calibration_tokens=tokens.numel(), kl=cost.kl, top1=cost.top1
+    )
+
+
+def verify(
+    bundle: Path,
+    source: Path,
+    decode_steps: int,
+    reporter: Reporter,
+    candidate: Callable[[Manifest], Candidate] | None = None,
+) -> ParityReport:
+    """Compare a finished bundle with the checkpoint it should have come from.
+
+    `candidate` makes what is compared from the checked manifest; by default the bundle's graph in ONNX Runtime.
+
+    Raises:
+        BundleError: the bundle is damaged, or its configuration is not that of the checkpoint.
+    """
+    manifest = read_manifest(bundle)
+    with reporter.step("check the bundle's files"):
+        check_files(bundle, manifest)
+    checkpoint = open_checkpoint(source)
+    if checkpoint.config.to_json() != manifest.config:
+        differing = [name for name, x in checkpoint.config.to_json().items() if manifest.config.get(name) != x]
+        raise BundleError(
+            f"was made from another model than {source}: {', '.join(differing)} differ",
+            where=bundle,
+            fix="Name its checkpoint.",
+        )
+    chosen = candidate(manifest) if candidate is not None else None
+    return verify_bundle(bundle, checkpoint, manifest, decode_steps, reporter, chosen)
+
+
+def _capacity(asked: int | None, trained: int) -> int:
+    if asked is None:
+        return trained
+    if not 1 <= asked <= trained:
+        raise ConfigError(
+            f"a capacity of {asked} tokens is outside what the model was made for",
+            where="--capacity",
+            fix=f"Choose 1 to {trained}.",
+        )
+    return asked
+
+
+def _write_side_files(stage: Path, checkpoint: Checkpoint, capacity: int) -> None:
+    """Tokenizer and generation settings as they came; settings made from the configuration where none came."""
+    for name, content in checkpoint.tokenizer.files.items():
+        write_file(stage / name, content)
+    config = checkpoint.config
+    if "generation_config.json" not in checkpoint.tokenizer.files:
+        eos = list(config.eos_token_id)
+        ids = {"bos_token_id": config.bos_token_id, "eos_token_id": eos or None, "pad_token_id": config.pad_token_id}
+        write_json(stage / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
+    write_json(stage / "genai_config.json", genai_config(config, capacity))
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    assert value.name is not None
+    assert value.dtype is not None
+    assert value.shape is not None
+    shape = [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape]
+    return TensorSpec(name=value.name, dtype=value.dtype.numpy().name, shape=shape)
+
+
+def _tools() -> dict[str, str]:
+    """Versions of what made the bundle; of the two onnxruntime packages only one is installed."""
+    found = {}
+    for name in _TOOLS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found | {"python": ".".join(map(str, sys.version_info[:3]))}
+
+
+def _forget_peak_memory() -> None:
+    """Have Linux count the largest resident size anew: what a process did before its export is not the export's."""
+    if sys.platform == "linux":
+        with suppress(OSError):  # on a hardened system it stays the process's, which is an upper bound
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_memory() -> int:
+    """The largest resident size in bytes, of Linux since `_forget_peak_memory`, elsewhere of the process so far."""
+    if sys.platform == "linux":
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,207 @@
+"""GGUF files, in: metadata becomes a ModelConfig, tensors are dequantized one at a time and renamed to the decoder's names.
+
+The `gguf` package maps the file and dequantizes; names and metadata keys are those of the GGUF specification (ggml/docs/gguf.md).
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+
+from headfold.export.checkpoints.base import check_tensors, expected_shapes
+from headfold.export.checkpoints.families import FAMILIES
+from headfold.export.checkpoints.gguf_tokenizer import tokenizer_files
+from headfold.export.model.config import ModelConfig, RopeConfig
+from headfold.runtime.errors import CheckpointError, ConfigError
+
+_LAYER = {  # GGUF name inside `blk.{i}.`: the decoder's name inside `model.layers.{i}.`
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_FLOATS = {
+    gguf.GGMLQuantizationType.F32: torch.float32,
+    gguf.GGMLQuantizationType.F16: torch.float16,
+    gguf.GGMLQuantizationType.BF16: torch.bfloat16,
+}
+
+
+class GGUFCheckpoint:
+    """A GGUF file; see `headfold.export.checkpoints.base.Checkpoint`.
+
+    Raises:
+        CheckpointError: the file is damaged, or its tensors are not exactly those of the model.
+        ConfigError: its architecture or a feature of it is not implemented.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            reader = gguf.GGUFReader(path)
+        except Exception as error:  # it raises whatever numpy does when a length is nonsense
+            reason = " ".join(str(error).split())[:120]
+            raise CheckpointError(
+                f"is no GGUF file, or a damaged one: {reason}", where=path, fix="Download it again."
+            ) from error
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self._architecture = metadata.get("general.architecture")
+        self.config = _config(path, metadata, tensors)
+        self.tokenizer = tokenizer_files(path, metadata, self.config)
+        named = {_decoder_name(name): tensor for name, tensor in tensors.items()}
+        self._shapes = expected_shapes(self.config)
+        check_tensors(path, self._shapes, {name: tuple(int(n) for n in t.shape[::-1]) for name, t in named.items()})
+        self._tensors = {name: named[name] for name in self._shapes}
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """See Checkpoint."""
+        return self._shapes
+
+    def dtype(self, name: str) -> torch.dtype:
+        """See Checkpoint: float32 for quantized tensors."""
+        return _FLOATS.get(self._tensors[name].tensor_type, torch.float32)
+
+    def read(self, name: str) -> torch.Tensor:
+        """See Checkpoint.
+
+        Raises:
+            CheckpointError: the `gguf` package cannot dequantize the tensor.
+        """
+        tensor = self._tensors[name]
+        try:
+            values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        except (NotImplementedError, ValueError) as error:
+            raise CheckpointError(
+                f"tensor {name}: quantization {tensor.tensor_type.name} cannot be read",
+                where=self.path,
+                fix="Take a file of another quantization, such as Q8_0 or F16.",
+            ) from error
+        values = np.ascontiguousarray(values, np.float32).reshape(self._shapes[name])
+        config = self.config
+        if FAMILIES[config.model_type].gguf_permuted:
+            if ".q_proj." in name:
+                values = _unpermute(values, config.num_attention_heads)
+            elif ".k_proj." in name:
+                values = _unpermute(values, config.num_key_value_heads)
+        values = values if values.flags.writeable else values.copy()
+        return torch.from_numpy(values).to(self.dtype(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+
+def _unpermute(values: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+    """Undo llama.cpp's reordering of query and key rows, which pairs neighbours where Hugging Face pairs halves."""
+    pairs = values.shape[0] // heads // 2
+    paired = values.reshape(heads, pairs, 2, *values.shape[1:])  # [H, D/2, 2, ...]
+    return np.ascontiguousarray(paired.swapaxes(1, 2)).reshape(values.shape)
+
+
+def _decoder_name(name: str) -> str:
+    """The decoder's name of a tensor; an unknown one keeps its own and is then reported as left over."""
+    base, _, kind = name.rpartition(".")
+    if base in _TOP:
+        return f"{_TOP[base]}.{kind}"
+    block, _, part = base.partition(".")[2].partition(".")
+    if base.startswith("blk.") and part in _LAYER:
+        return f"model.layers.{block}.{_LAYER[part]}.{kind}"
+    return name
+
+
+def _config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> ModelConfig:
+    architecture = metadata.get("general.architecture")
+    families = {family.gguf: model_type for model_type, family in FAMILIES.items() if family.gguf}
+    if architecture not in families:
+        raise ConfigError(
+            f"GGUF architecture {architecture!r} is not supported",
+            where=path,
+            fix=f"headfold reads {', '.join(families)}.",
+        )
+    family = FAMILIES[families[architecture]]
+
+    def get(name: str, default: Any = None) -> Any:
+        value = metadata.get(f"{architecture}.{name}", default)
+        if value is None:
+            raise ConfigError(f"metadata {architecture}.{name} is missing", where=path, fix="Download the file again.")
+        return value
+
+    if "rope_freqs.weight" in tensors:
+        raise ConfigError(
+            "rope_freqs.weight: the scaled RoPE of this file cannot be read from GGUF",
+            where=path,
+            fix="Export from the Hugging Face directory of the model.",
+        )
+    if get("expert_count", 0):
+        raise ConfigError("it is a mixture of experts", where=path, fix="headfold exports dense models.")
+    hidden, heads = int(get("embedding_length")), int(get("attention.head_count"))
+    head_dim = int(get("attention.key_length", hidden // max(heads, 1)))
+    if int(get("attention.value_length", head_dim)) != head_dim:
+        raise ConfigError("key and value heads differ in size", where=path, fix="headfold does not export such models.")
+    window = int(get("attention.sliding_window", 0)) or None
+    layers = int(get("block_count"))
+    eos = metadata.get("tokenizer.ggml.eos_token_id")
+    try:
+        return ModelConfig(
+            model_type=families[architecture],
+            vocab_size=int(tensors["token_embd.weight"].shape[1])
+            if "token_embd.weight" in tensors
+            else int(get("vocab_size")),
+            hidden_size=hidden,
+            intermediate_size=int(get("feed_forward_length")),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=int(get("attention.head_count_kv", heads)),
+            head_dim=head_dim,
+            max_position_embeddings=int(get("context_length")),
+            norm_eps=_decimal(get("attention.layer_norm_rms_epsilon")),
+            rope=_rope(path, get, head_dim),
+            qkv_bias="blk.0.attn_q.bias" in tensors,
+            output_bias="blk.0.attn_output.bias" in tensors,
+            mlp_bias="blk.0.ffn_up.bias" in tensors,
+            qk_norm=family.qk_norm,
+            sliding_window=window,
+            sliding_layers=tuple(range(layers)) if window else (),
+            tie_word_embeddings="output.weight" not in tensors,
+            bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
+            eos_token_id=() if eos is None else (int(eos),),
+            pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
+        )
+    except ConfigError as error:
+        raise ConfigError(error.what, where=error.where or path, fix=error.fix) from error
+
+
+def _rope(path: Path, get: Any, head_dim: int) -> RopeConfig:
+    kind = get("rope.scaling.type", "none")
+    if kind not in {"none", "linear", "yarn"}:
+        raise ConfigError(
+            f"rope scaling {kind!r} is not implemented", where=path, fix="headfold knows linear and yarn in GGUF."
+        )
+    rotated = int(get("rope.dimension_count", head_dim))
+    theta = _decimal(get("rope.freq_base", 10000.0))
+    if kind == "none":
+        return RopeConfig(theta, partial_rotary_factor=rotated / head_dim)
+    original = int(get("rope.scaling.original_context_length", 0)) if kind == "yarn" else 0
+    return RopeConfig(
+        theta,
+        kind,
+        rotated / head_dim,
+        factor=_decimal(get("rope.scaling.factor")),
+        original_max_position_embeddings=original,
+    )
+
+
+def _decimal(value: float) -> float:
+    """The number that was meant by a float32: 1e-5, not 9.999999747378752e-06."""
+    return float(f"{value:.7g}")

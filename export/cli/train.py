@@ -1,0 +1,353 @@
+"""The commands that train: uptrain, sweep, study. Thin, as in cli.py."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import rich_click as click
+
+from headfold.runtime.errors import InputError
+
+QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress on standard error.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+
+
+def _options(command: Callable[..., None], *options: Callable[..., Any]) -> Callable[..., None]:
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def corpus_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What text to train on."""
+    return _options(
+        command,
+        click.option(
+            "--data",
+            multiple=True,
+            required=True,
+            help="Text, JSONL or parquet file, a directory of them, or a data set's name[:config[:split]]; may be repeated.",
+        ),
+        click.option("--validation", multiple=True, help="Data to validate on. [default: the end of --data]"),
+        click.option("--holdout", type=float, default=0.01, show_default=True, help="Share of --data to validate on."),
+        click.option("--text-field", default="text", show_default=True, help="Column that holds the text."),
+        click.option("--cache", type=click.Path(path_type=Path), help="Where tokenized data is kept."),
+    )
+
+
+def training_options(command: Callable[..., None]) -> Callable[..., None]:
+    """How to train."""
+    return _options(
+        command,
+        click.option("--loss", type=click.Choice(["ce", "kl", "kl+ce"]), help="[default: kl with a teacher, else ce]"),
+        click.option("--ce-weight", type=float, default=0.5, show_default=True, help="Share of ce in kl+ce."),
+        click.option("--batch", type=int, default=8, show_default=True, help="Sequences per step, over all processes."),
+        click.option(
+            "--micro-batch", type=int, help="Sequences per forward pass; the rest is accumulated. [default: all]"
+        ),
+        click.option("--sequence", type=int, default=512, show_default=True, help="Tokens."),
+        click.option("--learning-rate", type=float, default=3e-4, show_default=True, help="At its peak."),
+        click.option("--warmup", type=float, default=0.05, show_default=True, help="Share of the steps."),
+        click.option("--weight-decay", type=float, default=0.1, show_default=True),
+        click.option("--clip", type=float, default=1.0, show_default=True, help="Largest norm of the gradient."),
+        click.option("--seed", type=int, default=0, show_default=True, help="Of the order of the data."),
+        click.option("--bf16", is_flag=True, help="Compute in bfloat16; weights stay float32."),
+        click.option("--activation-checkpointing", is_flag=True, help="Less memory, about a third more time."),
+        click.option(
+            "--max-spike", type=float, default=2.0, show_default=True, help="Rise of the loss in nats that stops."
+        ),
+        click.option("--cpu", is_flag=True, help="Even if there is a GPU."),
+    )
+
+
+@click.command()
+@click.argument("student", metavar="STUDENT")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Hugging Face directory to make.")
+@click.option("--teacher", metavar="CHECKPOINT", help="What the student was converted from.")
+@click.option("--tokens", type=int, help="How many to train on.")
+@click.option("--alpha", type=float, help="How many, as a share of --pretrain-tokens; the paper's is 0.05.")
+@click.option("--pretrain-tokens", type=float, help="How many the model was pretrained on; 2e12 is a number, too.")
+@corpus_options
+@training_options
+@click.option("--evaluate-every", type=int, default=0, show_default=True, help="Steps; 0: only before and after.")
+@click.option("--checkpoint-every", type=int, default=500, show_default=True, help="Steps; 0: only at the end.")
+@click.option("--keep", type=int, default=2, show_default=True, help="Checkpoints.")
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in OUTPUT.training, if there is one.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the output. [default: the student's]"
+)
+@click.option("--tensorboard", type=click.Path(path_type=Path), help="Directory for its logs.")
+@JSON
+@QUIET
+def uptrain(
+    student: str,
+    output: Path,
+    teacher: str | None,
+    tokens: int | None,
+    alpha: float | None,
+    pretrain_tokens: float | None,
+    resume: bool,
+    dtype: Literal["float32", "float16", "bfloat16"] | None,
+    as_json: bool,
+    quiet: bool,
+    **rest: Any,
+) -> None:
+    """Train STUDENT for a share of its pretraining, so that it recovers what its conversion lost.
+
+    Checkpoints and log.jsonl are written to OUTPUT.training; a run that was stopped, however, goes on with --resume and ends with
+    the same weights. On several GPUs or machines: `accelerate launch -m headfold.export uptrain …`; in several processes on CPUs:
+    `torchrun --nproc_per_node 2 -m headfold.export uptrain … --cpu`
+
+    **Example**
+
+    `headfold uptrain smol-mqa --teacher SmolLM2-135M-Instruct --data corpus.jsonl --alpha 0.001 --pretrain-tokens 2e12 -o smol-up`
+    """
+    import torch
+    from accelerate import PartialState
+
+    from headfold.export.progress import Reporter
+    from headfold.export.training.uptrain import Budget, run_directory
+    from headfold.export.training.uptrain import uptrain as run
+
+    corpus, options = _split(rest, teacher is not None)
+    budget = Budget(tokens, alpha, None if pretrain_tokens is None else round(pretrain_tokens))
+    result = run(
+        Path(student),
+        output,
+        corpus,
+        options,
+        budget,
+        Reporter(quiet=quiet),
+        teacher=Path(teacher) if teacher else None,
+        dtype=getattr(torch, dtype) if dtype else None,
+        resume=resume,
+    )
+    if not PartialState().is_main_process:
+        return
+    evaluations = [vars(evaluation) for evaluation in result.evaluations]
+    if as_json:
+        content = {"output": str(output), "training": str(run_directory(output)), "tokens": result.tokens}
+        click.echo(json.dumps(content | {"evaluations": evaluations}, indent=2))
+        return
+    if evaluations:
+        click.echo(f"validation loss {evaluations[0]['loss']:.4f} -> {evaluations[-1]['loss']:.4f} nats per token")
+    click.echo(f"wrote {output}")
+
+
+@click.command()
+@click.argument("source", metavar="CHECKPOINT")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory to make.")
+@click.option(
+    "--kv-heads",
+    required=True,
+    metavar="N,N,…",
+    help="Numbers of key/value heads to try; the checkpoint's own always is.",
+)
+@click.option("--init", default="svd", show_default=True, help="See `headfold convert`.")
+@click.option("--tokens", type=int, help="How many to train each on.")
+@click.option("--alpha", type=float, help="How many, as a share of --pretrain-tokens; the paper's is 0.05.")
+@click.option("--pretrain-tokens", type=float, help="How many the model was pretrained on.")
+@corpus_options
+@training_options
+@click.option("--evaluate-every", type=int, default=0, help="Steps. [default: an eighth of all]")
+@click.option("--evaluate-sequences", type=int, default=64, show_default=True)
+@click.option("--control/--no-control", default=True, show_default=True, help="Also train the original on, as long.")
+@click.option(
+    "--baseline", is_flag=True, help="Also the paper's recipe: mean pooling and ce, 5 % of --pretrain-tokens."
+)
+@click.option("--memory", default="8GiB", show_default=True, help="What weights and cache may take.")
+@click.option(
+    "--contexts", metavar="N,N,…", help="Tokens before the ones that are timed. [default: 512,2048,8192 or what fits]"
+)
+@click.option(
+    "--cache-dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True
+)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Of timing.")
+@click.option("--threads", type=click.IntRange(1), help="Of timing. [default: physical cores]")
+@click.option("--budget-kv-bytes", type=int, help="Pick the best count whose cache per token takes no more.")
+@click.option("--max-loss", type=float, help="Pick the smallest count whose validation loss is no higher.")
+@click.option("--resume", is_flag=True, help="Go on in OUTPUT; finished runs are not repeated.")
+@JSON
+@QUIET
+def sweep(
+    source: str,
+    output: Path,
+    kv_heads: str,
+    init: Literal["random", "first", "mean", "procrustes", "svd"],
+    tokens: int | None,
+    alpha: float | None,
+    pretrain_tokens: float | None,
+    control: bool,
+    baseline: bool,
+    memory: str,
+    contexts: str | None,
+    cache_dtype: Literal["float32", "float16", "bfloat16"],
+    rounds: int,
+    threads: int | None,
+    budget_kv_bytes: int | None,
+    max_loss: float | None,
+    resume: bool,
+    as_json: bool,
+    quiet: bool,
+    **rest: Any,
+) -> None:
+    """Convert CHECKPOINT to several numbers of key/value heads, uptrain each from the original, and show what each costs and gains.
+
+    OUTPUT gets report.html (one page, no network needed), report.json, and every uptrained checkpoint as kv-N. Exit code 1 if a
+    choice was asked for and no count qualifies.
+
+    **Example**
+
+    `headfold sweep ./model --kv-heads 1,2,4 --data corpus.txt --alpha 0.005 --pretrain-tokens 12e6 --max-loss 1.40 -o sweep`
+    """
+    from rich.console import Console
+
+    from headfold.export.progress import Reporter
+    from headfold.export.studies.sweep import SweepOptions, unpicked
+    from headfold.export.studies.sweep import sweep as run
+    from headfold.export.studies.sweep_report import render_table, write_report
+    from headfold.export.training.uptrain import Budget
+
+    rest |= {"checkpoint_every": 0, "keep": 1, "tensorboard": None}
+    corpus, training = _split(rest, taught=True)
+    budget = Budget(tokens, alpha, None if pretrain_tokens is None else round(pretrain_tokens))
+    options = SweepOptions(
+        _numbers("--kv-heads", kv_heads),
+        init,
+        _numbers("--contexts", contexts) if contexts else (),
+        _bytes(memory),
+        cache_dtype,
+        control,
+        baseline,
+        budget_kv_bytes,
+        max_loss,
+        rounds,
+        threads=threads,
+    )
+    reporter = Reporter(quiet=quiet)
+    report = run(Path(source), output, corpus, training, budget, options, reporter, resume)
+    page = write_report(report, output)
+    if as_json:
+        click.echo(json.dumps(report.to_json(), indent=2))
+    else:
+        render_table(report, Console(highlight=False))
+        click.echo(f"wrote {page}")
+    if unpicked(report.choice, options):
+        click.echo(f"headfold: error: {report.choice.reason}", err=True)
+        sys.exit(1)
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(
+            f"{option} is {text!r}", fix="Give whole numbers with commas between, such as 1,2,4."
+        ) from error
+    return numbers
+
+
+def _bytes(text: str) -> int:
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError as error:
+        raise InputError(f"--memory is {text!r}", fix="Give bytes, or a number with a unit, such as 24GiB.") from error
+
+
+def _split(values: dict[str, Any], taught: bool) -> tuple[Any, Any]:
+    """A corpus and training options from the options of the two decorators above."""
+    from headfold.export.training.options import TrainOptions
+    from headfold.export.training.uptrain import Corpus
+
+    fields = ("data", "validation", "holdout", "text_field", "cache")
+    corpus = Corpus(**{name: values.pop(name) for name in fields})
+    values["loss"] = values.pop("loss") or ("kl" if taught else "ce")
+    if values["tensorboard"] is not None:
+        _need_tensorboard()
+    return corpus, TrainOptions(steps=1, **values)  # steps: see Budget
+
+
+def _need_tensorboard() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("tensorboard") is None and find_spec("tensorboardX") is None:
+        raise InputError("tensorboard is not installed", fix="Install it: pip install tensorboard.")
+
+
+@click.group()
+def study() -> None:
+    """Small experiments that papers report, to repeat."""
+
+
+@study.command()
+@click.option("--data", multiple=True, required=True, help="Text, JSONL or parquet files, directories, data sets.")
+@click.option("--validation", multiple=True, help="Data to validate on. [default: the end of --data]")
+@click.option("--holdout", type=click.FloatRange(0, 1, max_open=True), default=0.05, show_default=True)
+@click.option("--text-field", default="text", show_default=True, help="Column that holds the text.")
+@click.option("--steps", type=int, default=1000, show_default=True)
+@click.option("--seeds", type=int, default=3, show_default=True)
+@click.option("--batch", type=int, default=16, show_default=True)
+@click.option("--sequence", type=int, default=128, show_default=True, help="Bytes.")
+@click.option("--learning-rate", type=float, default=3e-3, show_default=True)
+@click.option("--hidden-size", type=int, default=64, show_default=True)
+@click.option(
+    "--d-ff", type=int, default=384, show_default=True, help="Of plain feed-forwards; gated ones have 2/3 of it."
+)
+@click.option("--layers", type=int, default=2, show_default=True)
+@click.option("--heads", type=int, default=4, show_default=True)
+@click.option("--variants", help="Some of them only, with commas between. [default: all eight]")
+@click.option("--evaluate-sequences", type=int, default=128, show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Also write the table here, as JSON.")
+@JSON
+@QUIET
+def glu(
+    data: tuple[str, ...],
+    validation: tuple[str, ...],
+    holdout: float,
+    text_field: str,
+    steps: int,
+    seeds: int,
+    batch: int,
+    sequence: int,
+    learning_rate: float,
+    hidden_size: int,
+    d_ff: int,
+    layers: int,
+    heads: int,
+    variants: str | None,
+    evaluate_sequences: int,
+    output: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Compare the eight feed-forwards of Shazeer 2020 at equal parameters, as its table 1 does, on a small model of bytes.
+
+    **Example**: `headfold study glu --data corpus.txt --steps 2000 --seeds 5 -o glu.json`
+    """
+    from rich.console import Console
+
+    from headfold.export.model.config import FEED_FORWARDS
+    from headfold.export.progress import Reporter
+    from headfold.export.studies.glu import GluOptions, byte_tokens, render, study_glu
+    from headfold.export.training.options import TrainOptions
+
+    names = tuple(variants.split(",")) if variants else tuple(FEED_FORWARDS)
+    options = GluOptions(hidden_size, d_ff, layers, heads, seeds, names)
+    training = TrainOptions(steps, batch, sequence, learning_rate, evaluate_sequences=evaluate_sequences)
+    tokens = byte_tokens(data, text_field)
+    train_on, validate_on = (tokens, byte_tokens(validation, text_field)) if validation else tokens.split(holdout)
+    result = study_glu(train_on, validate_on, training, options, Reporter(quiet=quiet))
+    text = json.dumps(result.to_json(), indent=2, default=str)
+    if output is not None:
+        output.write_text(text + "\n")
+    if as_json:
+        click.echo(text)
+    else:
+        render(result, Console(highlight=False))
+
+
+COMMANDS = (uptrain, sweep, study)

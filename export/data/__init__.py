@@ -1,0 +1,1 @@
+"""Text to tokens, for training and calibration. May import checkpoints and model."""

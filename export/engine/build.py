@@ -1,0 +1,307 @@
+"""Build a TensorRT engine from a bundle's master graph and put it into the bundle, with everything a runtime must know about it.
+
+TensorRT-RTX builds for many GPUs on a machine that has none; full TensorRT builds on the GPU it builds for.
+"""
+
+import os
+import shutil
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import polygraphy.config
+import torch
+from polygraphy.exception import PolygraphyException
+
+from headfold.export.bundle.writer import staged, write_json
+from headfold.export.engine.lowering import lower
+from headfold.export.engine.network_report import AttentionLayers, ParsedNetwork, kind, open_flavour, parse, report
+from headfold.export.engine.options import BuildOptions, check_options, profiles
+from headfold.export.engine.preflight import preflight
+from headfold.export.model.config import ModelConfig, RopeConfig
+from headfold.export.parity.compare import quiet_polygraphy
+from headfold.export.progress import Reporter
+from headfold.plugins import tensorrt_plugin
+from headfold.runtime.engine_file import check_engine
+from headfold.runtime.errors import BuildError
+from headfold.runtime.manifest import (
+    ENGINES_VERSION,
+    MANIFEST,
+    MODEL,
+    EngineEntry,
+    EngineProfile,
+    FileEntry,
+    Manifest,
+    PluginEntry,
+    TensorSpec,
+    check_files,
+    read_manifest,
+    sha256,
+)
+
+ENGINES, KERNELS = "engines", "kernels"  # directories of a bundle
+_SPECS = {
+    "INT64": "int64",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "FLOAT": "float32",
+    "INT8": "int8",
+    "FP8": "float8_e4m3fn",
+}
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """A bundle with its new engine."""
+
+    bundle: Path
+    entry: EngineEntry
+    layers: list[AttentionLayers]
+    engine_bytes: int
+
+
+def build_engine(bundle: Path, options: BuildOptions, reporter: Reporter) -> BuildResult:
+    """Build one engine and put it into the bundle, which is replaced as a whole or not at all.
+
+    Raises:
+        BundleError: the bundle is damaged.
+        BuildError: the options cannot be met, or the graph is none that TensorRT would read rightly.
+        HeadfoldError: this flavour of TensorRT is not installed.
+    """
+    manifest = read_manifest(bundle)
+    check_options(options, bundle, manifest)
+    with reporter.step("check the bundle's files"):
+        check_files(bundle, manifest)
+    trt = open_flavour(options.target)
+    with reporter.step("lower and parse the graph"):
+        _, parsed = lowered_network(trt, bundle, manifest, options)
+        layers = report(parsed, options.attention, manifest.cache.num_hidden_layers)
+    file = f"{ENGINES}/{options.target}-{options.attention}.engine"
+    with staged(bundle, force=True) as stage:
+        _link(bundle, stage, manifest, skip={file})
+        plugin, new = None, {file}
+        if options.attention == "plugin":
+            plugin, kernels = _add_kernels(stage, manifest, options, reporter)
+            new |= kernels
+        with reporter.step("build the engine"):
+            engine = _serialize(parsed, manifest, options, reporter)
+        with reporter.step("hash and publish"):
+            (stage / ENGINES).mkdir(exist_ok=True)
+            (stage / file).write_bytes(engine)
+            entry = _entry(parsed, manifest, options, file, layers, plugin)
+            check_engine(stage, entry)
+            _write_manifest(stage, manifest, entry, new)
+    return BuildResult(bundle, entry, layers, len(engine))
+
+
+def lowered_network(
+    trt: Any, bundle: Path, manifest: Manifest, options: BuildOptions
+) -> tuple[ir.Model, ParsedNetwork]:
+    """The bundle's graph lowered, past preflight, and parsed. Raises BuildError."""
+    path = bundle / MODEL
+    model = lower(path, options.attention, options.settle(manifest)[1])
+    preflight(model, options.attention, path)
+    parsed = parse(trt, model, path)
+    if manifest.dtype == "float32":  # no fused attention in float32: let it be several kernels
+        for layer in parsed.layers():
+            if kind(layer) == "ATTENTION_INPUT":
+                layer.attention.decomposable = True
+    return model, parsed
+
+
+def _serialize(parsed: ParsedNetwork, manifest: Manifest, options: BuildOptions, reporter: Reporter) -> memoryview:
+    """Build, through polygraphy's loaders."""
+    rtx = options.target == "tensorrt-rtx"
+    if "polygraphy.backend.trt" in sys.modules and rtx != polygraphy.config.USE_TENSORRT_RTX:
+        raise BuildError(
+            "polygraphy serves one flavour of TensorRT per process, and has the other one already",
+            where=f"--target {options.target}",
+            fix="Build the two flavours with two commands.",
+        )
+    polygraphy.config.USE_TENSORRT_RTX = rtx  # read when its TensorRT backend is imported, so before
+    from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+    from polygraphy.backend.trt import CreateConfig, Profile, engine_bytes_from_network
+
+    trt = parsed.trt
+    common: dict[str, Any] = {
+        "profiles": [_polygraphy_profile(Profile(), profile) for profile in profiles(options, manifest)],
+        "progress_monitor": _monitor(trt, reporter),
+        "weight_streaming": options.weight_streaming,
+        "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,
+    }
+    if options.timing_cache is not None and options.timing_cache.is_file():
+        common["load_timing_cache"] = str(options.timing_cache)
+    if options.workspace is not None:
+        common["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: options.workspace}
+    if options.attention == "plugin":
+        common["preview_features"] = [trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03]
+    if rtx:
+        pairs = [divmod(sm, 10) for sm in sorted(options.compute_capabilities)]
+        config = CreateConfigRTX(compute_capabilities=pairs, **common)
+    else:
+        config = CreateConfig(**common)
+    cache = str(options.timing_cache) if options.timing_cache is not None else None
+    try:
+        with quiet_polygraphy():
+            engine = engine_bytes_from_network(
+                (parsed.builder, parsed.network, parsed.parser), config, save_timing_cache=cache
+            )
+    except PolygraphyException as error:
+        raise BuildError(
+            f"TensorRT builds no engine: {parsed.logger.last_error()}",
+            where=f"--target {options.target}",
+            fix="--workspace or another --capacity may help; please report it otherwise.",
+        ) from error
+    return memoryview(engine)
+
+
+def _polygraphy_profile(empty: Any, profile: EngineProfile) -> Any:
+    for name, shapes in profile.shapes.items():
+        empty.add(name, min=shapes.min, opt=shapes.opt, max=shapes.max)
+    return empty
+
+
+def _monitor(trt: Any, reporter: Reporter) -> Any:
+    """TensorRT's progress: a step per phase that is part of no other."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the base is Any
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.phases: dict[str, tuple[ExitStack, Any]] = {}
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            if parent is None and not self.phases:
+                stack = ExitStack()
+                self.phases[phase] = stack, stack.enter_context(reporter.step(f"TensorRT: {phase}", steps))
+
+        def step_complete(self, phase: str, _: int) -> bool:
+            if phase in self.phases:
+                self.phases[phase][1](1)
+            return True
+
+        def phase_finish(self, phase: str) -> None:
+            if phase in self.phases:
+                self.phases.pop(phase)[0].close()
+
+    return Monitor()
+
+
+def _entry(
+    parsed: ParsedNetwork,
+    manifest: Manifest,
+    options: BuildOptions,
+    file: str,
+    layers: list[AttentionLayers],
+    plugin: PluginEntry | None,
+) -> EngineEntry:
+    network = parsed.network
+    max_input, capacity = options.settle(manifest)
+    totals: dict[str, int] = {}
+    for layer in layers:
+        for name, count in layer.layers.items():
+            totals[name] = totals.get(name, 0) + count
+    return EngineEntry(
+        file=file,
+        flavour=options.target,
+        version=parsed.trt.__version__,
+        attention=options.attention,
+        dtype=manifest.dtype,
+        compute_capabilities=_capabilities(options),
+        max_batch=options.max_batch,
+        max_input=max_input,
+        capacity=capacity,
+        weight_streaming=options.weight_streaming,
+        profiles=profiles(options, manifest),
+        inputs=[_spec(network.get_input(i), manifest.inputs) for i in range(network.num_inputs)],
+        outputs=[_spec(network.get_output(i), manifest.outputs) for i in range(network.num_outputs)],
+        aliases={output: source for layer in layers for output, source in layer.aliased.items()},
+        plugin=plugin,
+        layers=totals,
+        tools={name: version(name) for name in ("headfold", "onnx", "onnx-ir", "polygraphy")},
+    )
+
+
+def _capabilities(options: BuildOptions) -> list[int]:
+    """The GPUs that an engine is for: those asked for, or with full TensorRT the one that is here."""
+    if options.target == "tensorrt-rtx":
+        return sorted(options.compute_capabilities)
+    major, minor = torch.cuda.get_device_capability()
+    return [10 * major + minor]
+
+
+def _spec(tensor: Any, master: list[TensorSpec]) -> TensorSpec:
+    """A tensor of the network; dynamic dimensions have the master's names."""
+    names = next(spec.shape for spec in master if spec.name == tensor.name)
+    shape = [name if dim < 0 else dim for dim, name in zip(tensor.shape, names, strict=True)]
+    return TensorSpec(name=tensor.name, dtype=_SPECS[str(tensor.dtype).rpartition(".")[2]], shape=shape)
+
+
+def _add_kernels(
+    stage: Path, manifest: Manifest, options: BuildOptions, reporter: Reporter
+) -> tuple[PluginEntry, set[str]]:
+    """Compile the plugin's kernels into the staged bundle; returns its entry and the files."""
+    from headfold.export.engine.kernels import compile_kernels
+
+    directory = stage / KERNELS
+    shutil.rmtree(directory, ignore_errors=True)
+    others = (entry for entry in manifest.engines if entry.plugin is not None and entry.flavour != options.target)
+    capabilities = {*_capabilities(options), *(sm for entry in others for sm in entry.compute_capabilities)}
+    compile_kernels(
+        model_config(manifest),
+        manifest.dtype,
+        sorted(capabilities),
+        directory,
+        cache_dtype=manifest.cache_dtype,
+        reporter=reporter,
+    )
+    entry = PluginEntry(
+        name=tensorrt_plugin.NAME,
+        version=tensorrt_plugin.PLUGIN_VERSION,
+        namespace=tensorrt_plugin.NAMESPACE,
+        kernels=KERNELS,
+        kernels_sha256=sha256(directory / "kernels.json"),
+    )
+    return entry, {path.relative_to(stage).as_posix() for path in directory.rglob("*") if path.is_file()}
+
+
+def model_config(manifest: Manifest) -> ModelConfig:
+    """The configuration that a manifest holds as JSON."""
+    content = dict(manifest.config)
+    content["rope"] = RopeConfig(**content["rope"])
+    for name in ("eos_token_id", "sliding_layers"):
+        content[name] = tuple(content[name])
+    return ModelConfig(**content)
+
+
+def _link(bundle: Path, stage: Path, manifest: Manifest, skip: set[str]) -> None:
+    """The bundle's other files, which stay what they are, as links to the same bytes; copies where the disk has no links."""
+    for name in manifest.files:
+        if name in skip:
+            continue
+        (stage / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(bundle / name, stage / name)
+        except OSError:
+            shutil.copy2(bundle / name, stage / name)
+
+
+def _write_manifest(stage: Path, manifest: Manifest, entry: EngineEntry, new: set[str]) -> None:
+    """The old manifest with the new engine in place of one of the same kind, and hashes of the new files alone."""
+    engines = [e for e in manifest.engines if e.file != entry.file]
+    shared = entry.plugin
+    if shared is not None:  # one set of kernels serves all engines of a bundle
+        engines = [e.model_copy(update={"plugin": shared}) if e.plugin is not None else e for e in engines]
+    files = {name: file for name, file in manifest.files.items() if (stage / name).is_file()}
+    for name in new:
+        path = stage / name
+        files[name] = FileEntry(size=path.stat().st_size, sha256=sha256(path))
+    update = {
+        "format_version": max(ENGINES_VERSION, manifest.format_version),
+        "engines": [*engines, entry],
+        "files": dict(sorted(files.items())),
+    }
+    write_json(stage / MANIFEST, manifest.model_copy(update=update).model_dump())

@@ -1,0 +1,171 @@
+"""From a bundle's master graph to the graph that TensorRT's parser is given, as small passes over onnx-ir.
+
+Inputs, outputs and weights stay those of the master; only the attention op and the size of the cache change. What no pass here can
+make right, `preflight.py` refuses.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import onnx_ir as ir
+import onnxscript.optimizer
+from onnx_ir.passes import common as common_passes
+
+from headfold.export.graph.passes import attention_nodes
+from headfold.export.graph.trace import set_attention_body
+from headfold.plugins.onnx_functions import CACHE_TYPES, NODE_INPUTS, standard_body
+from headfold.plugins.schema import DOMAIN, LAST_INDEX, OP_TYPE, VERSION
+from headfold.runtime.errors import BundleError
+
+Attention = Literal["native", "plugin"]
+
+
+def lower(path: Path, attention: Attention, capacity: int) -> ir.Model:
+    """The master graph at `path`, lowered for TensorRT; its weights stay in the master's data file.
+
+    Args:
+        path: of the master's ONNX file.
+        attention: `native` for TensorRT's own KV-cache, rotary and attention layers, `plugin` for one plugin per layer.
+        capacity: C of the caches, which TensorRT wants static.
+
+    Raises:
+        BundleError: the graph is not one that headfold exported.
+    """
+    model = ir.load(path)
+    nodes = attention_nodes(model)
+    if not nodes:
+        raise BundleError(f"has no {DOMAIN}::{OP_TYPE} node", where=path, fix="Export the bundle again.")
+    fix_capacity(model, capacity)
+    if attention == "native":
+        inline_standard_body(model)
+    else:
+        call_plugin(model)
+    spell_out_argmax(model)
+    share_dimensions(model)
+    onnxscript.optimizer.fold_constants(model)
+    ir.passes.Sequential(
+        common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=1),
+        common_passes.DeduplicateInitializersPass(size_limit=64),  # bytes: shapes and window limits, never weights
+        common_passes.CommonSubexpressionEliminationPass(),
+        common_passes.IdentityEliminationPass(),
+        common_passes.RemoveUnusedNodesPass(),
+        common_passes.RemoveUnusedOpsetsPass(),
+    )(model)
+    return model
+
+
+def fix_capacity(model: ir.Model, capacity: int) -> None:
+    """Give every cache this many positions: [batch, Hkv, capacity, D]."""
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.name is not None and value.name.startswith(("past_key_values.", "present.")):
+            assert value.shape is not None
+            value.shape = ir.Shape([*value.shape[:2], capacity, *value.shape[3:]])
+
+
+def inline_standard_body(model: ir.Model) -> None:
+    """Replace the attention op by standard ops, which TensorRT imports as its own layers."""
+    use_standard_body(model)
+    common_passes.InlinePass()(model)
+    for node in model.graph:
+        if (
+            node.op_type == "Attention"
+            and "softcap" in node.attributes
+            and node.attributes["softcap"].as_float() == 0.0
+        ):
+            node.attributes.pop("softcap")  # off; what is left is a real one, and TensorRT has none
+
+
+def use_standard_body(model: ir.Model) -> None:
+    """Give the attention op the body of standard ops."""
+    given = dict(zip(NODE_INPUTS, attention_nodes(model)[0].inputs, strict=False))
+    cos, cache = given["cos_cache"], given["past_key"]
+    assert cos is not None
+    assert cos.shape is not None
+    assert cache is not None
+    quantized = {ir.DataType(number): name for name, number in CACHE_TYPES.items()}.get(cache.dtype)  # type: ignore[arg-type]
+    rotary_dim = 2 * int(cos.shape[1])  # type: ignore[arg-type]  # a number here
+    set_attention_body(model, standard_body(rotary_dim, given.get("q_norm_weight") is not None, quantized))
+
+
+def widen_float8_caches(model: ir.Model) -> None:
+    """Keep the numbers of float8 caches in float32 and compute with standard ops, exactly: for backends without float8."""
+    use_standard_body(model)
+    values = [value for node in attention_nodes(model) for value in node.outputs]
+    for value in (*model.graph.inputs, *model.graph.outputs, *values):
+        if value.dtype == ir.DataType.FLOAT8E4M3FN:
+            value.dtype = ir.DataType.FLOAT
+
+
+def call_plugin(model: ir.Model) -> None:
+    """Leave the attention op in place, but as a call of the plugin of its name.
+
+    `total_sequence_length` is a number on the host, which a plugin cannot have; but it can see its inputs' shapes. So that input
+    becomes `attention_mask` [B, T], of which only T counts. `last_index` is ONNX Runtime's alone.
+    """
+    mask = next(value for value in model.graph.inputs if value.name == "attention_mask")
+    for node in attention_nodes(model):
+        given = dict(zip(NODE_INPUTS, node.inputs, strict=False)) | {"total_sequence_length": mask}
+        inputs = [value for name, value in given.items() if value is not None and name != LAST_INDEX]
+        node.resize_inputs(len(inputs))
+        for position, value in enumerate(inputs):
+            node.replace_input_with(position, value)
+        node.attributes["plugin_namespace"] = ir.AttrString("plugin_namespace", DOMAIN)
+        node.attributes["plugin_version"] = ir.AttrString("plugin_version", str(VERSION))
+    model.functions.clear()
+    for domain in set(model.opset_imports) - {"", DOMAIN}:
+        del model.opset_imports[domain]
+
+
+def spell_out_argmax(model: ir.Model) -> None:
+    """`ArgMax` becomes the smallest index that holds the maximum.
+
+    TensorRT makes it a TopK, which does not say which of equal elements it finds; and the layout of a padded batch is read off a mask
+    of zeros and ones.
+    """
+    for node in list(model.graph):
+        if node.op_type != "ArgMax" or node.domain or node.attributes.get_int("select_last_index", 0) != 0:
+            continue
+        x, axis, keepdims = node.inputs[0], node.attributes.get_int("axis", 0), node.attributes.get_int("keepdims", 1)
+        assert x is not None
+        if axis != len(x.shape or ()) - 1:
+            continue  # the range of indices below is made for the last axis; preflight refuses what is left
+        tape = ir.tape.Tape()
+        along = tape.initializer(ir.tensor([axis]), name=f"{node.name}.axis")
+        zero = tape.initializer(ir.tensor(0), name=f"{node.name}.zero")
+        one = tape.initializer(ir.tensor(1), name=f"{node.name}.one")
+        size = tape.op("Squeeze", [tape.op("Shape", [x], {"start": axis, "end": axis + 1})])
+        largest = tape.op("ReduceMax", [x, along], {"keepdims": 1})
+        indices = tape.op("Where", [tape.op("Equal", [x, largest]), tape.op("Range", [zero, size, one]), size])
+        first = tape.op("ReduceMin", [indices, along], {"keepdims": keepdims})
+        for initializer in tape.initializers:
+            model.graph.register_initializer(initializer)
+        model.graph.insert_before(node, tape.nodes)
+        first.type, first.shape = node.outputs[0].type, node.outputs[0].shape
+        ir.convenience.replace_all_uses_with(node.outputs[0], first)
+        model.graph.remove(node, safe=True)
+
+
+def share_dimensions(model: ir.Model) -> None:
+    """Read a dynamic dimension off the graph's inputs wherever it is read off something else.
+
+    Each layer's body asks its own query for the number of new tokens. Once all of them ask `input_ids`, positions and masks are
+    the same expressions in all layers, and one is enough.
+    """
+    sources: dict[str, tuple[ir.Value, int]] = {}
+    for value in model.graph.inputs:
+        for axis, dim in enumerate(value.shape or ()):
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+                sources.setdefault(str(dim.value), (value, axis))
+    for node in model.graph:
+        start, end = node.attributes.get("start"), node.attributes.get("end")
+        if node.op_type != "Shape" or node.domain or start is None or end is None:
+            continue
+        read, axis = node.inputs[0], start.as_int()
+        if read is None or read.shape is None or end.as_int() != axis + 1 or axis < 0:
+            continue
+        dim = read.shape[axis]
+        if not isinstance(dim, ir.SymbolicDim) or (source := sources.get(str(dim.value))) is None or source[0] is read:
+            continue
+        node.replace_input_with(0, source[0])
+        node.attributes["start"] = ir.AttrInt64("start", source[1])
+        node.attributes["end"] = ir.AttrInt64("end", source[1] + 1)

@@ -1,0 +1,161 @@
+"""What an engine should be, whether that is possible, and the shapes it must take. Nothing here needs TensorRT.
+
+Profile 0 is prefill, profile 1 decode. All sizes are in tokens, but `max_batch`, which is in sequences, and `workspace`, in bytes.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from headfold.export.engine.lowering import Attention
+from headfold.plugins.kernel_contract import FLOAT8_SINCE
+from headfold.plugins.tensorrt_library import Flavour
+from headfold.runtime.engine_file import CAPABILITY_BITS
+from headfold.runtime.errors import BuildError
+from headfold.runtime.manifest import EngineProfile, Manifest, ShapeRange
+
+_MAX_INPUT = 512
+BFLOAT16_SINCE = 80  # Turing has no bfloat16 arithmetic
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What `headfold build` was asked for."""
+
+    target: Flavour = "tensorrt-rtx"
+    attention: Attention = "native"
+    compute_capabilities: tuple[int, ...] = ()  # 86 for 8.6; none with full TensorRT, which builds for its own GPU
+    max_batch: int = 4
+    max_input: int | None = None  # new tokens of one prefill step; by default 512, or the capacity if that is less
+    capacity: int | None = None  # by default the bundle's
+    weight_streaming: bool = False
+    workspace: int | None = None
+    timing_cache: Path | None = None
+    force: bool = False
+
+    def settle(self, manifest: Manifest) -> tuple[int, int]:
+        """Input and capacity, in tokens, with the defaults for this bundle."""
+        capacity = self.capacity if self.capacity is not None else manifest.cache.capacity
+        return (self.max_input if self.max_input is not None else min(_MAX_INPUT, capacity)), capacity
+
+
+def check_options(options: BuildOptions, bundle: Path, manifest: Manifest) -> None:
+    """Refuse what cannot be built, before any work.
+
+    Raises:
+        BuildError: names the option, and what is possible.
+    """
+    max_input, capacity = options.settle(manifest)
+    if not 1 <= capacity <= manifest.cache.capacity:
+        raise BuildError(
+            f"{capacity} is not 1 to {manifest.cache.capacity}, the positions that the bundle's rotary tables cover",
+            where="--capacity",
+            fix="Choose fewer, or export with a larger --capacity.",
+        )
+    if not 1 <= max_input <= capacity:
+        raise BuildError(
+            f"{max_input} new tokens do not fit a cache of {capacity}",
+            where="--max-input",
+            fix=f"Choose 1 to {capacity}.",
+        )
+    if options.max_batch < 1:
+        raise BuildError(f"is {options.max_batch}", where="--max-batch", fix="It must be at least 1.")
+    if options.workspace is not None and options.workspace < 1:
+        raise BuildError(f"is {options.workspace} bytes", where="--workspace", fix="Leave it out for no limit.")
+    if options.timing_cache is not None and options.target == "tensorrt-rtx":
+        raise BuildError(
+            "TensorRT-RTX times nothing when it builds",
+            where="--timing-cache",
+            fix="Leave it out, or use --target tensorrt.",
+        )
+    if options.timing_cache is not None and not options.timing_cache.absolute().parent.is_dir():
+        raise BuildError(
+            "is no directory", where=f"--timing-cache: {options.timing_cache.absolute().parent}", fix="Create it first."
+        )
+    check_capabilities(options, manifest.dtype)
+    if manifest.cache.quantization is not None:
+        check_cache(options, manifest.cache_dtype)
+    if (
+        any((e.flavour, e.attention) == (options.target, options.attention) for e in manifest.engines)
+        and not options.force
+    ):
+        raise BuildError(
+            f"has a {options.target} engine with {options.attention} attention already",
+            where=bundle,
+            fix="Replace it with --force.",
+        )
+
+
+def check_capabilities(options: BuildOptions, dtype: str) -> None:
+    """Refuse GPUs that the flavour does not build for, or that have no arithmetic of this dtype. Raises BuildError."""
+    asked = options.compute_capabilities
+    if options.target == "tensorrt":
+        if asked:
+            raise BuildError(
+                "full TensorRT builds for the GPU it runs on, and no other",
+                where="--sm",
+                fix="Leave it out, or use --target tensorrt-rtx.",
+            )
+        if not torch.cuda.is_available():
+            raise BuildError(
+                "full TensorRT needs the GPU it builds for, and this machine has none",
+                where="--target tensorrt",
+                fix="Use --target tensorrt-rtx, or build on the GPU.",
+            )
+        return
+    known = ", ".join(map(str, CAPABILITY_BITS))
+    if not asked:
+        raise BuildError(
+            "no GPU is named", where="--sm", fix=f"Name compute capabilities, as 86,89; TensorRT-RTX knows {known}."
+        )
+    for sm in asked:
+        if sm not in CAPABILITY_BITS:
+            raise BuildError(
+                f"TensorRT-RTX does not build for SM {sm}",
+                where="--sm",
+                fix=f"It knows {known}; for others build with --target tensorrt on that GPU.",
+            )
+        if asked.count(sm) > 1:
+            raise BuildError(f"{sm} is named twice", where="--sm", fix="Name each once.")
+        if sm < BFLOAT16_SINCE and dtype == "bfloat16":
+            raise BuildError(
+                f"SM {sm} has no bfloat16 arithmetic", where="--sm", fix="Export the bundle with --dtype float16."
+            )
+
+
+def check_cache(options: BuildOptions, cache_dtype: str) -> None:
+    """Refuse what cannot be done with a quantized cache of this dtype. Raises BuildError."""
+    if options.attention == "native":
+        raise BuildError(
+            f"TensorRT's own attention has no {cache_dtype} cache",
+            where="--attention native",
+            fix="Use --attention plugin, or export without --kv-cache.",
+        )
+    for sm in options.compute_capabilities:
+        if sm < FLOAT8_SINCE and cache_dtype == "float8_e4m3fn":
+            raise BuildError(f"SM {sm} has no float8", where="--sm", fix="Export the bundle with --kv-cache int8.")
+
+
+def profiles(options: BuildOptions, manifest: Manifest) -> list[EngineProfile]:
+    """Prefill of up to `max_input` tokens, and decode of one; batches up to `max_batch`, whatever is in the cache."""
+    spec = manifest.cache
+    max_input, capacity = options.settle(manifest)
+
+    def profile(name: str, opt_batch: int, longest: int) -> EngineProfile:
+        batches = (1, opt_batch, options.max_batch)
+        shapes = {
+            "input_ids": _range(*([b, s] for b, s in zip(batches, (1, longest, longest), strict=True))),
+            "attention_mask": _range(
+                *([b, t] for b, t in zip(batches, (1, max(longest, capacity // 2), capacity), strict=True))
+            ),
+        }
+        cache = _range(*([b, spec.num_key_value_heads, capacity, spec.head_dim] for b in batches))
+        names = [value.name for value in manifest.inputs if value.name.startswith("past_key_values.")]
+        return EngineProfile.model_validate({"name": name, "shapes": shapes | dict.fromkeys(names, cache)})
+
+    return [profile("prefill", 1, max_input), profile("decode", 1, 1)]
+
+
+def _range(smallest: list[int], usual: list[int], largest: list[int]) -> ShapeRange:
+    return ShapeRange(min=smallest, opt=usual, max=largest)

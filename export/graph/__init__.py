@@ -1,0 +1,1 @@
+"""From torch to the master graph: trace, passes, weights, bodies. May import checkpoints and model."""

@@ -1,0 +1,174 @@
+"""From a configuration to the master ONNX graph: torch traces the decoder on meta tensors, so no weight is in memory.
+
+The graph's initializers are named like the decoder's state dict and have no values yet; `weights.py` fills them while saving.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import onnx
+import onnx_ir as ir
+import onnxscript
+import torch
+from onnx_ir.passes import common as common_passes
+from onnxscript import opset23 as op
+from torch import Tensor, nn
+
+from headfold.export.graph.passes import fold_weights, name_initializers, share_last_index
+from headfold.export.model.config import ModelConfig
+from headfold.export.model.decoder import Cache, Decoder
+from headfold.plugins.onnx_functions import OPSET, onnxruntime_body, schema
+from headfold.plugins.schema import DOMAIN, OP_TYPE, VERSION, Quantized
+
+IR_VERSION = 11  # of ONNX 1.18: the first with opset 23 and later, and what onnxruntime 1.31 reads
+
+
+class _Traced(nn.Module):
+    """The decoder with the graph's inputs and outputs."""
+
+    def __init__(self, decoder: Decoder, all_logits: bool) -> None:
+        super().__init__()
+        self.decoder, self.all_logits = decoder, all_logits
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, cache: Cache) -> tuple[Tensor, Cache, list[Tensor]]:
+        output = self.decoder(input_ids, attention_mask, cache, last_only=not self.all_logits)
+        return output.logits, output.cache, output.hidden_states
+
+
+def export_graph(
+    config: ModelConfig, dtype: torch.dtype, capacity: int, all_logits: bool = False, cache: Quantized | None = None
+) -> ir.Model:
+    """Trace the decoder into the master graph.
+
+    Inputs: `input_ids` int64 [batch, sequence]; `attention_mask` int64 [batch, total], 1 for tokens and 0 for padding on either
+    side, its last columns belong to `input_ids`; `past_key_values.{i}.key|value` [batch, Hkv, capacity, D]. Outputs: `logits`
+    [batch, 1, vocab] of each row's last real token (with `all_logits` [batch, sequence, vocab]) and `present.{i}.key|value`,
+    which alias the inputs where the runtime can. The residual stream after layer i is the value `hidden_states.{i}`.
+
+    Args:
+        config: the model.
+        dtype: of weights, cache and logits.
+        capacity: positions the rotary tables cover; the size of the cache itself is dynamic.
+        all_logits: see above.
+        cache: dtype of a quantized cache; None for `dtype`. Its scales are initializers as the weights are.
+    """
+    stored = getattr(torch, cache) if cache is not None else dtype
+    with torch.device("meta"):
+        decoder = Decoder(config, capacity).to(device="meta", dtype=dtype).eval()
+        if cache is not None:
+            heads, layers = config.num_key_value_heads, range(config.num_hidden_layers)
+            decoder.quantize_cache(stored, [(torch.ones(heads), torch.ones(heads)) for _ in layers])
+        shape = (2, config.num_key_value_heads, 11, config.head_dim)  # sizes to trace with, all different
+        caches = [
+            (torch.empty(shape, dtype=stored), torch.empty(shape, dtype=stored))
+            for _ in range(config.num_hidden_layers)
+        ]
+        args = (torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 7, dtype=torch.long), caches)
+    batch, sequence, total, room = (
+        torch.export.Dim(n, min=1, max=2**31 - 1) for n in ("batch", "sequence", "total", "capacity")
+    )
+    layers = range(config.num_hidden_layers)
+    kv = [f"{i}.{part}" for i in layers for part in ("key", "value")]
+    with _quiet():
+        program = torch.onnx.export(
+            _Traced(decoder, all_logits).eval(),
+            args,
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=False,
+            verbose=False,
+            input_names=["input_ids", "attention_mask", *(f"past_key_values.{name}" for name in kv)],
+            output_names=["logits", *(f"present.{name}" for name in kv), *(f"hidden_states.{i}" for i in layers)],
+            dynamic_shapes=(
+                {0: batch, 1: sequence},
+                {0: batch, 1: total},
+                [({0: batch, 2: room}, {0: batch, 2: room}) for _ in layers],
+            ),
+            custom_translation_table={
+                torch.ops.headfold.GroupedQueryAttention.default: _attention_node,
+                torch.ops.headfold.RMSNormalization.default: _norm_node,
+                torch.ops.aten.split_with_sizes.default: _split_node,
+            },
+        )
+    assert program is not None
+    model = program.model
+    model.ir_version = IR_VERSION
+    model.producer_name, model.producer_version = "headfold", ""
+    del model.graph.outputs[-config.num_hidden_layers :]  # the residual stream: named values, not outputs
+    name_initializers(model, prefix="decoder.")
+    fold_weights(model)
+    ir.passes.Sequential(
+        common_passes.LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=1),
+        common_passes.CommonSubexpressionEliminationPass(),
+        common_passes.IdentityEliminationPass(),
+        common_passes.RemoveUnusedNodesPass(),
+        common_passes.ClearMetadataAndDocStringPass(),
+    )(model)
+    share_last_index(model)
+    set_attention_body(model, onnxruntime_body(config.qk_norm, config.head_dim, cache))
+    return model
+
+
+def set_attention_body(model: ir.Model, function: onnx.FunctionProto) -> None:
+    """Give the attention op this body in place of the one the graph has: what makes one master serve every backend."""
+    body = cast(ir.Function, ir.from_proto(function))
+    model.functions[body.identifier()] = body
+    model.opset_imports[DOMAIN] = VERSION
+    for domain, version in body.opset_imports.items():
+        model.opset_imports.setdefault(domain, version)
+    for domain in set(model.opset_imports) - {"", DOMAIN, *body.opset_imports}:
+        del model.opset_imports[domain]  # of the body that went
+
+
+_OP = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, VERSION), OP_TYPE, schema())
+
+
+def _attention_node(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    past_lengths: Tensor,
+    total_sequence_length: Tensor,
+    cos_cache: Tensor,
+    sin_cache: Tensor,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    **attributes: float,
+) -> object:
+    """Translate the torch op: one node of the same name."""
+    total = op.Cast(total_sequence_length, to=onnx.TensorProto.INT32)
+    inputs = (query, key, value, past_key, past_value, past_lengths, total, cos_cache, sin_cache)
+    optional = (q_norm_weight, k_norm_weight, None, key_scale, value_scale)  # last_index comes later
+    return _OP(*inputs, *(optional if key_scale is not None else optional[:2]), **attributes)
+
+
+def _norm_node(x: Tensor, weight: Tensor, epsilon: float) -> object:
+    return op.RMSNormalization(x, weight, axis=-1, epsilon=epsilon)
+
+
+def _split_node(x: ir.Value, sizes: list[int], dim: int) -> object:
+    """One `Split`; the exporter would make a sequence and take it apart."""
+    outputs = op.Split(x, op.Constant(value_ints=sizes), axis=dim, num_outputs=len(sizes))
+    outputs[0].producer().attributes.pop("num_outputs")  # the exporter counts outputs by it; ONNX wants it or the sizes
+    return outputs
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter logs that torchvision is missing and warns about its own internals."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

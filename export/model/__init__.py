@@ -1,0 +1,1 @@
+"""What a decoder is: configuration, torch modules, RoPE, fresh weights. May import only plugins and runtime.errors."""

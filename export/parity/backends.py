@@ -1,0 +1,114 @@
+"""Proof that a serving backend is PyTorch's: the same feeds as for the exported graph, through the interface that `generate` uses.
+
+Polygraphy runs the oracle and the backends one after the other. This is what `scripts/gpu_check` compares on a GPU: ONNX Runtime's CUDA
+provider and TensorRT's engines; a backend on the CPU goes the same way.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from polygraphy.backend.base import BaseRunner
+from polygraphy.common import TensorMetadata
+from polygraphy.comparator import Comparator
+from polygraphy.datatype import DataType
+
+from headfold.export.model.decoder import Decoder
+from headfold.export.parity.compare import feed_steps, quiet_polygraphy
+from headfold.export.parity.report import compare_logits, tolerance
+from headfold.export.parity.runners import Feed, Outputs, TorchRunner
+from headfold.runtime.session import Backend
+
+
+@dataclass(frozen=True)
+class BackendCheck:
+    """One check of one backend: logits of each row's last token, over all steps that belong to it."""
+
+    backend: str
+    name: str
+    max_error: float
+    limit: float
+    cosine: float
+    top1: float
+    passed: bool
+
+
+class BackendRunner(BaseRunner):  # type: ignore[misc]
+    """A backend behind polygraphy's interface. A feed whose mask is as wide as its ids starts new sequences; padding is left out."""
+
+    def __init__(self, name: str, load: Callable[[], Backend[Any]], capacity: int) -> None:
+        super().__init__(name=name, prefix=name)
+        self._load, self._capacity = load, capacity
+
+    def activate_impl(self) -> None:
+        """Open the backend."""
+        self._backend: Backend[Any] | None = self._load()
+        self._cache: Any = None
+
+    def deactivate_impl(self) -> None:
+        """Let the backend go, and its memory with it."""
+        self._backend = self._cache = None
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        """See `parity_runners`."""
+        metadata = TensorMetadata()
+        for name in ("input_ids", "attention_mask"):
+            metadata.add(name, dtype=DataType.INT64, shape=(-1, -1))
+        return metadata
+
+    def infer_impl(self, feed_dict: Feed) -> Outputs:
+        """Logits [B, 1, V] of each row's last real token."""
+        backend = self._backend
+        assert backend is not None
+        ids, mask = feed_dict["input_ids"], feed_dict["attention_mask"]
+        batch, length = ids.shape
+        fresh = mask.shape[1] == length
+        if fresh:
+            self._cache = backend.new_cache(batch, self._capacity)
+        if length == 1 and not fresh:
+            logits = backend.decode(self._cache, ids[:, 0], np.ones(batch, np.bool_)).copy()
+        else:
+            new = mask[:, -length:] == 1
+            logits = np.stack([backend.prefill(self._cache, row, ids[row][new[row]]) for row in range(batch)])
+        self.inference_time = 0.0
+        return OrderedDict(logits=logits[:, None].astype(np.float32))
+
+
+def verify_backends(
+    load: Callable[[], Decoder],
+    backends: Mapping[str, Callable[[], Backend[Any]]],
+    dtype: str,
+    prompts: Sequence[NDArray[np.int64]],
+    decode_steps: int,
+) -> list[BackendCheck]:
+    """Compare backends with a decoder.
+
+    Args:
+        load: makes the decoder, in float32 arithmetic; it is freed before the first backend is opened.
+        backends: what opens each backend, by name; one is open at a time.
+        dtype: of the bundle: picks the tolerance.
+        prompts: token ids; the first is also decoded and chunked, all of them make the ragged batch.
+        decode_steps: tokens decoded, at least 1.
+    """
+    vocab_size = max(int(prompt.max()) for prompt in prompts) + 1
+    steps = list(feed_steps(prompts, decode_steps, vocab_size))
+    feeds = [inputs for _, inputs in steps]
+    capacity = max(inputs["attention_mask"].shape[1] for inputs in feeds) + 1
+    runners = [TorchRunner(load, False, 1), *(BackendRunner(name, open_, capacity) for name, open_ in backends.items())]
+    with quiet_polygraphy():
+        (_, expected), *results = Comparator.run(runners, data_loader=feeds, use_subprocess=False)
+    allowed, checks = tolerance(dtype), []
+    for name, actual in results:
+        for check in dict.fromkeys(step for step, _ in steps):
+            pairs = [(e, a) for (s, _), e, a in zip(steps, expected, actual, strict=True) if s == check]
+            errors = [(np.abs(e["logits"] - a["logits"]).max(), allowed.limit("logits", e["logits"])) for e, a in pairs]
+            error, limit = max(errors, key=lambda pair: np.inf if np.isnan(pair[0]) else pair[0] / pair[1])
+            cosine, _, top1 = zip(*(compare_logits(e["logits"], a["logits"]) for e, a in pairs), strict=True)
+            passed = all(bool(found <= most) for found, most in errors)  # NaN is not
+            checks.append(
+                BackendCheck(name, check, float(error), float(limit), min(cosine), float(np.mean(top1)), passed)
+            )
+    return checks

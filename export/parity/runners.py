@@ -1,0 +1,230 @@
+"""Polygraphy runners for parity: PyTorch without any cache as the oracle, and the exported graph in ONNX Runtime with its cache.
+
+A feed is `input_ids` [B, S] and `attention_mask` [B, T] over past and new tokens. T = S starts new sequences; otherwise the runner
+goes on with the ones it has. Outputs are the logits, and keys and values of all real tokens; everything undefined is set to 0.
+"""
+
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from polygraphy.backend.base import BaseRunner
+from polygraphy.backend.onnxrt import OnnxrtRunner
+from polygraphy.common import TensorMetadata
+from polygraphy.datatype import DataType
+
+from headfold.export.engine.lowering import widen_float8_caches
+from headfold.export.graph.passes import expose_hidden_states, widen_to_float32
+from headfold.export.model.config import ModelConfig
+from headfold.export.model.decoder import Decoder
+
+Feed = dict[str, NDArray[np.int64]]
+Outputs = OrderedDict[str, NDArray[Any]]
+GREEDY = "greedy"  # output of the first feed: tokens each runner picks when left alone
+
+
+def feed(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> Feed:
+    """The inputs of one iteration."""
+    return {"input_ids": np.ascontiguousarray(ids, np.int64), "attention_mask": np.ascontiguousarray(mask, np.int64)}
+
+
+def _metadata() -> TensorMetadata:
+    metadata = TensorMetadata()
+    for name in ("input_ids", "attention_mask"):
+        metadata.add(name, dtype=DataType.INT64, shape=(-1, -1))
+    return metadata
+
+
+class TorchRunner(BaseRunner):  # type: ignore[misc]
+    """The oracle: every row alone, unpadded, the whole sequence anew in each iteration. So it knows nothing of caches or masks."""
+
+    def __init__(self, load: Callable[[], Decoder], all_logits: bool, greedy_tokens: int) -> None:
+        super().__init__(name="pytorch", prefix="torch")
+        self._load, self._all, self._greedy_tokens = load, all_logits, greedy_tokens
+
+    def activate_impl(self) -> None:
+        """Load the weights."""
+        self._decoder: Decoder | None = self._load()
+        self._rows: list[list[int]] = []
+        self._first = True
+
+    def deactivate_impl(self) -> None:
+        """Free the weights, so that ONNX Runtime can have the memory."""
+        self._decoder = None
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        """See module."""
+        return _metadata()
+
+    @torch.inference_mode()
+    def infer_impl(self, feed_dict: Feed) -> Outputs:
+        """See module; the first call also gives greedy tokens and the residual stream after each layer."""
+        decoder = self._decoder
+        assert decoder is not None
+        ids, mask = feed_dict["input_ids"], feed_dict["attention_mask"]
+        length = ids.shape[1]
+        new = mask[:, -length:] == 1  # [B, S]
+        if mask.shape[1] == length:
+            self._rows = [[] for _ in ids]
+        for row, tokens in enumerate(self._rows):
+            tokens.extend(ids[row][new[row]].tolist())
+        outputs: Outputs = OrderedDict()
+        longest, batch, config = max(map(len, self._rows)), len(ids), decoder.config
+        logits = np.zeros((batch, length if self._all else 1, config.vocab_size), np.float32)
+        shape = (batch, config.num_key_value_heads, longest, config.head_dim)
+        present = {
+            f"present.{i}.{kv}": np.zeros(shape, np.float32)
+            for i in range(config.num_hidden_layers)
+            for kv in ("key", "value")
+        }
+        for row, tokens in enumerate(self._rows):
+            result = decoder(torch.tensor([tokens]), None, decoder.new_cache(1, len(tokens)), last_only=not self._all)
+            if self._all:
+                logits[row][new[row]] = result.logits[0, -int(new[row].sum()) :].float().numpy()
+            else:
+                logits[row] = result.logits[0].float().numpy()
+            for i, pair in enumerate(result.cache):
+                for kv, value in zip(("key", "value"), pair, strict=True):
+                    present[f"present.{i}.{kv}"][row, :, : len(tokens)] = value[0].float().numpy()
+            if self._first:
+                for i, hidden in enumerate(result.hidden_states):
+                    outputs[f"hidden_states.{i}"] = hidden.float().numpy()
+        outputs["logits"] = logits
+        outputs.update(present)
+        if self._first:
+            outputs[GREEDY] = self._greedy(decoder, list(self._rows[0]))
+            self._first = False
+        self.inference_time = 0.0
+        return outputs
+
+    def _greedy(self, decoder: Decoder, tokens: list[int]) -> NDArray[np.int64]:
+        start = len(tokens)
+        for _ in range(self._greedy_tokens):
+            tokens.append(int(decoder(torch.tensor([tokens]), last_only=True).logits[0, -1].argmax()))
+        return np.array(tokens[start:])
+
+
+class CachedRunner(BaseRunner):  # type: ignore[misc]
+    """A compiled graph, which sees each token once: the rest is in its cache. What a backend has to offer is `start` and `step`."""
+
+    def __init__(self, name: str, greedy_tokens: int) -> None:
+        super().__init__(name=name, prefix=name)
+        self._greedy_tokens, self._first = greedy_tokens, True
+
+    def start(self, batch: int) -> None:
+        """Empty the caches, and make room for `batch` rows."""
+        raise NotImplementedError
+
+    def step(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> Outputs:
+        """Run the graph once; all its outputs, as arrays of numbers."""
+        raise NotImplementedError
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        """See module: the caches are the runner's own business."""
+        return _metadata()
+
+    def infer_impl(self, feed_dict: Feed) -> Outputs:
+        """See module; the first call also gives greedy tokens, and whatever else the graph has as outputs."""
+        outputs = self._step(feed_dict)
+        if self._first and self._greedy_tokens:
+            self._first = False
+            outputs[GREEDY] = self._greedy(feed_dict["attention_mask"], outputs["logits"])
+        self.inference_time = 0.0
+        return outputs
+
+    def _step(self, feed_dict: Feed) -> Outputs:
+        ids, mask = feed_dict["input_ids"], feed_dict["attention_mask"]
+        batch, length = ids.shape
+        if mask.shape[1] == length:
+            self.start(batch)
+        lengths = mask.sum(1)  # [B]
+        real = np.arange(int(lengths.max())) < lengths[:, None]  # [B, longest]
+        outputs: Outputs = OrderedDict()
+        for name, x in self.step(ids, mask).items():
+            if name.startswith("present."):
+                x = np.where(real[:, None, :, None], x[:, :, : real.shape[1]].astype(np.float32), 0)
+            elif name == "logits" and x.shape[1] == length:
+                x = np.where((mask[:, -length:] == 1)[:, :, None], x.astype(np.float32), 0)
+            outputs[name] = x.astype(np.float32)
+        return outputs
+
+    def _greedy(self, mask: NDArray[np.int64], logits: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Decode on; the cache keeps what these tokens leave behind the sequence, where the next feed overwrites it."""
+        tokens: list[int] = []
+        while True:
+            tokens.append(int(logits[0, -1].argmax()))
+            if len(tokens) == self._greedy_tokens:
+                return np.array(tokens)
+            mask = np.concatenate([mask, [[1]]], axis=1)
+            logits = self._step(feed(np.array([tokens[-1:]]), mask))["logits"]
+
+
+class OrtRunner(CachedRunner):
+    """The exported graph in ONNX Runtime."""
+
+    def __init__(
+        self, load: Callable[[], ort.InferenceSession], config: ModelConfig, capacity: int, greedy_tokens: int
+    ) -> None:
+        super().__init__("onnxruntime", greedy_tokens)
+        self._runner = OnnxrtRunner(load)
+        self._config, self._capacity = config, capacity
+        self._past: Outputs = OrderedDict()
+
+    def activate_impl(self) -> None:
+        """Open the session."""
+        self._runner.activate()
+
+    def deactivate_impl(self) -> None:
+        """Close it."""
+        self._runner.deactivate()
+
+    def start(self, batch: int) -> None:
+        """See CachedRunner."""
+        dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
+        shape = (batch, self._config.num_key_value_heads, self._capacity, self._config.head_dim)
+        inputs = [node for node in self._runner.sess.get_inputs() if node.name.startswith("past")]
+        self._past = OrderedDict((node.name, np.zeros(shape, dtypes[node.type])) for node in inputs)
+
+    def step(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> Outputs:
+        """See CachedRunner."""
+        raw: Outputs = self._runner.infer({"input_ids": ids, "attention_mask": mask, **self._past})
+        self._past = OrderedDict(
+            (n.replace("present", "past_key_values"), x) for n, x in raw.items() if n.startswith("present.")
+        )
+        return raw
+
+
+def open_session(path: Path, precision: str, expose: bool = False) -> ort.InferenceSession:
+    """The graph at `path` in ONNX Runtime on the CPU: as it is, with the residual stream as outputs (`expose`), or widened.
+
+    ONNX Runtime has no bfloat16 matrix product on CPUs, so a bfloat16 graph runs in float32, with exactly its weights; and no float8
+    cache, so its numbers are kept in float32, and the standard body computes with them.
+    """
+    wide = [name for name in ("bfloat16", "float8_e4m3fn") if name in precision]
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    providers = ["CPUExecutionProvider"]
+    if not wide and not expose:
+        return ort.InferenceSession(path, options, providers=providers)
+    model = ir.load(path)
+    if expose:
+        expose_hidden_states(model)
+    if wide:
+        if "float8_e4m3fn" in wide:
+            widen_float8_caches(model)
+        if "bfloat16" in wide:
+            widen_to_float32(model)
+        with tempfile.TemporaryDirectory() as directory:
+            ir.save(model, Path(directory) / path.name, external_data=f"{path.name}.data")
+            return ort.InferenceSession(Path(directory) / path.name, options, providers=providers)
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(path.parent.absolute())
+    )
+    return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=providers)

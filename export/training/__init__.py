@@ -1,0 +1,1 @@
+"""Options, loop, state, losses, evaluation, uptrain. May import graph, data and below."""

@@ -1,0 +1,136 @@
+"""A bundle with an int8 or float8 KV cache: calibrated, proven against PyTorch with the same cache, run, and built for TensorRT."""
+
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from click.testing import CliRunner
+
+from headfold.export.bundle.cache_scales import cache_scales, quantization_cost
+from headfold.export.checkpoints.base import load_decoder, open_checkpoint
+from headfold.export.cli import main
+from headfold.export.parity.compare import stored_scales
+from headfold.runtime import load
+from headfold.runtime.manifest import read_manifest
+
+CAPACITY = 32
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    """Exit code, and what is on standard error and output."""
+    result = CliRunner().invoke(main, list(map(str, arguments)))
+    return result.exit_code, result.output
+
+
+@pytest.fixture(scope="module")
+def bundle(toys, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("quantized") / "int8"
+    data = ("--data", toys / "text.txt", "--calibration-tokens", 512)
+    code, output = run(
+        "export", toys / "student", "-o", path, "--kv-cache", "int8", *data, "--capacity", CAPACITY, "-q"
+    )
+    assert code == 0, output
+    return path
+
+
+def test_scales_are_the_largest_magnitudes_of_the_text(toys) -> None:
+    checkpoint = open_checkpoint(toys / "student")
+    decoder, tokens = load_decoder(checkpoint), torch.arange(60).view(3, 20)
+    scales = cache_scales(decoder, tokens, torch.int8)
+    cache = decoder.new_cache(3, 20)
+    decoder(tokens, None, cache)
+    for (keys, values), (key_scale, value_scale) in zip(cache, scales, strict=True):
+        torch.testing.assert_close(key_scale, keys.abs().amax((0, 2, 3)) / 127)
+        torch.testing.assert_close(value_scale, values.abs().amax((0, 2, 3)) / 127)
+    fine = quantization_cost(decoder, tokens, torch.int8, scales)
+    coarse = quantization_cost(
+        load_decoder(checkpoint), tokens, torch.int8, [(16 * key, 16 * value) for key, value in scales]
+    )
+    assert 0 < fine.kl < 0.01 * coarse.kl
+
+
+def test_the_cache_takes_a_byte_and_the_manifest_says_so(bundle) -> None:
+    manifest = read_manifest(bundle)
+    assert manifest.format_version == 3
+    assert manifest.cache_dtype == "int8"
+    assert manifest.cache.quantization.calibration_tokens == 512
+    assert manifest.cache.quantization.kl < 1e-2
+    assert {spec.dtype for spec in manifest.inputs if spec.name.startswith("past_key_values.")} == {"int8"}
+    cache = load(bundle).backend.new_cache(2, CAPACITY)
+    assert cache.row_bytes == 2 * CAPACITY * 16
+    code, output = run("inspect", bundle, "--json")
+    assert code == 0
+    assert '"kv_bytes_per_token": 128' in output  # keys and values, 2 layers, 2 heads of 16, a byte each
+
+
+def test_onnx_runtime_decodes_as_pytorch_does(bundle, toys) -> None:
+    backend = load(bundle).backend
+    decoder = load_decoder(open_checkpoint(toys / "student"))
+    decoder.quantize_cache(torch.int8, stored_scales(bundle / "model.onnx", 2))
+    cache, ids = backend.new_cache(1, CAPACITY), np.arange(10)
+    logits = backend.prefill(cache, 0, ids)
+    for token in (3, 1, 4):
+        expected = decoder(torch.tensor(ids)[None]).logits[0, -1]
+        np.testing.assert_allclose(logits, expected, atol=1e-2)  # a value may be rounded the other way
+        ids = np.append(ids, token)
+        logits = backend.decode(cache, np.array([token]), np.ones(1, np.bool_))[0]
+
+
+@pytest.mark.parametrize("name", ["key_scale", "value_scale"])
+def test_a_wrong_scale_is_caught(name, bundle, toys, tmp_path) -> None:
+    from headfold.export.parity.compare import onnxruntime_candidate, verify_bundle
+    from headfold.export.progress import Reporter
+
+    checkpoint, manifest = open_checkpoint(toys / "student"), read_manifest(bundle)
+    model = ir.load(bundle / "model.onnx")
+    value = model.graph.initializers[f"model.layers.1.self_attn.{name}"]
+    value.const_value = ir.tensor(1.5 * value.const_value.numpy())
+    ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
+    candidate = onnxruntime_candidate(tmp_path / "model.onnx", "float32 int8", checkpoint.config)
+    report = verify_bundle(bundle, checkpoint, manifest, 4, Reporter(quiet=True), candidate)
+    assert not report.passed
+
+
+def test_float8_is_proven_here_and_runs_elsewhere(toys, tmp_path) -> None:
+    path = tmp_path / "float8"
+    options = ("--kv-cache", "float8_e4m3fn", "--calibration-tokens", 256, "--capacity", CAPACITY, "-q")
+    code, output = run("export", toys / "student", "-o", path, *options)  # on text that the model writes
+    assert code == 0, output
+    assert read_manifest(path).parity["passed"]
+    code, output = run("generate", path, "the cat", "-n", "2")
+    assert code == 2
+    assert "ONNX Runtime has no float8 cache on CPUs. Export with --kv-cache int8" in output
+
+
+def test_text_without_a_quantized_cache_is_refused(toys, tmp_path) -> None:
+    code, output = run("export", toys / "student", "-o", tmp_path / "no", "--data", toys / "text.txt")
+    assert code == 2
+    assert "--data: is text to calibrate a quantized cache on. Add --kv-cache int8." in output
+
+
+@pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx")
+@pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn"])
+def test_the_plugin_takes_it_and_native_attention_refuses(kind, toys, tmp_path) -> None:
+    path = tmp_path / kind
+    sizes = ("--sm", 89, "--max-batch", 3, "--max-input", 32)
+    options = ("--dtype", "float16", "--kv-cache", kind, "--calibration-tokens", 256, "--capacity", CAPACITY, "-q")
+    code, output = run("export", toys / "student", "-o", path, *options, "--target", "tensorrt-rtx", *sizes)
+    assert code == 2
+    assert f"TensorRT's own attention has no {kind} cache. Use --attention plugin" in output
+    assert not path.exists()
+    plugin = ("--target", "tensorrt-rtx", "--attention", "plugin", *sizes)
+    code, output = run("export", toys / "student", "-o", path, *options, *plugin)
+    assert code == 0, output
+    manifest = read_manifest(path)
+    (engine,) = manifest.engines
+    assert {spec.dtype for spec in engine.outputs if spec.name.startswith("present.")} == {kind}
+    assert engine.layers == {"PLUGIN_V3": 2}
+    assert len(engine.aliases) == 4
+    verify = ("--backend", "tensorrt-network", "--attention", "plugin", "--decode-steps", 4, "-q")
+    code, output = run("verify", path, "--against", toys / "student", *verify)
+    assert code == 0, output
+    shutil.rmtree(path)

@@ -1,0 +1,115 @@
+"""Bundles appear whole or not at all: exceptions, kill -9, leftovers of dead processes, replacement."""
+
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from headfold.export.bundle.writer import staged, write_json, write_manifest
+from headfold.runtime import BundleError
+
+PROGRAM = Path(sys.executable).parent / "headfold"
+
+
+def names(path: Path) -> list[str]:
+    return sorted(entry.name for entry in path.iterdir())
+
+
+def fill(stage: Path, content: int) -> None:
+    write_json(stage / "manifest.json", {"content": content})
+
+
+def test_a_finished_block_is_published(tmp_path) -> None:
+    with staged(tmp_path / "b", force=False) as stage:
+        fill(stage, 1)
+        assert not (tmp_path / "b").exists()
+    assert names(tmp_path) == ["b"]
+    assert "1" in (tmp_path / "b" / "manifest.json").read_text()
+
+
+def test_an_exception_leaves_nothing_and_keeps_what_was_there(tmp_path) -> None:
+    with staged(tmp_path / "b", force=False) as stage:
+        fill(stage, 1)
+    with pytest.raises(ZeroDivisionError), staged(tmp_path / "b", force=True) as stage:
+        fill(stage, 2 // 0)
+    assert names(tmp_path) == ["b"]
+    assert "1" in (tmp_path / "b" / "manifest.json").read_text()
+
+
+def test_force_replaces_a_bundle(tmp_path) -> None:
+    for content in (1, 2):
+        with staged(tmp_path / "b", force=content == 2) as stage:
+            fill(stage, content)
+    assert names(tmp_path) == ["b"]
+    assert "2" in (tmp_path / "b" / "manifest.json").read_text()
+
+
+def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (tmp_path / f".b.headfold-partial-{dead.pid}").mkdir()
+    (tmp_path / f".b.headfold-partial-{os.getppid()}").mkdir()
+    with staged(tmp_path / "b", force=False) as stage:
+        fill(stage, 1)
+    assert names(tmp_path) == [f".b.headfold-partial-{os.getppid()}", "b"]
+
+
+def test_permission_is_one_line(tmp_path, monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("headfold.export.bundle.writer.sync_tree", refuse)
+    with pytest.raises(BundleError, match="cannot write: Permission denied"), staged(tmp_path / "b", False) as stage:
+        fill(stage, 1)
+    assert names(tmp_path) == []
+
+
+def test_manifest_lists_every_file_with_its_hash(tmp_path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "f").write_bytes(b"abc")
+    fields = {
+        "format_version": 1,
+        "headfold_version": "0",
+        "source": "s",
+        "config": {},
+        "vocab_size": 1,
+        "parameters": 1,
+    }
+    more = {"dtype": "float32", "logits": "last", "inputs": [], "outputs": [], "tools": {}, "parity": None}
+    cache = {"num_hidden_layers": 1, "num_key_value_heads": 1, "head_dim": 1, "capacity": 1}
+    manifest = write_manifest(tmp_path, cache=cache, **fields, **more)
+    assert list(manifest.files) == ["sub/f"]
+    # the SHA-256 of "abc", FIPS 180-2 appendix B.1
+    assert manifest.files["sub/f"].sha256 == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_kill_9_in_the_middle_leaves_nothing_that_looks_finished(toy_checkpoint, tmp_path) -> None:
+    command = [PROGRAM, "export", toy_checkpoint, "-o", tmp_path / "b", "-q", "--no-verify"]
+    process = subprocess.Popen(command)
+    while not list(tmp_path.glob(".b.headfold-partial-*")):  # until it has begun to write
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "b").exists()
+    assert not list(tmp_path.rglob("manifest.json"))
+    assert subprocess.run(command, check=False).returncode == 0
+    assert names(tmp_path) == ["b"]  # and the next try cleans up
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak is the whole process's")
+def test_the_peak_of_an_export_is_not_that_of_what_came_before_it() -> None:
+    from headfold.export.bundle import pipeline
+
+    size = 256 << 20  # bytes; a mapping of its own, for malloc may keep what is freed
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as large:
+        large.write(bytes(size))
+        peak = pipeline._peak_memory()
+    assert peak > size
+    pipeline._forget_peak_memory()
+    assert pipeline._peak_memory() < peak - (128 << 20)

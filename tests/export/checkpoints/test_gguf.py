@@ -1,0 +1,187 @@
+"""GGUF files: written here with the gguf package's writer, and the real SmolLM2 against transformers' own GGUF reader."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from headfold.export.checkpoints.base import load_decoder, open_checkpoint
+from headfold.export.model.config import ModelConfig, RopeConfig
+from headfold.runtime import CheckpointError, ConfigError
+
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def gguf_name(name: str) -> str:
+    base, _, kind = name.rpartition(".")
+    if base in NAMES:
+        return f"{NAMES[base]}.{kind}"
+    _, _, layer, part = base.split(".", 3)
+    return f"blk.{layer}.{NAMES[part]}.{kind}"
+
+
+def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
+    """What llama.cpp's converter does to query and key rows (LlamaModel.permute), with indices instead of reshapes."""
+    size = weight.shape[0] // heads
+    order = [h * size + half * size // 2 + i for h in range(heads) for i in range(size // 2) for half in (0, 1)]
+    return weight[order]
+
+
+def write(path: Path, checkpoint: Any, architecture: str, quantize: bool = False, **metadata: Any) -> Path:
+    config = checkpoint.config
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope.rope_theta)
+    if config.rope.rope_type != "default":
+        writer.add_rope_scaling_type(gguf.RopeScalingType(config.rope.rope_type))
+        writer.add_rope_scaling_factor(config.rope.factor)
+        writer.add_rope_scaling_orig_ctx_len(config.rope.original_max_position_embeddings)
+    for name, value in metadata.items():
+        writer.add_uint32(f"{architecture}.{name}", value)
+    for name in checkpoint:
+        weight = checkpoint.read(name).numpy()
+        if architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
+            weight = interleave(
+                weight, config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
+            )
+        if quantize and weight.ndim == 2 and weight.shape[1] % 32 == 0:
+            packed = gguf.quantize(weight, gguf.GGMLQuantizationType.Q8_0)
+            writer.add_tensor(gguf_name(name), packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        else:
+            writer.add_tensor(gguf_name(name), weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama tied": ("llama", {"tie_word_embeddings": True}),
+    "llama biases": ("llama", {"qkv_bias": True, "output_bias": True, "mlp_bias": True}),
+    "llama yarn": (
+        "llama",
+        {"rope": RopeConfig(500.0, "yarn", factor=4.0, original_max_position_embeddings=16)},
+    ),
+    "qwen2": ("qwen2", {"qkv_bias": True}),
+    "qwen3": ("qwen3", {"qk_norm": True}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_weights_come_back_as_they_were(variant, config, memory_checkpoint, tmp_path) -> None:
+    model_type, fields = VARIANTS[variant]
+    config: ModelConfig = replace(config, model_type=model_type, eos_token_id=(), **fields)
+    checkpoint = memory_checkpoint(config)
+    read = open_checkpoint(write(tmp_path / "m.gguf", checkpoint, model_type))
+    assert read.config == config
+    for name in checkpoint:
+        torch.testing.assert_close(read.read(name), checkpoint.read(name), atol=0, rtol=0)
+
+
+def test_quantized_weights_are_dequantized(config, memory_checkpoint, tmp_path) -> None:
+    checkpoint = memory_checkpoint(replace(config, hidden_size=64))
+    read = open_checkpoint(write(tmp_path / "m.gguf", checkpoint, "llama", quantize=True))
+    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"):
+        weight = checkpoint.read(name)
+        blocks = weight.reshape(-1, 32)
+        step = (
+            blocks.abs().amax(1, keepdim=True) / 127
+        )  # of Q8_0: 32 values share a scale, itself rounded to float16 (0.06)
+        assert ((read.read(name).reshape(-1, 32) - blocks).abs() <= 0.57 * step).all()
+
+
+def test_another_architecture_is_refused(config, memory_checkpoint, tmp_path) -> None:
+    path = write(tmp_path / "m.gguf", memory_checkpoint(config), "gptneox")
+    with pytest.raises(ConfigError, match="GGUF architecture 'gptneox' is not supported"):
+        open_checkpoint(path)
+
+
+def test_a_mixture_of_experts_is_refused(config, memory_checkpoint, tmp_path) -> None:
+    path = write(tmp_path / "m.gguf", memory_checkpoint(config), "llama", expert_count=8)
+    with pytest.raises(ConfigError, match="mixture of experts"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("keep", [0, 3, 100, 20_000])
+def test_a_truncated_file_is_refused(keep, config, memory_checkpoint, tmp_path) -> None:
+    path = write(tmp_path / "m.gguf", memory_checkpoint(config), "llama")
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match="is no GGUF file, or a damaged one"):
+        open_checkpoint(path)
+
+
+@pytest.mark.real
+@torch.inference_mode()
+def test_smollm2_equals_transformers(smollm2) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    reference = AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32).eval()
+    decoder = load_decoder(open_checkpoint(smollm2))
+    tokenizer = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
+    prompts = ["The gate of a GLU decides what passes.", "Paris", "1 2 3 4 5 6 7"]
+    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    longest = max(map(len, rows))
+    ids, mask = torch.zeros(2, len(rows), longest, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, longest - len(row) :], mask[i, longest - len(row) :] = torch.tensor(row), 1
+    cache = decoder.new_cache(len(rows), 64)
+    prefill = decoder(ids, mask, cache).logits
+    decode = decoder(torch.full((3, 1), 42), torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], 1), cache).logits
+    for i, row in enumerate(rows):
+        expected = reference(torch.tensor([[*row, 42]])).logits[0]
+        alone = decoder(torch.tensor([[*row, 42]])).logits[0]
+        torch.testing.assert_close(alone, expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(prefill[i, -len(row) :], expected[:-1], atol=1e-4, rtol=0)
+        torch.testing.assert_close(decode[i], expected[-1:], atol=1e-4, rtol=0)
+
+
+@pytest.mark.real
+def test_smollm2s_tokenizer_equals_transformers(smollm2, tmp_path) -> None:
+    from transformers import AutoTokenizer
+
+    from headfold.runtime.text import Text
+
+    for name, content in open_checkpoint(smollm2).tokenizer.files.items():
+        (tmp_path / name).write_bytes(content)
+    ours, theirs = Text(tmp_path), AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
+    for text in (
+        "Hello, world!  Two  spaces",
+        "12345 and 6",
+        "naïve café 😀 漢字",
+        "\n\ttabs\n\n",
+        "it's <|im_start|>user",
+    ):
+        assert ours.encode(text) == theirs(text)["input_ids"]
+    messages = [{"role": "user", "content": "Why is the sky blue?"}]
+    expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert ours.chat_prompt(messages) == expected
+    assert "SmolLM" in expected  # the template's own system message

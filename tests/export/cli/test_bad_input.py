@@ -1,0 +1,272 @@
+"""What a user can do wrong: one line that names it, exit code 2, no traceback, and nothing left behind."""
+
+import json
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from headfold.export.bundle.pipeline import ExportOptions, export_bundle
+from headfold.export.checkpoints.base import open_checkpoint
+from headfold.export.checkpoints.hf import save_hf
+from headfold.export.cli import main
+from headfold.export.progress import Reporter
+
+
+@pytest.fixture
+def checkpoint(toy_checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(toy_checkpoint, tmp_path / "checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def good_bundle(toy_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("good") / "bundle"
+    export_bundle(toy_checkpoint, path, ExportOptions(verify=False), Reporter(quiet=True))
+    return path
+
+
+@pytest.fixture
+def bundle(good_bundle: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(good_bundle, tmp_path / "bundle"))
+
+
+def fails(arguments: list[str], *parts: str, stdin: str = "") -> None:
+    result = CliRunner().invoke(main, arguments, input=stdin)
+    assert result.exit_code == 2, (result.exit_code, result.output, result.exception)
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("headfold: error: ")
+    for part in parts:
+        assert part in lines[0]
+    assert lines[0].endswith(".")  # the remedy is a sentence
+    assert "Traceback" not in result.output
+
+
+def config(**fields: Any) -> Callable[[Path], None]:
+    """Changes config.json; None removes a field."""
+
+    def change(path: Path) -> None:
+        content = json.loads((path / "config.json").read_text()) | fields
+        content = {name: value for name, value in content.items() if value is not None}
+        (path / "config.json").write_text(json.dumps(content))
+
+    return change
+
+
+def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def apply(path: Path) -> None:
+        content = load_file(path / "model.safetensors")
+        change(content)
+        save_file(content, path / "model.safetensors", metadata={"format": "pt"})
+
+    return apply
+
+
+def resave(shard_bytes: int, after: Callable[[Path], Any]) -> Callable[[Path], None]:
+    def apply(path: Path) -> None:
+        save_hf(path.parent / "sharded", open_checkpoint(path), torch.float32, shard_bytes)
+        shutil.rmtree(path)
+        (path.parent / "sharded").rename(path)
+        after(path)
+
+    return apply
+
+
+def truncate(name: str, keep: int) -> Callable[[Path], None]:
+    return lambda path: (path / name).write_bytes((path / name).read_bytes()[:keep]) and None
+
+
+def swap_for_pickle(path: Path) -> None:
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+
+
+def damaged_index(path: Path) -> None:
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    first, *_, last = index["weight_map"]
+    index["weight_map"][first] = index["weight_map"][last]
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+Q, NORM = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
+CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "truncated safetensors": (truncate("model.safetensors", 5000), "is damaged"),
+    "safetensors header cut": (truncate("model.safetensors", 5), "is damaged"),
+    "absurd header length": (
+        lambda p: (p / "model.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}"),
+        "is damaged",
+    ),
+    "missing shard": (resave(60_000, lambda p: next(p.glob("*-00002-*")).unlink()), "shard is missing"),
+    "index points to the wrong shard": (resave(60_000, damaged_index), "is not in it, though"),
+    "index leads out": (
+        resave(
+            60_000, lambda p: (p / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../model.bin"}}')
+        ),
+        "shard is missing",
+    ),
+    "no weights": (lambda p: (p / "model.safetensors").unlink(), "has no model.safetensors"),
+    "only a pickle": (swap_for_pickle, "pickles are never loaded"),
+    "missing tensor": (tensors(lambda t: t.pop(Q)), f"1 tensor missing: {Q}"),
+    "extra tensor": (tensors(lambda t: t.update(extra=torch.ones(2))), "1 tensor that this model does not have: extra"),
+    "wrong shape": (tensors(lambda t: t.update({Q: t[Q][:8].clone()})), f"{Q} [8, 48] instead of [96, 48]"),
+    "wrong dtype": (tensors(lambda t: t.update({Q: t[Q].to(torch.int8)})), f"tensor {Q} is I8"),
+    "NaN weights": (tensors(lambda t: t[NORM].fill_(float("nan"))), f"tensor {NORM} holds NaN or infinity"),
+    "no config": (lambda p: (p / "config.json").unlink(), "has no config.json"),
+    "config is no JSON": (truncate("config.json", 40), "is not JSON"),
+    "config is a list": (lambda p: (p / "config.json").write_text("[]"), "is no JSON object"),
+    "unknown model_type": (config(model_type="mamba"), "model_type 'mamba' is unknown"),
+    "no model_type": (config(model_type=None), "model_type is missing"),
+    "unknown activation": (config(hidden_act="xielu"), "hidden_act 'xielu' is not implemented"),
+    "unknown RoPE": (
+        config(rope_parameters={"rope_type": "longrope", "factor": 2.0}),
+        "rope_type 'longrope' is not implemented",
+    ),
+    "RoPE without its factor": (config(rope_parameters={"rope_type": "linear"}), "rope: factor is missing"),
+    "heads not divisible by KV heads": (
+        config(num_key_value_heads=4),
+        "num_attention_heads 6 is not divisible by num_key_value_heads 4",
+    ),
+    "heads do not divide the width": (config(head_dim=None, num_attention_heads=7), "hidden_size 48 is not divisible"),
+    "a number is text": (config(num_hidden_layers="two"), "num_hidden_layers is 'two'"),
+    "no layers": (config(num_hidden_layers=0), "num_hidden_layers is 0"),
+    "more layers than tensors": (config(num_hidden_layers=3), "tensors missing: model.layers.2."),
+    "fewer layers than tensors": (config(num_hidden_layers=1), "that this model does not have: model.layers.1."),
+    "odd RoPE": (
+        config(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.3125}),
+        "rotates 5 dimensions",
+    ),
+    "quantized checkpoint": (config(quantization_config={"quant_method": "awq"}), "quantized checkpoints are not read"),
+}
+
+
+@pytest.mark.parametrize("case", CHECKPOINTS)
+def test_checkpoints(case, checkpoint, tmp_path) -> None:
+    damage, message = CHECKPOINTS[case]
+    damage(checkpoint)
+    (tmp_path / "out").mkdir()
+    fails(["export", str(checkpoint), "-o", str(tmp_path / "out" / "bundle"), "--no-verify", "-q"], message)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def change_manifest(**fields: Any) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        content = json.loads((path / "manifest.json").read_text()) | fields
+        (path / "manifest.json").write_text(json.dumps(content))
+
+    return change
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray((path / "model.onnx.data").read_bytes())
+    data[1000] ^= 1
+    (path / "model.onnx.data").write_bytes(data)
+
+
+BUNDLES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "changed byte": (flip_a_byte, "model.onnx.data: does not have the SHA-256 of the manifest"),
+    "truncated data": (truncate("model.onnx.data", 1000), "has 1000 bytes, not the"),
+    "missing tokenizer": (lambda p: (p / "tokenizer.json").unlink(), "tokenizer.json: is missing"),
+    "unlisted file": (lambda p: (p / "notes.txt").write_text("x"), "notes.txt: is not listed in the manifest"),
+    "newer format": (change_manifest(format_version=99), "has format version 99"),
+    "unknown field": (change_manifest(surprise=1), "surprise: Extra inputs are not permitted"),
+    "manifest is no JSON": (truncate("manifest.json", 10), "is not JSON"),
+    "no manifest": (lambda p: (p / "manifest.json").unlink(), "has no manifest.json"),
+    "file outside the bundle": (
+        change_manifest(files={"../../etc/passwd": {"size": 1, "sha256": "0" * 64}}),
+        "points outside the bundle",
+    ),
+    "no bundle": (shutil.rmtree, "no such bundle directory"),
+}
+
+
+@pytest.mark.parametrize("case", BUNDLES)
+def test_bundles(case, bundle) -> None:
+    damage, message = BUNDLES[case]
+    damage(bundle)
+    fails(["generate", str(bundle), "the fox", "-n", "2"], message)
+
+
+PROMPTS: dict[str, tuple[list[str], str, str]] = {
+    "empty prompt": ([""], "", "the prompt is empty"),
+    "empty standard input": ([], "", "the prompt is empty"),
+    "prompt over capacity": (["the fox " * 50], "", "over the bundle's capacity of 64"),
+    "prompt and answer over capacity": (["the fox", "-n", "1000"], "", "over the bundle's capacity of 64"),
+    "negative temperature": (["the fox", "--temperature", "-1"], "", "temperature is -1"),
+    "top-p of 2": (["the fox", "--top-p", "2"], "", "top_p is 2"),
+    "unknown provider": (["the fox", "--provider", "tpu"], "", "provider 'tpu' is unknown"),
+}
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+def test_prompts(case, good_bundle) -> None:
+    arguments, stdin, message = PROMPTS[case]
+    fails(["generate", str(good_bundle), *arguments], message, stdin=stdin)
+
+
+def test_outputs(checkpoint, bundle, tmp_path) -> None:
+    """Nothing that exists is replaced by accident, or by force if it is no bundle."""
+    before = {path.name: path.stat().st_mtime_ns for path in bundle.iterdir()}
+    fails(["export", str(checkpoint), "-o", str(bundle), "-q"], "already exists", "--force")
+    assert {path.name: path.stat().st_mtime_ns for path in bundle.iterdir()} == before
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter.txt").write_text("dear")
+    fails(["export", str(checkpoint), "-o", str(tmp_path / "home"), "--force", "-q"], "is no bundle")
+    assert (tmp_path / "home" / "letter.txt").read_text() == "dear"
+    fails(["export", str(checkpoint), "-o", str(tmp_path / "no" / "where"), "-q"], "is no directory")
+    fails(["export", str(tmp_path / "nothing"), "-o", str(tmp_path / "b"), "-q"], "no such file or directory")
+
+
+@pytest.mark.parametrize("capacity", ["0", "65"])
+def test_capacities(capacity, checkpoint, tmp_path) -> None:
+    arguments = ["export", str(checkpoint), "-o", str(tmp_path / "b"), "--capacity", capacity, "-q"]
+    fails(arguments, f"a capacity of {capacity} tokens", "Choose 1 to 64")
+
+
+def test_a_bundle_of_another_model(checkpoint, bundle) -> None:
+    config(rms_norm_eps=1e-3)(checkpoint)
+    fails(["verify", str(bundle), "--against", str(checkpoint), "-q"], "was made from another model", "norm_eps differ")
+
+
+def test_inspecting_nothing(tmp_path) -> None:
+    fails(["inspect", str(tmp_path / "nothing")], "no such file or directory")
+
+
+def test_nan_can_be_allowed(checkpoint, tmp_path) -> None:
+    tensors(lambda t: t[NORM].fill_(float("nan")))(checkpoint)
+    arguments = ["export", str(checkpoint), "-o", str(tmp_path / "b"), "--allow-nan", "--no-verify", "-q"]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+
+
+def test_debug_shows_the_traceback(tmp_path, monkeypatch) -> None:
+    arguments = ["--debug", "inspect", str(tmp_path / "nothing")]
+    monkeypatch.setattr("sys.argv", ["headfold", *arguments])
+    result = CliRunner().invoke(main, arguments)
+    assert type(result.exception).__name__ == "CheckpointError"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 200 KiB."""
+    import subprocess
+
+    path = tmp_path / "disk"
+    path.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", path], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield path
+    subprocess.run(["umount", path], check=True)
+
+
+def test_a_full_disk(checkpoint, small_disk) -> None:
+    fails(["export", str(checkpoint), "-o", str(small_disk / "b"), "--no-verify", "-q"], "cannot write: No space left")
+    assert list(small_disk.iterdir()) == []

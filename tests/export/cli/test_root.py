@@ -1,0 +1,146 @@
+"""The command line end to end, on the toy: export, verify, inspect, generate, chat."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+
+from headfold.export.checkpoints.base import load_decoder, open_checkpoint
+from headfold.export.cli import main
+
+
+def run(*arguments: object, stdin: str = "") -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], input=stdin)
+
+
+@pytest.fixture(scope="module")
+def exported(toy_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, str]:
+    """A bundle made by the command, its JSON and what it said on the way."""
+    path = tmp_path_factory.mktemp("cli") / "bundle"
+    result = run("export", toy_checkpoint, "-o", path, "--decode-steps", 4, "--json")
+    assert result.exit_code == 0, result.output
+    return path, json.loads(result.stdout), result.stderr
+
+
+def test_export_tells_what_it_did(exported) -> None:
+    path, content, log = exported
+    assert content["bundle"] == str(path)
+    assert content["manifest"]["parity"]["passed"] is True
+    assert content["manifest"]["parity"]["top1_agreement"] == 1.0
+    assert "peak memory of the export" in log
+    assert log.count("\n") == len(log.splitlines())  # plain lines, no cursor movements
+    assert "\x1b" not in log
+
+
+def test_a_bundle_has_what_the_contract_names(exported) -> None:
+    path, content, _ = exported
+    assert {entry.name for entry in path.iterdir()} == {
+        "model.onnx",
+        "model.onnx.data",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "genai_config.json",
+        "parity.json",
+        "manifest.json",
+    }
+    manifest = content["manifest"]
+    assert [value["name"] for value in manifest["inputs"][:4]] == [
+        "input_ids",
+        "attention_mask",
+        "past_key_values.0.key",
+        "past_key_values.0.value",
+    ]
+    assert manifest["outputs"][0] == {"name": "logits", "dtype": "float32", "shape": ["batch", 1, 300]}
+    assert manifest["cache"]["capacity"] == 64
+    assert {"headfold", "torch", "onnx"} <= set(manifest["tools"])
+
+
+def test_verify(exported, toy_checkpoint, tmp_path) -> None:
+    path = exported[0]
+    result = run("verify", path, "--against", toy_checkpoint, "--decode-steps", 2)
+    assert result.exit_code == 0, result.output
+    assert "all within tolerance" in result.stderr
+    other = tmp_path / "other"
+    other.mkdir()
+    for entry in toy_checkpoint.iterdir():
+        (other / entry.name).write_bytes(entry.read_bytes())
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.1.self_attn.o_proj.weight"] *= 1.1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    result = run("verify", path, "--against", other, "--decode-steps", 2, "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["first_bad_layer"] == 1
+    assert "first bad layer 1" in result.stderr.splitlines()[-1]
+
+
+def test_a_failed_export_publishes_nothing(toy_checkpoint, tmp_path, monkeypatch) -> None:
+    from headfold.export.parity import report as parity_report
+    from headfold.export.parity.report import Tolerance
+
+    monkeypatch.setitem(parity_report.TOLERANCES, "float32", Tolerance((1e-12, 0), (1e-12, 0)))
+    result = run("export", toy_checkpoint, "-o", tmp_path / "b", "-q", "--decode-steps", 1)
+    assert result.exit_code == 1
+    assert "differs from PyTorch in" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_generate_is_the_decoders_greedy_text(exported, toy_checkpoint, tokenizer) -> None:
+    result = run("generate", exported[0], "the quick", "-n", 8, "--json")
+    (answer,) = json.loads(result.stdout)
+    decoder = load_decoder(open_checkpoint(toy_checkpoint))
+    tokens = tokenizer.encode("the quick").ids
+    for _ in range(8):
+        tokens.append(int(decoder(torch.tensor([tokens])).logits[0, -1].argmax()))
+    assert answer["token_ids"] == tokens[-8:]
+    assert answer["text"] == tokenizer.decode(tokens[-8:])
+    assert run("generate", exported[0], "the quick", "-n", 8).stdout == answer["text"] + "\n"
+    assert run("generate", exported[0], "-", "-n", 8, stdin="the quick").stdout == answer["text"] + "\n"
+    batch = json.loads(run("generate", exported[0], "the quick", "dog", "-n", 8, "--json").stdout)
+    assert batch[0] == answer
+
+
+def test_chat_remembers(exported) -> None:
+    first = run("chat", exported[0], "-n", 6, "--system", "be brief", stdin="the fox\n")
+    assert first.exit_code == 0, first.output
+    both = run("chat", exported[0], "-n", 6, "--system", "be brief", stdin="the fox\nthe dog\n\nnot read\n")
+    answer = first.stdout.rstrip("\n")
+    assert both.stdout.startswith(answer)
+    alone = run("chat", exported[0], "-n", 6, "--system", "be brief", stdin="the dog\n").stdout
+    assert both.stdout != answer + "\n" + alone  # the second answer depends on the first exchange
+
+
+def test_inspect(exported, toy_checkpoint) -> None:
+    facts = json.loads(run("inspect", toy_checkpoint, "--json").stdout)
+    assert facts["kind"] == "checkpoint"
+    assert (facts["attention"], facts["feed_forward"]) == ("GQA", "SwiGLU")
+    assert facts["kv_bytes_per_token"] == 2 * 2 * 2 * 16 * 4  # keys and values, layers, KV heads, head size, float32
+    assert facts["parameters"] == sum(
+        tensor.numel() for tensor in load_file(toy_checkpoint / "model.safetensors").values()
+    )
+    bundle = json.loads(run("inspect", exported[0], "--json").stdout)
+    assert bundle["parameters"] == facts["parameters"]
+    assert bundle["parity"]["passed"] is True
+    assert bundle["targets"] == ["onnxruntime"]
+    table = run("inspect", exported[0]).stdout
+    assert "SwiGLU" in table
+    assert "kv bytes per token" in table
+
+
+def test_help_is_quick_and_has_examples() -> None:
+    result = run("export", "--help")
+    assert "headfold export ./SmolLM2-135M-Instruct -o smol" in result.stdout.replace("\n", " ")
+    heavy = "import sys, headfold.export.cli.root; sys.exit(bool({'torch', 'onnx', 'onnxruntime'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", heavy], check=False).returncode == 0
+
+
+def test_bad_usage_exits_with_2() -> None:
+    assert run("export").exit_code == 2
+    assert run("export", "x", "-o", "y", "--dtype", "int3").exit_code == 2

@@ -1,0 +1,183 @@
+"""Parity finds what it is for: a wrong weight, a lost window, another RoPE, a NaN. Each names check and layer."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+
+from headfold.export.graph.trace import export_graph
+from headfold.export.graph.weights import attach_weights, save_model
+from headfold.export.model.config import ModelConfig
+from headfold.export.model.decoder import Decoder
+from headfold.export.parity import compare as parity
+from headfold.export.parity.compare import make_prompts, pad, verify_graph
+from headfold.export.parity.report import ParityReport, compare_logits, tolerance
+from headfold.export.progress import Reporter
+
+CAPACITY = 64
+
+
+@pytest.fixture
+def verified(memory_checkpoint, tmp_path) -> Callable[..., ParityReport]:
+    """Exports a model, lets a fault be planted in the graph or the weights, and compares with the right one."""
+
+    def verify(
+        config: ModelConfig,
+        dtype: str = "float32",
+        graph: Callable[[ir.Model], Any] = lambda model: None,
+        weights: Callable[[dict[str, torch.Tensor]], Any] = lambda tensors: None,
+        exported: ModelConfig | None = None,
+    ) -> ParityReport:
+        checkpoint = memory_checkpoint(config)
+        torch_dtype = getattr(torch, dtype)
+        rounded = {name: tensor.clone().to(torch_dtype).float() for name, tensor in checkpoint.tensors.items()}
+        changed = {name: tensor.clone() for name, tensor in checkpoint.tensors.items()}
+        weights(changed)
+        checkpoint = replace(checkpoint, config=exported or config, tensors=changed)
+        model = export_graph(checkpoint.config, torch_dtype, CAPACITY)
+        attach_weights(model, checkpoint, torch_dtype, CAPACITY, allow_nan=True)
+        graph(model)
+        save_model(model, tmp_path / "model.onnx", lambda name, size: None)
+
+        def load() -> Decoder:
+            decoder = Decoder(config, CAPACITY).eval().requires_grad_(False)
+            decoder.load_state_dict(rounded)
+            cos, sin = decoder.cos_cache.to(torch_dtype).float(), decoder.sin_cache.to(torch_dtype).float()
+            decoder.cos_cache, decoder.sin_cache = cos, sin
+            return decoder
+
+        prompts = make_prompts(config.vocab_size, 12, None)
+        return verify_graph(tmp_path / "model.onnx", load, config, dtype, False, prompts, 4, Reporter(quiet=True))
+
+    return verify
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_the_right_graph_passes(dtype, config, verified) -> None:
+    report = verified(config, dtype)
+    assert report.passed, report.failure()
+    assert report.first_bad_layer is None
+    assert {check.name for check in report.checks} == {
+        "prefill",
+        "prefill, cache",
+        "decode",
+        "decode, cache",
+        "chunked prefill",
+        "chunked prefill, cache",
+        "ragged batch, right padding",
+        "ragged batch, right padding, cache",
+        "ragged batch, left padding",
+        "ragged batch, left padding, cache",
+        "greedy tokens",
+        "residual stream, per layer",
+    }
+    assert [layer.layer for layer in report.layers] == [0, 1, 2]
+    assert report.summary()["top1_agreement"] == (1.0 if dtype != "float16" else pytest.approx(1.0, abs=0.2))
+
+
+def test_a_wrong_weight_is_found_in_its_layer(config, verified) -> None:
+    report = verified(config, weights=lambda t: t["model.layers.1.mlp.up_proj.weight"].mul_(1.01))
+    assert not report.passed
+    assert report.first_bad_layer == 1
+    assert "first bad layer 1" in report.failure()
+
+
+def test_nan_fails(config, verified) -> None:
+    report = verified(config, weights=lambda t: t["model.layers.2.mlp.down_proj.weight"][0].fill_(float("nan")))
+    assert not report.passed
+    assert report.first_bad_layer == 2
+
+
+def test_a_lost_window_fails(config, verified) -> None:
+    windowed = replace(config, sliding_window=3, sliding_layers=(1,))
+    report = verified(windowed, exported=config)
+    assert not report.passed
+    assert report.first_bad_layer == 1
+
+
+def attention(**attributes: int) -> Callable[[ir.Model], None]:
+    def change(model: ir.Model) -> None:
+        for node in model.graph:
+            if node.op_type == "GroupedQueryAttention":
+                for name, value in attributes.items():
+                    node.attributes[name] = ir.AttrInt64(name, value)
+
+    return change
+
+
+def test_a_wrong_rope_pairing_fails(config, verified) -> None:
+    report = verified(config, graph=attention(rotary_interleaved=1))
+    assert not report.passed
+    assert report.first_bad_layer == 0
+
+
+def test_swapped_caches_fail(config, verified) -> None:
+    def swap(model: ir.Model) -> None:
+        node = next(node for node in model.graph if node.op_type == "GroupedQueryAttention")
+        key, value = node.inputs[3], node.inputs[4]
+        node.replace_input_with(3, value)
+        node.replace_input_with(4, key)
+
+    report = verified(config, graph=swap)
+    failing = {check.name for check in report.checks if not check.passed}
+    assert "decode" in failing
+    assert "prefill" not in failing  # a new cache is empty: only steps that have a past can show it
+
+
+def test_padding_that_is_not_understood_fails(config, verified) -> None:
+    """A graph that takes every column of the mask for a token is right alone, and wrong in a batch."""
+
+    def ignore(model: ir.Model) -> None:
+        mask = next(value for value in model.graph.inputs if value.name == "attention_mask")
+        one = ir.node(
+            "Max", [mask, ir.Value(name="ones", const_value=ir.tensor(np.ones((1, 1), np.int64), name="ones"))]
+        )
+        model.graph.initializers["ones"] = one.inputs[1]
+        for user, index in mask.uses():
+            user.replace_input_with(index, one.outputs[0])
+        one.replace_input_with(0, mask)
+        model.graph.insert_before(model.graph[0], one)
+
+    report = verified(config, graph=ignore)
+    failing = {check.name for check in report.checks if not check.passed}
+    assert {"ragged batch, left padding", "ragged batch, right padding"} <= failing
+    assert not {"prefill", "decode", "chunked prefill"} & failing
+
+
+def test_agreement_of_logits_by_its_definition() -> None:
+    expected = np.array([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0], [3.0, 1.0, 0.0]], np.float32)  # the second row is padding
+    actual = np.array([[1.0, 2.0, 3.0], [9.0, 9.0, 9.0], [1.0, 3.0, 0.0]], np.float32)
+    cosine, kl, top1 = compare_logits(expected, actual)
+    p, q = (np.exp(x) / np.exp(x).sum() for x in (expected[2].astype(float), actual[2].astype(float)))
+    assert kl == pytest.approx((p * np.log(p / q)).sum())
+    assert cosine == pytest.approx(6 / 10)
+    assert top1 == 0.5
+
+
+def test_padding_sides() -> None:
+    prompts = [np.array([1, 2, 3]), np.array([4])]
+    ids, mask = pad(prompts, "left")
+    assert ids.tolist() == [[1, 2, 3], [0, 0, 4]]
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert pad(prompts, "right")[0].tolist() == [[1, 2, 3], [4, 0, 0]]
+
+
+def test_a_report_is_plain_json(config, verified, tmp_path: Path) -> None:
+    import json
+
+    content = json.loads(json.dumps(verified(config).to_json()))
+    assert content["passed"] is True
+    assert content["first_divergent_token"] is None
+    assert len(content["layers"]) == config.num_hidden_layers
+
+
+def test_what_float32_itself_gets_wrong_is_allowed_twice() -> None:
+    expected = {"logits": np.ones((1, 1, 8), np.float32)}
+    exact = {"logits": expected["logits"] + np.float32(3e-3)}
+    assert parity._limit(tolerance("float32"), "logits", expected, None) == 1e-4
+    assert parity._limit(tolerance("float32"), "logits", expected, exact) == pytest.approx(6e-3, rel=1e-3)
