@@ -10,23 +10,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-DType = Literal["float16", "bfloat16", "float32"]
-CacheDType = Literal["float16", "bfloat16", "float32", "int8", "float8_e4m3fn"]
+from headfold.plugins.dtypes import DTYPES, QUANTIZED, DType, Quantized
+
 KernelName = Literal["append", "prefill", "decode", "reduce"]
 Axis = Literal["new_tokens", "group_rows", "splits", "output_rows", "kv_heads", "batch", "one"]
-TRITON_TYPES = {
-    "float16": "fp16",
-    "bfloat16": "bf16",
-    "float32": "fp32",
-    "int8": "i8",
-    "float8_e4m3fn": "fp8e4nv",
-    "int64": "i64",
-    "int32": "i32",
-}
-ITEM_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1, "float8_e4m3fn": 1}
-# Compute capability, 86 for 8.6, and the most shared memory of a block in KiB (CUDA programming guide, technical specifications)
-SHARED_KIB = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}
-FLOAT8_SINCE = 89  # Ada is the first that converts from and to e4m3fn
 MANIFEST = "kernels.json"
 SCRATCH = ("global_scratch", "profile_scratch")  # pointers that Triton appends to every entry; null, for we use neither
 _MAX_SPLITS = 32
@@ -100,7 +87,7 @@ class KernelSpec(_Strict):
     qk_norm: bool = False
     softcap: float = Field(default=0.0, ge=0)
     dtype: DType
-    cache_dtype: CacheDType
+    cache_dtype: DType | Quantized
 
     @model_validator(mode="after")
     def _consistent(self) -> "KernelSpec":
@@ -108,7 +95,7 @@ class KernelSpec(_Strict):
             raise ValueError(f"num_heads {self.num_heads} is not divisible by kv_num_heads {self.kv_num_heads}")
         if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
             raise ValueError(f"rotary_dim {self.rotary_dim} is odd or over head_dim {self.head_dim}")
-        if self.head_dim * min(ITEM_SIZES[self.dtype], ITEM_SIZES[self.cache_dtype]) % 16:
+        if self.head_dim * min(DTYPES[self.dtype].size, DTYPES[self.cache_dtype].size) % 16:
             raise ValueError(f"a head of {self.head_dim} {self.cache_dtype} is no multiple of 16 bytes")
         if not self.quantized and self.cache_dtype != self.dtype:
             raise ValueError(f"a {self.cache_dtype} cache of a {self.dtype} model")
@@ -122,7 +109,7 @@ class KernelSpec(_Strict):
     @property
     def quantized(self) -> bool:
         """Whether the cache has scales."""
-        return self.cache_dtype in ("int8", "float8_e4m3fn")
+        return self.cache_dtype in QUANTIZED
 
     @property
     def padded_dim(self) -> int:
@@ -146,7 +133,7 @@ def tiles(spec: KernelSpec, kernel: KernelName, capability: int = 80) -> Tiles:
     registers: there a tile is smaller and has more warps, or most of it would spill.
     """
     scalar = capability < 80 or spec.dtype == "float32"
-    row_bytes = spec.padded_dim * ITEM_SIZES[spec.dtype]
+    row_bytes = spec.padded_dim * DTYPES[spec.dtype].size
     side = min(32 if scalar else 64, max(16, (16 << 10) // row_bytes))  # of a square of queries and keys
     warps = 8 if scalar else 4
     match kernel:
@@ -235,7 +222,7 @@ def parameters(spec: KernelSpec, kernel: KernelName) -> list["Parameter"]:
     for name, kind in PARAMETERS[kernel]:
         bare = kind.removeprefix("*")
         star = kind[: len(kind) - len(bare)]
-        result.append(Parameter(name=name, type=star + TRITON_TYPES[kinds.get(bare, bare)]))
+        result.append(Parameter(name=name, type=star + DTYPES[kinds.get(bare, bare)].triton))
     return result
 
 

@@ -10,24 +10,9 @@ from collections.abc import Sequence
 from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper
 from onnx.defs import OpSchema
 
-from headfold.plugins.schema import (
-    DOMAIN,
-    INPUTS,
-    LAST_INDEX,
-    OP_TYPE,
-    OPTIONAL_INPUTS,
-    OUTPUTS,
-    SCALES,
-    VERSION,
-    Quantized,
-)
+from headfold.plugins.dtypes import DTYPES, FLOATS, QUANTIZED, Quantized
+from headfold.plugins.schema import ALL_INPUTS, DOMAIN, INPUTS, LAST_INDEX, OP_TYPE, OUTPUTS, SCALES, VERSION
 
-NODE_INPUTS = (*INPUTS, *OPTIONAL_INPUTS, LAST_INDEX, *SCALES)  # in order; a node without norms leaves theirs empty
-CACHE_TYPES: dict[Quantized, int] = {
-    "int8": TensorProto.INT8,
-    "float8_e4m3fn": TensorProto.FLOAT8E4M3FN,
-}  # of a quantized cache
-_RANGES: dict[Quantized, tuple[float, float]] = {"int8": (-128.0, 127.0), "float8_e4m3fn": (-448.0, 448.0)}
 OPSET = 24  # of the default domain: the first with TensorScatter
 _KINDS = {
     "num_heads": AttributeProto.INT,
@@ -45,12 +30,12 @@ def schema() -> OpSchema:
     types = {"past_lengths": "tensor(int64)", "total_sequence_length": "tensor(int32)", LAST_INDEX: "tensor(int32)"}
     types |= dict.fromkeys(SCALES, "tensor(float)")
     types |= dict.fromkeys(("past_key", "past_value", "present_key", "present_value"), "T_CACHE")
-    floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+    floats, narrow = ([f"tensor({DTYPES[name].onnxruntime})" for name in names] for names in (FLOATS, QUANTIZED))
     single, optional = OpSchema.FormalParameterOption.Single, OpSchema.FormalParameterOption.Optional
     parameters = [OpSchema.FormalParameter(name, types.get(name, "T"), param_option=single) for name in INPUTS]
     parameters += [
         OpSchema.FormalParameter(name, types.get(name, "T"), param_option=optional)
-        for name in NODE_INPUTS[len(INPUTS) :]
+        for name in ALL_INPUTS[len(INPUTS) :]
     ]
     kinds = {AttributeProto.INT: OpSchema.AttrType.INT, AttributeProto.FLOAT: OpSchema.AttrType.FLOAT}
     return OpSchema(
@@ -61,7 +46,7 @@ def schema() -> OpSchema:
         outputs=[OpSchema.FormalParameter(name, types.get(name, "T")) for name in OUTPUTS],
         type_constraints=[
             ("T", floats, "weights and output"),
-            ("T_CACHE", [*floats, "tensor(int8)", "tensor(float8e4m3fn)"], "T, or quantized with scales"),
+            ("T_CACHE", [*floats, *narrow], "T, or quantized with scales"),
         ],
         attributes=[OpSchema.Attribute(name, kinds[kind]) for name, kind in _KINDS.items()],
     )
@@ -94,7 +79,7 @@ class _Body:
         return self("Constant", [], name, value_ints=values)
 
     def function(self, domains: dict[str, int], quantized: bool) -> FunctionProto:
-        inputs = [name for name in NODE_INPUTS if quantized or name not in SCALES]  # onnx.reference wants all of them
+        inputs = [name for name in ALL_INPUTS if quantized or name not in SCALES]  # onnx.reference wants all of them
         opsets = [helper.make_opsetid(domain, version) for domain, version in domains.items()]
         return helper.make_function(DOMAIN, OP_TYPE, inputs, list(OUTPUTS), self.nodes, opsets, list(_KINDS))
 
@@ -137,14 +122,16 @@ def onnxruntime_body(qk_norm: bool = False, head_dim: int = 0, cache: Quantized 
     return body.function({"": OPSET, "com.microsoft": 1}, quantized=cache is not None)
 
 
-def standard_body(rotary_dim: int, qk_norm: bool = False, cache: Quantized | None = None) -> FunctionProto:
+def standard_body(
+    rotary_dim: int, qk_norm: bool = False, cache: Quantized | None = None, zeroed: bool = False
+) -> FunctionProto:
     """TensorScatter, RotaryEmbedding and Attention of opset 24 under an explicit mask; no contrib ops.
 
     `rotary_dim` is R, `cache` the dtype of a quantized cache: it may then also be kept in a wider dtype that holds the same numbers,
-    for tools that cannot compute with the narrow one.
+    for tools that cannot compute with the narrow one. `zeroed`: who runs it zeroes a new cache, so that what lies behind a sequence's
+    last token is always a number; otherwise it is read as zero, for even masked, NaN would be seen.
 
-    The mask is explicit because importers differ in what they make of Attention's causal and length inputs. Positions behind a
-    sequence's last token are masked, but must hold finite numbers: zero a new cache.
+    The mask is explicit because importers differ in what they make of Attention's causal and length inputs.
     """
     body = _Body()
     for name, values in {
@@ -177,18 +164,27 @@ def standard_body(rotary_dim: int, qk_norm: bool = False, cache: Quantized | Non
     # Only the first T positions can be visible
     body("Cast", ["total_sequence_length"], "total", to=TensorProto.INT64)
     body("Unsqueeze", ["total", "zero"], "total_vector")  # [1]
+    body("Range", ["zero_scalar", "total", "one_scalar"], "key_positions")  # [T]
+    if not zeroed:
+        body("Add", ["past_column", "new_tokens"], "ends")  # [B, 1]
+        body("Less", ["key_positions", "ends"], "written_tokens")  # [B, T]
+        body("Unsqueeze", ["written_tokens", "behind"], "written")  # [B, 1, T, 1]
+        body("Constant", [], "nothing_float", value_float=0.0)
+        body("CastLike", ["nothing_float", "query"], "nothing")
     for name, new, seen in (("key", "key_rotated", "keys"), ("value", "value_by_head", "values")):
         stored = new if cache is None else _quantized(body, name, new, cache)
         body("TensorScatter", [f"past_{name}", stored, "past_lengths"], f"present_{name}", axis=-2)  # [B, Hkv, C, D]
+        read = seen if zeroed else f"{name}_read"
         if cache is None:
-            body("Slice", [f"present_{name}", "zero", "total_vector", "seq_axis"], seen)  # [B, Hkv, T, D]
-            continue
-        body("Cast", [f"present_{name}"], f"{name}_wide", to=TensorProto.FLOAT)
-        body("Slice", [f"{name}_wide", "zero", "total_vector", "seq_axis"], f"{name}_seen")
-        body("Mul", [f"{name}_seen", f"{name}_scale_by_head"], f"{name}_real")
-        body("CastLike", [f"{name}_real", "query"], seen)
+            body("Slice", [f"present_{name}", "zero", "total_vector", "seq_axis"], read)  # [B, Hkv, T, D]
+        else:
+            body("Cast", [f"present_{name}"], f"{name}_wide", to=TensorProto.FLOAT)
+            body("Slice", [f"{name}_wide", "zero", "total_vector", "seq_axis"], f"{name}_seen")
+            body("Mul", [f"{name}_seen", f"{name}_scale_by_head"], f"{name}_real")
+            body("CastLike", [f"{name}_real", "query"], read)
+        if not zeroed:
+            body("Where", ["written", read, "nothing"], seen)
     # A token sees itself and what is at most window - 1 before it
-    body("Range", ["zero_scalar", "total", "one_scalar"], "key_positions")  # [T]
     body("Unsqueeze", ["positions", "behind"], "query_positions")  # [B, 1, S, 1]
     body("Sub", ["query_positions", "key_positions"], "distance")  # [B, 1, S, T]
     body("Constant", [], "window", refs={"value_int": "local_window_size"})
@@ -228,11 +224,11 @@ def _quantized(body: _Body, name: str, new: str, cache: Quantized) -> str:
     current = body("Div", [f"{name}_new", f"{name}_scale_by_head"], f"{name}_divided")
     if cache == "int8":
         current = body("Round", [current], f"{name}_rounded")  # half to even
-    least, most = _RANGES[cache]
+    least, most = QUANTIZED[cache]
     body("Constant", [], f"{name}_least", value_float=least)
     body("Constant", [], f"{name}_most", value_float=most)
     body("Clip", [current, f"{name}_least", f"{name}_most"], f"{name}_held")
-    body("Cast", [f"{name}_held"], f"{name}_narrow", to=CACHE_TYPES[cache])
+    body("Cast", [f"{name}_held"], f"{name}_narrow", to=DTYPES[cache].onnx)
     return body("CastLike", [f"{name}_narrow", f"past_{name}"], f"{name}_stored")
 
 

@@ -8,26 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headfold.plugins.schema import Attributes
+from headfold.plugins.dtypes import QUANTIZED
+from headfold.plugins.schema import AttentionInputs, Attributes
 
 Array = NDArray[Any]
 
 
-def grouped_query_attention(
-    query: Array,
-    key: Array,
-    value: Array,
-    past_key: Array,
-    past_value: Array,
-    past_lengths: NDArray[np.integer],
-    cos_cache: Array,
-    sin_cache: Array,
-    attributes: Attributes,
-    q_norm_weight: Array | None = None,
-    k_norm_weight: Array | None = None,
-    key_scale: Array | None = None,
-    value_scale: Array | None = None,
-) -> tuple[Array, Array, Array]:
+def grouped_query_attention(inputs: AttentionInputs[Array], attributes: Attributes) -> tuple[Array, Array, Array]:
     """Append the new tokens to the caches and attend causally, one query at a time.
 
     Shapes are those of `headfold.plugins.schema`. Computes in float64 and returns the dtype of `query`.
@@ -39,34 +26,35 @@ def grouped_query_attention(
     Raises:
         ValueError: a sequence's new tokens do not fit its cache.
     """
-    a = attributes
-    batch, length, _ = query.shape
-    capacity, head_dim = past_key.shape[2:]
+    a, x = attributes, inputs
+    assert x.past_key is not None
+    assert x.past_value is not None
+    batch, length, _ = x.query.shape
+    capacity, head_dim = x.past_key.shape[2:]
     group = a.num_heads // a.kv_num_heads
-    q: Array = query.astype(np.float64).reshape(batch, length, a.num_heads, head_dim)
-    k: Array = key.astype(np.float64).reshape(batch, length, a.kv_num_heads, head_dim)
-    v = value.astype(np.float64).reshape(batch, length, a.kv_num_heads, head_dim)
-    if q_norm_weight is not None:
-        q = rms_norm(q, q_norm_weight, a.qk_norm_epsilon)
-    if k_norm_weight is not None:
-        k = rms_norm(k, k_norm_weight, a.qk_norm_epsilon)
+    q: Array = x.query.astype(np.float64).reshape(batch, length, a.num_heads, head_dim)
+    k: Array = x.key.astype(np.float64).reshape(batch, length, a.kv_num_heads, head_dim)
+    v = x.value.astype(np.float64).reshape(batch, length, a.kv_num_heads, head_dim)
+    if x.norms is not None:
+        q, k = (rms_norm(heads, weight, a.qk_norm_epsilon) for heads, weight in zip((q, k), x.norms, strict=True))
 
-    present_key, present_value = past_key.astype(np.float64), past_value.astype(np.float64)
+    present_key, present_value = x.past_key.astype(np.float64), x.past_value.astype(np.float64)
+    key_scale, value_scale = x.scales or (None, None)
     if key_scale is not None and value_scale is not None:
         present_key *= key_scale[:, None, None]
         present_value *= value_scale[:, None, None]
     output = np.zeros((batch, length, a.num_heads, head_dim))
     for b in range(batch):
-        start = int(past_lengths[b])
+        start = int(x.past_lengths[b])
         if start + length > capacity:
             raise ValueError(f"sequence {b} has {start} tokens and {length} new ones: over the capacity of {capacity}")
         for s in range(length):
             position = start + s
-            cos, sin = cos_cache[position].astype(np.float64), sin_cache[position].astype(np.float64)  # [R/2]
+            cos, sin = (table[position].astype(np.float64) for table in (x.cos_cache, x.sin_cache))  # [R/2]
             present_key[b, :, position] = quantize(
-                rotate(k[b, s], cos, sin, bool(a.rotary_interleaved)), key_scale, past_key.dtype
+                rotate(k[b, s], cos, sin, bool(a.rotary_interleaved)), key_scale, x.past_key.dtype
             )
-            present_value[b, :, position] = quantize(v[b, s], value_scale, past_value.dtype)
+            present_value[b, :, position] = quantize(v[b, s], value_scale, x.past_value.dtype)
             rotated = rotate(q[b, s], cos, sin, bool(a.rotary_interleaved))  # [Hq, D]
             first = max(0, position + 1 - a.local_window_size) if a.local_window_size > 0 else 0
             for h in range(a.num_heads):
@@ -77,12 +65,12 @@ def grouped_query_attention(
                 output[b, s, h] = weights / weights.sum() @ present_value[b, h // group, first : position + 1]
     if key_scale is not None and value_scale is not None:
         present_key, present_value = present_key / key_scale[:, None, None], present_value / value_scale[:, None, None]
-        if past_key.dtype == np.int8:  # nearly integers
+        if x.past_key.dtype == np.int8:  # nearly integers
             present_key, present_value = np.rint(present_key), np.rint(present_value)
     return (
-        output.reshape(query.shape).astype(query.dtype),
-        present_key.astype(past_key.dtype),
-        present_value.astype(past_value.dtype),
+        output.reshape(x.query.shape).astype(x.query.dtype),
+        present_key.astype(x.past_key.dtype),
+        present_value.astype(x.past_value.dtype),
     )
 
 
@@ -91,7 +79,8 @@ def quantize(x: Array, scale: Array | None, dtype: np.dtype[Any]) -> Array:
     if scale is None:
         return x
     real = x / scale[:, None]
-    stored: Array = np.clip(np.rint(real), -128, 127) if dtype == np.int8 else np.clip(real, -448, 448).astype(dtype)
+    least, most = QUANTIZED["int8" if dtype == np.int8 else "float8_e4m3fn"]
+    stored: Array = np.clip(np.rint(real) if dtype == np.int8 else real, least, most).astype(dtype)
     return stored.astype(np.float64) * scale[:, None]
 
 

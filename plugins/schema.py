@@ -5,33 +5,74 @@ D head size, R rotated dimensions (R <= D, even).
 The caches are updated in place: `present_*` aliases `past_*` wherever the backend can alias.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Generic, Literal, TypeVar
 
 DOMAIN = "headfold"  # never com.microsoft: a kernel of that name, of today's or a later release, would win over ours
 OP_TYPE = "GroupedQueryAttention"
 VERSION = 1
-
-INPUTS = (
-    "query",  # [B, S, Hq*D]
-    "key",  # [B, S, Hkv*D] of the new tokens, before RoPE
-    "value",  # [B, S, Hkv*D]
-    "past_key",  # [B, Hkv, C, D], rotated; rows at and after past_lengths are undefined; int8 or float8_e4m3fn if quantized
-    "past_value",  # [B, Hkv, C, D]
-    "past_lengths",  # int64 [B]: tokens already in each sequence's cache; the new ones go right behind them
-    "total_sequence_length",  # int32 [], on the host: bound of past_lengths + S; S itself for a first prompt
-    "cos_cache",  # [>= C, R/2]: row p holds the cosines of position p
-    "sin_cache",  # [>= C, R/2]
-)
-OPTIONAL_INPUTS = ("q_norm_weight", "k_norm_weight")  # [D] each: RMSNorm over D of every head, before RoPE (Qwen3)
-# Of a quantized cache, float32 [Hkv] each: what is stored stands for `stored * scale`. A new token is divided by the scale, held to the
-# range of the cache's dtype, rounded to the nearest (half to even), and attended to as it is stored.
-SCALES = ("key_scale", "value_scale")
-Quantized = Literal["int8", "float8_e4m3fn"]  # dtypes of a quantized cache
-# One more input, in ONNX graphs only: int32 [B], past_lengths + S - 1. It says nothing new, but ONNX Runtime's kernel wants it,
-# and it is the same in all layers: computed in each of them, it takes 8% of SmolLM2's time per token.
-LAST_INDEX = "last_index"
 OUTPUTS = ("output", "present_key", "present_value")  # [B, S, Hq*D], [B, Hkv, C, D], [B, Hkv, C, D]
+
+Attention = Literal["native", "plugin"]  # in TensorRT: its own layers, or ours
+T = TypeVar("T")  # an array, a tensor, a value of a graph, an address
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionInputs(Generic[T]):
+    """The operator's inputs, in the order of an ONNX node's; one that is None is left empty there."""
+
+    query: T  # [B, S, Hq*D]
+    key: T  # [B, S, Hkv*D] of the new tokens, before RoPE
+    value: T  # [B, S, Hkv*D]
+    past_key: (
+        T | None
+    )  # [B, Hkv, C, D], rotated; rows at and after past_lengths are undefined; int8 or float8_e4m3fn if quantized
+    past_value: (
+        T | None
+    )  # [B, Hkv, C, D]; without caches (training, scoring; PyTorch only) the new tokens are all there is
+    past_lengths: T  # int64 [B]: tokens already in each sequence's cache; the new ones go right behind them
+    total_sequence_length: T | int  # int32 [], on the host: bound of past_lengths + S; S itself for a first prompt
+    cos_cache: T  # [>= C, R/2]: row p holds the cosines of position p
+    sin_cache: T  # [>= C, R/2]
+    # RMSNorm over D of every head, before RoPE (Qwen3), [D] each
+    q_norm_weight: T | None = None
+    k_norm_weight: T | None = None
+    # In ONNX graphs only: int32 [B], past_lengths + S - 1. It says nothing new, but ONNX Runtime's kernel wants it, and it is
+    # the same in all layers: computed in each of them, it takes 8% of SmolLM2's time per token.
+    last_index: T | None = None
+    # Of a quantized cache, float32 [Hkv] each: what is stored stands for `stored * scale`. A new token is divided by the scale, held to
+    # the range of the cache's dtype, rounded to the nearest (half to even), and attended to as it is stored.
+    key_scale: T | None = None
+    value_scale: T | None = None
+
+    @classmethod
+    def of_node(cls, values: Sequence[T | None]) -> "AttentionInputs[T]":
+        """Take a node's inputs apart."""
+        return cls(**dict(zip(ALL_INPUTS, values, strict=False)))  # type: ignore[arg-type]
+
+    def given(self) -> dict[str, T]:
+        """Those that are there, by name."""
+        return {name: value for name in ALL_INPUTS if (value := getattr(self, name)) is not None}
+
+    @property
+    def norms(self) -> tuple[T, T] | None:
+        """The norms of queries and keys; None if there are none."""
+        return _both(self.q_norm_weight, self.k_norm_weight)
+
+    @property
+    def scales(self) -> tuple[T, T] | None:
+        """The scales of a quantized cache; None if it is not quantized."""
+        return _both(self.key_scale, self.value_scale)
+
+
+def _both(first: T | None, second: T | None) -> tuple[T, T] | None:
+    return (first, second) if first is not None and second is not None else None
+
+
+ALL_INPUTS = tuple(field.name for field in fields(AttentionInputs))
+INPUTS = tuple(field.name for field in fields(AttentionInputs) if field.default is MISSING)
+NORMS, LAST_INDEX, SCALES = ("q_norm_weight", "k_norm_weight"), "last_index", ("key_scale", "value_scale")
 
 
 @dataclass(frozen=True)

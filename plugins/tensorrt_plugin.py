@@ -9,15 +9,16 @@ from typing import Any
 
 import numpy as np
 
+from headfold.plugins.dtypes import FLOATS, QUANTIZED, from_tensorrt
 from headfold.plugins.kernel_contract import KernelSpec, max_workspace_bytes
 from headfold.plugins.launcher import Launcher, Pointers, Shape
-from headfold.plugins.schema import DOMAIN, INPUTS, OP_TYPE, OPTIONAL_INPUTS, OUTPUTS, SCALES, VERSION, Attributes
+from headfold.plugins.schema import DOMAIN, INPUTS, NORMS, OP_TYPE, OUTPUTS, SCALES, VERSION, Attributes
 
 NAME, PLUGIN_VERSION, NAMESPACE = OP_TYPE, str(VERSION), DOMAIN
 ALIASES = {1: INPUTS.index("past_key"), 2: INPUTS.index("past_value")}  # output: the input whose memory it is
 _INTEGERS = {"num_heads", "kv_num_heads", "local_window_size", "rotary_interleaved"}
-_LENGTHS, _COS = INPUTS.index("past_lengths"), INPUTS.index("cos_cache")
-_INT64 = {_LENGTHS, INPUTS.index("total_sequence_length")}
+_COS = INPUTS.index("cos_cache")
+_INT64 = {INPUTS.index("past_lengths"), INPUTS.index("total_sequence_length")}
 _creators: dict[str, Any] = {}  # by module name: TensorRT keeps no reference, so we do
 
 
@@ -45,103 +46,117 @@ def registered(trt: Any) -> bool:
     return trt.__name__ in _creators
 
 
-def _plugin_class(trt: Any) -> type:
-    bases: Any = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime)
+class _Behaviour:
+    """What the plugin does, as the interfaces of IPluginV3 ask; `_plugin_class` adds the interfaces themselves."""
 
-    class GroupedQueryAttention(*bases):  # type: ignore[misc]  # they are Any
+    trt: Any
+
+    def _set_up(self, attributes: Attributes, launcher: Launcher | None) -> None:
+        self.attributes, self.launcher = attributes, launcher
+        self.plugin_name, self.plugin_version, self.plugin_namespace = NAME, PLUGIN_VERSION, NAMESPACE
+        self.num_outputs = len(OUTPUTS)
+
+    def get_capability_interface(self, _: Any) -> Any:
+        return self
+
+    # Build: what it takes and gives
+
+    def get_output_data_types(self, inputs: list[Any]) -> list[Any]:
+        return [inputs[0], *(inputs[source] for source in ALIASES.values())]
+
+    def get_output_shapes(self, inputs: list[Any], _: Any, __: Any) -> list[Any]:
+        return [self.trt.DimsExprs(inputs[source]) for source in (0, *ALIASES.values())]
+
+    def get_aliased_input(self, output: int) -> int:
+        return ALIASES.get(output, -1)
+
+    def supports_format_combination(self, position: int, tensors: list[Any], inputs: int) -> bool:
+        described = tensors[position].desc
+        if described.format != self.trt.TensorFormat.LINEAR:
+            return False
+        dtype, first = from_tensorrt(described.type), from_tensorrt(tensors[0].desc.type)
+        if position == 0:
+            return dtype in FLOATS
+        if position in _INT64:
+            return dtype == "int64"
+        if position < ALIASES[1]:  # TensorRT has not told the cache's dtype yet
+            return dtype == first
+        cache = from_tensorrt(tensors[ALIASES[1]].desc.type)
+        names = input_names(inputs, cache in QUANTIZED)
+        if names is None:
+            return False
+        name = (*names, *OUTPUTS)[position]
+        if name == "past_key" and dtype in QUANTIZED:
+            return True
+        if name in ("past_value", "present_key", "present_value"):
+            return dtype == cache  # the caches are alike
+        return dtype == ("float32" if name in SCALES else first)
+
+    def configure_plugin(self, inputs: list[Any], outputs: list[Any]) -> None:
+        del inputs, outputs
+
+    def get_valid_tactics(self) -> list[int]:
+        return []
+
+    def get_workspace_size(self, inputs: list[Any], _: Any) -> int:
+        batch, new_tokens, _width = inputs[0].max
+        spec = kernel_spec(self.attributes, [tensor.desc for tensor in inputs])
+        return max_workspace_bytes(spec, batch, new_tokens, inputs[ALIASES[1]].max[2])
+
+    def get_fields_to_serialize(self) -> Any:
+        self._kept = _fields(self.trt, self.attributes)  # TensorRT reads the memory after this returns
+        return self.trt.PluginFieldCollection(self._kept)
+
+    # Run
+
+    def set_tactic(self, _: int) -> None:
+        return None
+
+    def on_shape_change(self, inputs: list[Any], outputs: list[Any]) -> None:
+        """Hold the kernels to the node, before they run."""
+        del outputs
+        if self.launcher is not None and self.launcher.spec != (wanted := kernel_spec(self.attributes, inputs)):
+            raise RuntimeError(f"its kernels are for another attention: {differences(self.launcher.spec, wanted)}")
+
+    def attach_to_context(self, _: Any) -> Any:
+        return self.clone()  # type: ignore[attr-defined]
+
+    def enqueue(
+        self,
+        input_desc: list[Any],
+        output_desc: list[Any],
+        inputs: list[int],
+        outputs: list[int],
+        workspace: int,
+        stream: int,
+    ) -> None:
+        del output_desc
+        if self.launcher is None:
+            raise RuntimeError("the plugin was registered without a launcher: it can build engines, not run them")
+        names = input_names(len(inputs), from_tensorrt(input_desc[ALIASES[1]].type) in QUANTIZED)
+        assert names is not None
+        shapes = [tuple(d.dims) for d in input_desc]
+        named = dict(zip(names, inputs, strict=True))
+        launch(self.launcher, self.attributes, shapes, named, outputs, workspace, stream)
+
+
+def _plugin_class(module: Any) -> type:
+    bases: Any = (module.IPluginV3, module.IPluginV3OneCore, module.IPluginV3OneBuildV2, module.IPluginV3OneRuntime)
+
+    class GroupedQueryAttention(_Behaviour, *bases):  # type: ignore[misc]  # they are Any
         """See module."""
+
+        trt = module
 
         def __init__(self, attributes: Attributes, launcher: Launcher | None) -> None:
             for base in bases:
                 base.__init__(self)
-            self.attributes, self.launcher = attributes, launcher
-            self.plugin_name, self.plugin_version, self.plugin_namespace = NAME, PLUGIN_VERSION, NAMESPACE
-            self.num_outputs = len(OUTPUTS)
-
-        def get_capability_interface(self, _: Any) -> Any:
-            return self
+            self._set_up(attributes, launcher)
 
         def clone(self) -> Any:
             copy = GroupedQueryAttention(self.attributes, self.launcher)
             copy.__dict__.update(self.__dict__)
             return copy
-
-        # Build: what it takes and gives
-
-        def get_output_data_types(self, inputs: list[Any]) -> list[Any]:
-            return [inputs[0], *(inputs[source] for source in ALIASES.values())]
-
-        def get_output_shapes(self, inputs: list[Any], _: Any, __: Any) -> list[Any]:
-            return [trt.DimsExprs(inputs[0]), *(trt.DimsExprs(inputs[source]) for source in ALIASES.values())]
-
-        def get_aliased_input(self, output: int) -> int:
-            return ALIASES.get(output, -1)
-
-        def supports_format_combination(self, position: int, tensors: list[Any], inputs: int) -> bool:
-            described = tensors[position].desc
-            if described.format != trt.TensorFormat.LINEAR:
-                return False
-            if position == 0:
-                return described.type in (trt.float16, trt.bfloat16, trt.float32)
-            if position in _INT64:
-                return bool(described.type == trt.int64)
-            if position < ALIASES[1]:  # TensorRT has not told the cache's dtype yet
-                return bool(described.type == tensors[0].desc.type)
-            names = input_names(trt, inputs, tensors[ALIASES[1]].desc.type)
-            if names is None:
-                return False
-            name = (*names, *OUTPUTS)[position]
-            if name == "past_key" and described.type in (trt.int8, trt.fp8):
-                return True
-            if name in ("past_value", "present_key", "present_value"):
-                return bool(described.type == tensors[ALIASES[1]].desc.type)  # the caches are alike
-            if name in SCALES:
-                return bool(described.type == trt.float32)
-            return bool(described.type == tensors[0].desc.type)
-
-        def configure_plugin(self, inputs: list[Any], outputs: list[Any]) -> None:
-            del inputs, outputs
-
-        def get_valid_tactics(self) -> list[int]:
-            return []
-
-        def get_workspace_size(self, inputs: list[Any], _: Any) -> int:
-            batch, new_tokens, _width = inputs[0].max
-            spec = kernel_spec(trt, self.attributes, [tensor.desc for tensor in inputs])
-            return max_workspace_bytes(spec, batch, new_tokens, inputs[ALIASES[1]].max[2])
-
-        def get_fields_to_serialize(self) -> Any:
-            self._kept = _fields(trt, self.attributes)  # TensorRT reads the memory after this returns
-            return trt.PluginFieldCollection(self._kept)
-
-        # Run
-
-        def set_tactic(self, _: int) -> None:
-            return None
-
-        def on_shape_change(self, inputs: list[Any], outputs: list[Any]) -> None:
-            del inputs, outputs
-
-        def attach_to_context(self, _: Any) -> Any:
-            return self.clone()
-
-        def enqueue(
-            self,
-            input_desc: list[Any],
-            output_desc: list[Any],
-            inputs: list[int],
-            outputs: list[int],
-            workspace: int,
-            stream: int,
-        ) -> None:
-            del output_desc
-            if self.launcher is None:
-                raise RuntimeError("the plugin was registered without a launcher: it can build engines, not run them")
-            names = input_names(trt, len(inputs), input_desc[ALIASES[1]].type)
-            assert names is not None
-            shapes = [tuple(d.dims) for d in input_desc]
-            named = dict(zip(names, inputs, strict=True))
-            launch(self.launcher, self.attributes, shapes, named, outputs, workspace, stream)
 
     return GroupedQueryAttention
 
@@ -205,30 +220,36 @@ def launch(
     )
 
 
-def input_names(trt: Any, count: int, cache: Any) -> tuple[str, ...] | None:
-    """What a node's inputs are, by their number and the dtype of its cache; None if it can have no such number."""
-    scales = SCALES if cache in (trt.int8, trt.fp8) else ()
-    possible = ((*INPUTS, *norms, *scales) for norms in ((), OPTIONAL_INPUTS))
+def input_names(count: int, quantized: bool) -> tuple[str, ...] | None:
+    """What a node's inputs are, by their number and whether its cache has scales; None if it can have no such number."""
+    scales = SCALES if quantized else ()
+    possible = ((*INPUTS, *norms, *scales) for norms in ((), NORMS))
     return next((names for names in possible if len(names) == count), None)
 
 
-def kernel_spec(trt: Any, attributes: Attributes, inputs: list[Any]) -> KernelSpec:
+def kernel_spec(attributes: Attributes, inputs: list[Any]) -> KernelSpec:
     """Which kernels a node needs, by its attributes and the descriptions of its inputs."""
-    dtypes = {trt.float16: "float16", trt.bfloat16: "bfloat16", trt.float32: "float32"}
-    dtype: Any = dtypes[inputs[0].type]
-    cache = inputs[ALIASES[1]].type
-    names = input_names(trt, len(inputs), cache) or ()
-    return KernelSpec(
-        num_heads=attributes.num_heads,
-        kv_num_heads=attributes.kv_num_heads,
-        head_dim=inputs[ALIASES[1]].dims[3],
-        rotary_dim=2 * inputs[_COS].dims[1],
-        rotary_interleaved=bool(attributes.rotary_interleaved),
-        qk_norm="q_norm_weight" in names,
-        softcap=attributes.softcap,
-        dtype=dtype,
-        cache_dtype={trt.int8: "int8", trt.fp8: "float8_e4m3fn"}.get(cache, dtype),
+    dtype, cache = (from_tensorrt(inputs[position].type) for position in (0, ALIASES[1]))
+    names = input_names(len(inputs), cache in QUANTIZED) or ()
+    return KernelSpec.model_validate(
+        {
+            "num_heads": attributes.num_heads,
+            "kv_num_heads": attributes.kv_num_heads,
+            "head_dim": inputs[ALIASES[1]].dims[3],
+            "rotary_dim": 2 * inputs[_COS].dims[1],
+            "rotary_interleaved": bool(attributes.rotary_interleaved),
+            "qk_norm": set(NORMS) <= set(names),
+            "softcap": attributes.softcap,
+            "dtype": dtype,
+            "cache_dtype": cache,
+        }
     )
+
+
+def differences(have: KernelSpec, wanted: KernelSpec) -> str:
+    """In which fields two specs differ, for a message."""
+    pairs = ((name, getattr(have, name), getattr(wanted, name)) for name in KernelSpec.model_fields)
+    return ", ".join(f"{name} {ours} instead of {theirs}" for name, ours, theirs in pairs if ours != theirs)
 
 
 def read_attributes(collection: Any) -> Attributes:

@@ -3,88 +3,75 @@
 Shapes are those of `headfold.plugins.schema`.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headfold.plugins.schema import Attributes
+from headfold.plugins.schema import ALL_INPUTS, LAST_INDEX, AttentionInputs, Attributes
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    past_key: Tensor | None,
-    past_value: Tensor | None,
-    past_lengths: Tensor,
-    total_sequence_length: int,
-    cos_cache: Tensor,
-    sin_cache: Tensor,
-    attributes: Attributes,
-    q_norm_weight: Tensor | None = None,
-    k_norm_weight: Tensor | None = None,
-    key_scale: Tensor | None = None,
-    value_scale: Tensor | None = None,
-) -> Tensor:
+def attend(inputs: AttentionInputs[Tensor], attributes: Attributes) -> Tensor:
     """Attend causally over the cache and the new tokens, writing the new keys and values **into** the caches.
 
-    Without caches (training, scoring) the new tokens are all there is, and `past_lengths` must be zeros.
-
     Args:
-        query: [B, S, Hq*D]; the result has its shape and dtype.
-        key: [B, S, Hkv*D].
-        value: [B, S, Hkv*D].
-        past_key: [B, Hkv, C, D] or None. The caller makes sure that past_lengths + S <= C: a torch scatter checks it.
-        past_value: [B, Hkv, C, D] or None.
-        past_lengths: int64 [B].
-        total_sequence_length: at least max(past_lengths) + S; only that many cache positions are looked at.
-        cos_cache: [>= C, R/2], and `sin_cache` alike.
-        sin_cache: see `cos_cache`.
+        inputs: see there; `total_sequence_length` is a number, at least max(past_lengths) + S: no more cache positions are looked at.
+            The caller makes sure that past_lengths + S <= C: a torch scatter checks it. Without caches `past_lengths` must be zeros.
         attributes: heads, scale, window, soft cap, RoPE pairing.
-        q_norm_weight: [D] or None, and `k_norm_weight` alike.
-        k_norm_weight: see `q_norm_weight`.
-        key_scale: float32 [Hkv] of a quantized cache, which must then be given, and `value_scale` alike.
-        value_scale: see `key_scale`.
+
+    Returns:
+        [B, S, Hq*D] in the dtype of `query`.
     """
-    a = attributes
-    batch, length, _ = query.shape
-    head_dim = query.shape[-1] // a.num_heads
-    q = query.view(batch, length, a.num_heads, head_dim).transpose(1, 2)  # [B, Hq, S, D]
-    k = key.view(batch, length, a.kv_num_heads, head_dim).transpose(1, 2)  # [B, Hkv, S, D]
-    v = value.view(batch, length, a.kv_num_heads, head_dim).transpose(1, 2)  # [B, Hkv, S, D]
-    if q_norm_weight is not None:
-        q = rms_norm(q, q_norm_weight, a.qk_norm_epsilon)
-    if k_norm_weight is not None:
-        k = rms_norm(k, k_norm_weight, a.qk_norm_epsilon)
+    a, x = attributes, inputs
+    batch, length, _ = x.query.shape
+    head_dim = x.query.shape[-1] // a.num_heads
+    q = x.query.view(batch, length, a.num_heads, head_dim).transpose(1, 2)  # [B, Hq, S, D]
+    k = x.key.view(batch, length, a.kv_num_heads, head_dim).transpose(1, 2)  # [B, Hkv, S, D]
+    v = x.value.view(batch, length, a.kv_num_heads, head_dim).transpose(1, 2)  # [B, Hkv, S, D]
+    if x.norms is not None:
+        q, k = (rms_norm(heads, weight, a.qk_norm_epsilon) for heads, weight in zip((q, k), x.norms, strict=True))
 
-    positions = past_lengths[:, None] + torch.arange(length, device=query.device)  # [B, S]
-    cos, sin = cos_cache[positions][:, None], sin_cache[positions][:, None]  # [B, 1, S, R/2]
+    positions = x.past_lengths[:, None] + torch.arange(length, device=q.device)  # [B, S]
+    cos, sin = x.cos_cache[positions][:, None], x.sin_cache[positions][:, None]  # [B, 1, S, R/2]
     q, k = rotate(q, cos, sin, bool(a.rotary_interleaved)), rotate(k, cos, sin, bool(a.rotary_interleaved))
-    if past_key is not None and past_value is not None:
-        index = positions[:, None, :, None].expand(batch, a.kv_num_heads, length, head_dim)
-        if key_scale is not None and value_scale is not None:
-            k, v = quantize(k, key_scale, past_key.dtype), quantize(v, value_scale, past_value.dtype)
-            for past, new in ((past_key, k), (past_value, v)):
-                past.view(torch.int8).scatter_(2, index, new.view(torch.int8))  # torch cannot scatter float8
-            k = dequantize(past_key[:, :, :total_sequence_length], key_scale).to(q.dtype)  # [B, Hkv, T, D]
-            v = dequantize(past_value[:, :, :total_sequence_length], value_scale).to(q.dtype)
-        else:
-            k = past_key.scatter_(2, index, k)[:, :, :total_sequence_length]  # [B, Hkv, T, D]
-            v = past_value.scatter_(2, index, v)[:, :, :total_sequence_length]  # [B, Hkv, T, D]
+    if x.past_key is not None and x.past_value is not None:
+        k, v = _append(x, (x.past_key, x.past_value), (k, v), positions)  # [B, Hkv, T, D]
 
-    distance = positions[:, None, :, None] - torch.arange(k.shape[2], device=query.device)  # [B, 1, S, T]
+    distance = positions[:, None, :, None] - torch.arange(k.shape[2], device=q.device)  # [B, 1, S, T]
     visible = distance >= 0
     if a.local_window_size > 0:
         visible &= distance < a.local_window_size
     if a.softcap > 0:
         groups = a.num_heads // a.kv_num_heads
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        scores = a.softcap * torch.tanh(q @ k.transpose(2, 3) * (a.scale / a.softcap))  # [B, Hq, S, T]
-        output = scores.masked_fill(~visible, float("-inf")).softmax(-1, torch.float32).to(v.dtype) @ v
+        wide = torch.promote_types(q.dtype, torch.float32)  # float16 ends at 65,504
+        scores = q.to(wide) * (a.scale / a.softcap) @ k.to(wide).transpose(2, 3)
+        scores = a.softcap * torch.tanh(scores)  # [B, Hq, S, T]
+        output = scores.masked_fill(~visible, float("-inf")).softmax(-1).to(v.dtype) @ v
     else:
         gqa = a.num_heads != a.kv_num_heads
         output = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=a.scale, enable_gqa=gqa)
     return output.transpose(1, 2).reshape(batch, length, a.num_heads * head_dim)
+
+
+def _append(
+    x: AttentionInputs[Tensor], caches: tuple[Tensor, Tensor], news: tuple[Tensor, Tensor], positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Write new keys and values [B, Hkv, S, D] into the caches; what attention reads of them, [B, Hkv, T, D]."""
+    total = cast(int, x.total_sequence_length)
+    index = positions[:, None, :, None].expand(news[0].shape)
+    written = (positions[:, -1:] >= torch.arange(total, device=index.device))[:, None, :, None]  # [B, 1, T, 1]
+    seen = []
+    for past, new, scale in zip(caches, news, x.scales or (None, None), strict=True):
+        if scale is None:
+            real = past.scatter_(2, index, new)[:, :, :total]
+        else:
+            stored = quantize(new, scale, past.dtype)
+            past.view(torch.int8).scatter_(2, index, stored.view(torch.int8))  # torch cannot scatter float8
+            real = dequantize(past[:, :, :total], scale).to(new.dtype)
+        seen.append(real.masked_fill(~written, 0))  # what lies behind is undefined: even 0 times NaN would be seen
+    return seen[0], seen[1]
 
 
 def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -120,6 +107,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat((pair, rest), -1)
 
 
+def call(inputs: AttentionInputs[Tensor], attributes: Attributes) -> tuple[Tensor, Tensor, Tensor]:
+    """The registered op, which an export traces: output and the new caches, the given ones are not touched."""
+    tensors = {name: getattr(inputs, name) for name in ALL_INPUTS if name != LAST_INDEX}
+    output, key, value = grouped_query_attention(**tensors, **vars(attributes))
+    return output, key, value
+
+
 @torch.library.custom_op("headfold::GroupedQueryAttention", mutates_args=())
 def grouped_query_attention(
     query: Tensor,
@@ -145,12 +139,26 @@ def grouped_query_attention(
     qk_norm_epsilon: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The functional form of `attend`, which tracing needs: the caches are copied, not written."""
+    present_key, present_value = past_key.clone(), past_value.clone()
+    inputs = AttentionInputs(
+        query=query,
+        key=key,
+        value=value,
+        past_key=present_key,
+        past_value=present_value,
+        past_lengths=past_lengths,
+        total_sequence_length=total_sequence_length,
+        cos_cache=cos_cache,
+        sin_cache=sin_cache,
+        q_norm_weight=q_norm_weight,
+        k_norm_weight=k_norm_weight,
+        key_scale=key_scale,
+        value_scale=value_scale,
+    )
     attributes = Attributes(
         num_heads, kv_num_heads, scale, local_window_size, softcap, rotary_interleaved, qk_norm_epsilon
     )
-    present_key, present_value = past_key.clone(), past_value.clone()
-    tables = (cos_cache, sin_cache, attributes, q_norm_weight, k_norm_weight, key_scale, value_scale)
-    output = attend(query, key, value, present_key, present_value, past_lengths, total_sequence_length, *tables)
+    output = attend(inputs, attributes)
     return output, present_key, present_value
 
 

@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from headfold.plugins.cuda_launch import DriverError, LaunchError, call, capability_of, open_driver
@@ -120,10 +119,3 @@ class Graph:
     def launch(self) -> None:
         """Put the work on the stream."""
         self._device.call("cuGraphLaunch", self._handle, self._device.stream)
-
-
-def view(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    """Numbers as they came from the GPU in float32; bfloat16 comes as uint16."""
-    if dtype == "bfloat16":
-        return (bits.astype(np.uint32) << 16).view(np.float32)
-    return bits.astype(np.float32, copy=False)

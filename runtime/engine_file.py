@@ -8,11 +8,11 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from headfold.plugins.gpus import RTX_CAPABILITIES
 from headfold.runtime.errors import BundleError
-from headfold.runtime.manifest import EngineEntry, check_files, read_manifest
+from headfold.runtime.manifest import EngineEntry
 
 HEADER_BYTES = 64
-CAPABILITY_BITS = (75, 80, 86, 89, 120, 121)  # bit 0, 1, ...: the GPUs that TensorRT-RTX 1.7 builds for
 _MAGIC = b"vtrt"
 _FIELDS = struct.Struct("<4s12xQ4B4sI28x")
 
@@ -41,7 +41,7 @@ def read_header(path: Path) -> EngineHeader:
     magic, size, *version, again, bits = _FIELDS.unpack(content)
     if magic != _MAGIC or again != _MAGIC:
         raise BundleError("is no TensorRT-RTX engine", where=path, fix=_FIX)
-    capabilities = [sm for bit, sm in enumerate(CAPABILITY_BITS) if bits >> bit & 1]
+    capabilities = [sm for bit, sm in enumerate(RTX_CAPABILITIES) if bits >> bit & 1]
     return EngineHeader(size, ".".join(map(str, version)), capabilities)
 
 
@@ -71,26 +71,6 @@ def check_engine(bundle: Path, entry: EngineEntry) -> None:
             where=path,
             fix=_FIX,
         )
-
-
-def find_engine(bundle: Path, flavour: str, attention: str) -> EngineEntry:
-    """The entry of one engine of a bundle, its files and its header checked.
-
-    Raises:
-        BundleError: the bundle has no such engine, or it or another file is not what the manifest says.
-    """
-    manifest = read_manifest(bundle)
-    entry = next((e for e in manifest.engines if (e.flavour, e.attention) == (flavour, attention)), None)
-    if entry is None:
-        have = ", ".join(f"{e.flavour} {e.attention}" for e in manifest.engines) or "none"
-        raise BundleError(
-            f"has no {flavour} engine with {attention} attention, only: {have}",
-            where=bundle,
-            fix=f"headfold build {bundle} --target {flavour} --attention {attention}",
-        )
-    check_files(bundle, manifest)
-    check_engine(bundle, entry)
-    return entry
 
 
 def _listed(capabilities: list[int]) -> str:

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tokenizers import Tokenizer
 
+from headfold.runtime.backend import Backend
 from headfold.runtime.errors import CapacityError, InputError
 from headfold.runtime.manifest import Manifest
 from headfold.runtime.sampling import Sampler, SamplingParameters
-from headfold.runtime.session import Backend
 from headfold.runtime.text import Detokenizer, Messages, Text, read_json
 
 FinishReason = Literal["stop", "length"]

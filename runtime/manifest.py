@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from headfold.plugins.schema import Quantized
+from headfold.plugins.dtypes import DType, Quantized
 from headfold.runtime.errors import BundleError
 
 FORMAT_VERSION = 1
@@ -21,7 +21,6 @@ MODEL = "model.onnx"
 _CHUNK = 1 << 22  # bytes hashed at a time
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-DType = Literal["float32", "float16", "bfloat16"]
 
 
 class _Strict(BaseModel):

@@ -14,16 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headfold.plugins.cuda_launch import Kernels, LaunchError
-from headfold.plugins.kernel_contract import ITEM_SIZES, KernelFileError
+from headfold.plugins.dtypes import DTYPES
+from headfold.plugins.kernel_contract import KernelFileError
+from headfold.plugins.names import caches
 from headfold.plugins.tensorrt_library import TensorRTMissing, open_tensorrt
-from headfold.runtime.device import Device, Graph, view
+from headfold.runtime.backend import decode_window, prefill_chunks, widened
+from headfold.runtime.device import Device, Graph
 from headfold.runtime.engine_file import check_engine
 from headfold.runtime.errors import BundleError, CapacityError, EngineError, ProviderError
 from headfold.runtime.manifest import EngineEntry, Manifest
 
 BUCKET = 256  # positions: decode's mask is a multiple of it wide, so its graph is captured anew every so many tokens
 PREFILL, DECODE = 0, 1  # optimization profiles
-_STORED = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}  # numpy has no bfloat16: its bits
 _IDS = 8  # bytes of an int64
 _ALIGNMENT = 256  # bytes, of every tensor
 _serials = itertools.count()
@@ -35,19 +37,19 @@ class TensorRTCache:
 
     def __init__(self, device: Device, manifest: Manifest, entry: EngineEntry, batch: int, capacity: int) -> None:
         self.serial = next(_serials)
-        item, spec = ITEM_SIZES[entry.dtype], manifest.cache
+        dtype, spec = DTYPES[entry.dtype], manifest.cache
         self.capacity, self.lengths = capacity, np.zeros(batch, np.int64)
         self.row_shape = (spec.num_key_value_heads, entry.capacity, spec.head_dim)
-        self.row_bytes = int(np.prod(self.row_shape)) * ITEM_SIZES[manifest.cache_dtype]
-        names = [f"{layer}.{part}" for layer in range(spec.num_hidden_layers) for part in ("key", "value")]
+        self.row_bytes = int(np.prod(self.row_shape)) * DTYPES[manifest.cache_dtype].size
+        names = caches(spec.num_hidden_layers).items()
         tensor = -(-batch * self.row_bytes // _ALIGNMENT) * _ALIGNMENT
         self.memory = device.allocate(len(names) * tensor, zero=True)
-        self.addresses = {name: self.memory.address + i * tensor for i, name in enumerate(names)}
+        self.addresses = {pair: self.memory.address + i * tensor for i, pair in enumerate(names)}
         rows = max(batch, entry.max_input if manifest.logits == "all" else 1)  # of logits in one step
         self.ids = device.allocate(max(batch, entry.max_input) * _IDS)
         self.mask = device.allocate(batch * entry.capacity * _IDS)
-        self.device_logits = device.allocate(rows * manifest.vocab_size * item)
-        self.logits = np.empty((batch, manifest.vocab_size), _STORED[entry.dtype])
+        self.device_logits = device.allocate(rows * manifest.vocab_size * dtype.size)
+        self.logits = np.empty((batch, manifest.vocab_size), dtype.numpy)
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,6 @@ class TensorRTSession:
             )
         self.manifest, self.device = manifest, Device(driver)
         self.entry = _fitting(bundle, entries, self.device.capability)
-        self._stored = _STORED[self.entry.dtype]
         path = bundle / self.entry.file
         check_engine(bundle, self.entry)
         try:
@@ -142,26 +143,23 @@ class TensorRTSession:
             CapacityError: the tokens do not fit the cache.
             EngineError: TensorRT cannot run.
         """
-        start, every = int(cache.lengths[row]), self.manifest.logits == "all"
-        _check(cache, start + len(ids))
+        every = self.manifest.logits == "all"
         self.device.make_current()
         chunk = self.entry.max_input if every or not all_logits else 1
         context, vocab = self._contexts[PREFILL], self.manifest.vocab_size
-        result = np.empty((len(ids) if all_logits else 1, vocab), self._stored)
+        result = np.empty((len(ids) if all_logits else 1, vocab), DTYPES[self.entry.dtype].numpy)
         self._bind_cache(context, cache, row)
-        for begin in range(0, len(ids), chunk):
-            part = np.ascontiguousarray(ids[None, begin : begin + chunk])  # [1, s]
-            new, total = part.shape[1], start + begin + part.shape[1]
-            self._feed(context, cache, part, np.ones((1, total), np.int64))
+        for step in prefill_chunks(cache, row, ids, chunk):
+            self._feed(context, cache, step.ids, step.mask)
             self._run(context)
-            last = begin + new == len(ids)
             if all_logits:
-                self.device.download(cache.device_logits.address, result[begin : begin + new])
-            elif last:
-                behind = (new - 1 if every else 0) * result.nbytes  # the last row of [s, V], or the only one
+                self.device.download(cache.device_logits.address, result[step.begin : step.end])
+            elif step.end == len(ids):
+                behind = (
+                    step.end - step.begin - 1 if every else 0
+                ) * result.nbytes  # the last row of [s, V], or the only one
                 self.device.download(cache.device_logits.address + behind, result)
-            cache.lengths[row] = total
-        return view(result if all_logits else result[0], self.entry.dtype)
+        return widened(result if all_logits else result[0], self.entry.dtype)
 
     def decode(self, cache: TensorRTCache, tokens: NDArray[np.int64], active: NDArray[np.bool_]) -> NDArray[np.float32]:
         """See Backend. Runs the rows from the first to the last active one.
@@ -170,24 +168,14 @@ class TensorRTSession:
             CapacityError: an active row is full.
             EngineError: TensorRT cannot run.
         """
-        rows = np.flatnonzero(active)
-        first, end = int(rows[0]), int(rows[-1]) + 1
-        _check(cache, int(cache.lengths[rows].max()) + 1)
+        window = decode_window(cache, active)
         self.device.make_current()
-        lengths = cache.lengths[first:end]
-        width = min(-(-(int(lengths.max()) + 1) // BUCKET) * BUCKET, self.entry.capacity)
-        # A row between two active ones runs along: its new key and value land behind its last, and count for nothing. Only
-        # one that is full, so can never go on, has them land on its last.
-        past = np.minimum(lengths, width - 1)
-        mask = (np.arange(width) >= width - 1 - past[:, None]).astype(
-            np.int64
-        )  # [b, T]: zeros, then past and the new token
-        ids = np.ascontiguousarray(tokens[first:end, None])  # [b, 1]
-        self._decode(cache, _Step(cache.serial, first, end, width), ids, mask)
-        logits = cache.logits[first:end]
-        self.device.download(cache.device_logits.address, logits)
-        cache.lengths[rows] += 1
-        return view(cache.logits, self.entry.dtype)
+        width = min(-(-window.total // BUCKET) * BUCKET, self.entry.capacity)
+        ids = np.ascontiguousarray(tokens[window.first : window.end, None])  # [b, 1]
+        self._decode(cache, _Step(cache.serial, window.first, window.end, width), ids, window.mask(width))
+        self.device.download(cache.device_logits.address, cache.logits[window.first : window.end])
+        cache.lengths[window.rows] += 1
+        return widened(cache.logits, self.entry.dtype)
 
     def _decode(self, cache: TensorRTCache, step: _Step, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> None:
         """Run a step: as it is when it is the first of its kind, which TensorRT wants before a capture; captured at the second."""
@@ -217,15 +205,15 @@ class TensorRTSession:
 
     def _bind_cache(self, context: Any, cache: TensorRTCache, row: int) -> None:
         """Give past and present of every layer the same address: that of this row, and the rows behind it."""
-        for name, address in cache.addresses.items():
+        for pair, address in cache.addresses.items():
             place = address + row * cache.row_bytes
-            for tensor in (f"past_key_values.{name}", f"present.{name}"):
+            for tensor in pair:
                 self._accept(context.set_tensor_address(tensor, place), f"the address of {tensor}")
 
     def _feed(self, context: Any, cache: TensorRTCache, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> None:
         """Shapes, addresses and contents of the other tensors."""
         shapes = {"input_ids": ids.shape, "attention_mask": mask.shape}
-        shapes |= {f"past_key_values.{name}": (ids.shape[0], *cache.row_shape) for name in cache.addresses}
+        shapes |= {past: (ids.shape[0], *cache.row_shape) for past, _ in cache.addresses}
         for name, shape in shapes.items():
             self._accept(context.set_input_shape(name, shape), f"the shape {list(shape)} of {name}")
         buffers = {"input_ids": cache.ids, "attention_mask": cache.mask, "logits": cache.device_logits}
@@ -317,14 +305,6 @@ def _fitting(bundle: Path, entries: list[EngineEntry], capability: int) -> Engin
         where=bundle,
         fix=f"headfold build {bundle} --sm {capability}",
     )
-
-
-def _check(cache: TensorRTCache, tokens: int) -> None:
-    if tokens > cache.capacity:
-        raise CapacityError(
-            f"{tokens} tokens are {tokens - cache.capacity} over the {cache.capacity} of this cache",
-            fix="Give fewer, or make a larger cache.",
-        )
 
 
 def _logger(trt: Any) -> Any:

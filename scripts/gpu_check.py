@@ -20,8 +20,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from headfold.runtime.backend import Backend
 from headfold.runtime.errors import HeadfoldError, ProviderError
-from headfold.runtime.session import Backend
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "bundles" / "gpu_check"

@@ -3,6 +3,7 @@
 from typing import Any
 
 from headfold.export.model.config import ModelConfig
+from headfold.plugins.names import cache_input, cache_output
 
 
 def genai_config(config: ModelConfig, capacity: int) -> dict[str, Any]:
@@ -33,13 +34,13 @@ def genai_config(config: ModelConfig, capacity: int) -> dict[str, Any]:
                 "inputs": {
                     "input_ids": "input_ids",
                     "attention_mask": "attention_mask",
-                    "past_key_names": "past_key_values.%d.key",
-                    "past_value_names": "past_key_values.%d.value",
+                    "past_key_names": cache_input("%d", "key"),
+                    "past_value_names": cache_input("%d", "value"),
                 },
                 "outputs": {
                     "logits": "logits",
-                    "present_key_names": "present.%d.key",
-                    "present_value_names": "present.%d.value",
+                    "present_key_names": cache_output("%d", "key"),
+                    "present_value_names": cache_output("%d", "value"),
                 },
             },
         },

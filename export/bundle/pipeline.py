@@ -24,14 +24,13 @@ from headfold.export.graph.weights import attach_weights, save_model
 from headfold.export.parity.compare import Candidate, verify_bundle
 from headfold.export.parity.report import ParityReport
 from headfold.export.progress import Reporter
-from headfold.plugins.schema import Quantized
+from headfold.plugins.dtypes import DType, Quantized
 from headfold.runtime.errors import BundleError, ConfigError, VerificationError
 from headfold.runtime.manifest import (
     FORMAT_VERSION,
     MODEL,
     QUANTIZED_VERSION,
     CacheSpec,
-    DType,
     Manifest,
     QuantizationSpec,
     TensorSpec,

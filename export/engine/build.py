@@ -26,6 +26,7 @@ from headfold.export.model.config import ModelConfig, RopeConfig
 from headfold.export.parity.compare import quiet_polygraphy
 from headfold.export.progress import Reporter
 from headfold.plugins import tensorrt_plugin
+from headfold.plugins.dtypes import from_tensorrt
 from headfold.runtime.engine_file import check_engine
 from headfold.runtime.errors import BuildError
 from headfold.runtime.manifest import (
@@ -44,14 +45,6 @@ from headfold.runtime.manifest import (
 )
 
 ENGINES, KERNELS = "engines", "kernels"  # directories of a bundle
-_SPECS = {
-    "INT64": "int64",
-    "HALF": "float16",
-    "BF16": "bfloat16",
-    "FLOAT": "float32",
-    "INT8": "int8",
-    "FP8": "float8_e4m3fn",
-}
 
 
 @dataclass(frozen=True)
@@ -237,7 +230,7 @@ def _spec(tensor: Any, master: list[TensorSpec]) -> TensorSpec:
     """A tensor of the network; dynamic dimensions have the master's names."""
     names = next(spec.shape for spec in master if spec.name == tensor.name)
     shape = [name if dim < 0 else dim for dim, name in zip(tensor.shape, names, strict=True)]
-    return TensorSpec(name=tensor.name, dtype=_SPECS[str(tensor.dtype).rpartition(".")[2]], shape=shape)
+    return TensorSpec(name=tensor.name, dtype=from_tensorrt(tensor.dtype), shape=shape)
 
 
 def _add_kernels(

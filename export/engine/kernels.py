@@ -25,13 +25,12 @@ from pydantic import ValidationError
 
 from headfold.export.model.config import ModelConfig
 from headfold.export.progress import Reporter
+from headfold.plugins.gpus import FLOAT8_SINCE, GPUS
 from headfold.plugins.kernel_contract import (
-    FLOAT8_SINCE,
     GRIDS,
     MANIFEST,
     PARAMETERS,
     SCRATCH,
-    SHARED_KIB,
     KernelEntry,
     KernelManifest,
     KernelName,
@@ -41,8 +40,8 @@ from headfold.plugins.kernel_contract import (
     parameters,
     tiles,
 )
+from headfold.runtime.cpu import physical_cores
 from headfold.runtime.errors import KernelError
-from headfold.runtime.session import physical_cores
 
 _SOURCE = Path(str(importlib.util.find_spec("headfold.plugins").submodule_search_locations[0])) / "triton_kernels.py"  # type: ignore[union-attr, index]
 _PTX_SIZES = {"u64": 8, "b64": 8, "u32": 4, "b32": 4, "f32": 4}
@@ -98,7 +97,7 @@ def compile_kernels(
     Args:
         config: the model.
         dtype: of weights and activations: "float16", "bfloat16" or "float32".
-        capabilities: compute capabilities, 86 for 8.6; see `kernel_contract.SHARED_KIB`.
+        capabilities: compute capabilities, 86 for 8.6; see `headfold.plugins.gpus`.
         directory: where to write, e.g. BUNDLE/kernels.
         cache_dtype: see `kernel_spec`.
         reporter: shows the progress.
@@ -169,11 +168,11 @@ def check_signature(ptx: str, entry: str, expected: Sequence[Parameter]) -> None
 
 
 def _check(spec: KernelSpec, capabilities: Sequence[int]) -> None:
-    known = ", ".join(map(str, SHARED_KIB))
+    known = ", ".join(map(str, GPUS))
     if not capabilities:
         raise KernelError("no compute capability is given", fix=f"There are kernels for {known}.")
     for capability in capabilities:
-        if capability not in SHARED_KIB:
+        if capability not in GPUS:
             raise KernelError(
                 f"there are no kernels for compute capability {capability}", fix=f"There are for {known}."
             )
@@ -226,9 +225,9 @@ def _entry(spec: KernelSpec, job: _Job, code: _Code) -> KernelEntry:
     name = f"{job.kernel} for compute capability {job.capability}"
     if facts.pop("scratch_bytes"):
         raise KernelError("needs scratch memory, which the launcher does not give", where=name)
-    if facts["shared_bytes"] > SHARED_KIB[job.capability] << 10:
+    if facts["shared_bytes"] > GPUS[job.capability].shared_kib << 10:
         raise KernelError(
-            f"needs {facts['shared_bytes']} bytes of shared memory, over the {SHARED_KIB[job.capability]} KiB there are",
+            f"needs {facts['shared_bytes']} bytes of shared memory, over the {GPUS[job.capability].shared_kib} KiB there are",
             where=name,
             fix="Use --attention native for this model.",
         )

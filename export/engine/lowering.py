@@ -5,7 +5,6 @@ make right, `preflight.py` refuses.
 """
 
 from pathlib import Path
-from typing import Literal
 
 import onnx_ir as ir
 import onnxscript.optimizer
@@ -13,11 +12,11 @@ from onnx_ir.passes import common as common_passes
 
 from headfold.export.graph.passes import attention_nodes
 from headfold.export.graph.trace import set_attention_body
-from headfold.plugins.onnx_functions import CACHE_TYPES, NODE_INPUTS, standard_body
-from headfold.plugins.schema import DOMAIN, LAST_INDEX, OP_TYPE, VERSION
+from headfold.plugins.dtypes import DTYPES, QUANTIZED
+from headfold.plugins.names import is_cache_input, is_cache_output
+from headfold.plugins.onnx_functions import standard_body
+from headfold.plugins.schema import ALL_INPUTS, DOMAIN, LAST_INDEX, OP_TYPE, VERSION, Attention, AttentionInputs
 from headfold.runtime.errors import BundleError
-
-Attention = Literal["native", "plugin"]
 
 
 def lower(path: Path, attention: Attention, capacity: int) -> ir.Model:
@@ -57,14 +56,14 @@ def lower(path: Path, attention: Attention, capacity: int) -> ir.Model:
 def fix_capacity(model: ir.Model, capacity: int) -> None:
     """Give every cache this many positions: [batch, Hkv, capacity, D]."""
     for value in (*model.graph.inputs, *model.graph.outputs):
-        if value.name is not None and value.name.startswith(("past_key_values.", "present.")):
+        if is_cache_input(value.name) or is_cache_output(value.name):
             assert value.shape is not None
             value.shape = ir.Shape([*value.shape[:2], capacity, *value.shape[3:]])
 
 
 def inline_standard_body(model: ir.Model) -> None:
-    """Replace the attention op by standard ops, which TensorRT imports as its own layers."""
-    use_standard_body(model)
+    """Replace the attention op by standard ops, which TensorRT imports as its own layers; the runtime zeroes its caches."""
+    use_standard_body(model, zeroed=True)
     common_passes.InlinePass()(model)
     for node in model.graph:
         if (
@@ -75,16 +74,15 @@ def inline_standard_body(model: ir.Model) -> None:
             node.attributes.pop("softcap")  # off; what is left is a real one, and TensorRT has none
 
 
-def use_standard_body(model: ir.Model) -> None:
-    """Give the attention op the body of standard ops."""
-    given = dict(zip(NODE_INPUTS, attention_nodes(model)[0].inputs, strict=False))
-    cos, cache = given["cos_cache"], given["past_key"]
-    assert cos is not None
+def use_standard_body(model: ir.Model, zeroed: bool = False) -> None:
+    """Give the attention op the body of standard ops; `zeroed` as there."""
+    inputs = AttentionInputs.of_node(attention_nodes(model)[0].inputs)
+    cos, cache = inputs.cos_cache, inputs.past_key
     assert cos.shape is not None
     assert cache is not None
-    quantized = {ir.DataType(number): name for name, number in CACHE_TYPES.items()}.get(cache.dtype)  # type: ignore[arg-type]
+    stored = {DTYPES[name].onnx: name for name in QUANTIZED}.get(int(cache.dtype or 0))
     rotary_dim = 2 * int(cos.shape[1])  # type: ignore[arg-type]  # a number here
-    set_attention_body(model, standard_body(rotary_dim, given.get("q_norm_weight") is not None, quantized))
+    set_attention_body(model, standard_body(rotary_dim, inputs.norms is not None, stored, zeroed))
 
 
 def widen_float8_caches(model: ir.Model) -> None:
@@ -104,8 +102,8 @@ def call_plugin(model: ir.Model) -> None:
     """
     mask = next(value for value in model.graph.inputs if value.name == "attention_mask")
     for node in attention_nodes(model):
-        given = dict(zip(NODE_INPUTS, node.inputs, strict=False)) | {"total_sequence_length": mask}
-        inputs = [value for name, value in given.items() if value is not None and name != LAST_INDEX]
+        given = AttentionInputs.of_node(node.inputs).given() | {"total_sequence_length": mask}
+        inputs = [given[name] for name in ALL_INPUTS if name in given and name != LAST_INDEX]
         node.resize_inputs(len(inputs))
         for position, value in enumerate(inputs):
             node.replace_input_with(position, value)

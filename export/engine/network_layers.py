@@ -5,28 +5,21 @@ lowerings do not produce is an error: better no answer than a guess.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from headfold.plugins import tensorrt_plugin
-from headfold.plugins.schema import INPUTS, SCALES
+from headfold.plugins.dtypes import QUANTIZED, from_tensorrt
+from headfold.plugins.schema import AttentionInputs
 from headfold.plugins.torch_op import attend
 from headfold.runtime.errors import VerificationError
 
 Inputs = Sequence[Tensor | None]
-DTYPES = {
-    "FLOAT": torch.float32,
-    "HALF": torch.float16,
-    "BF16": torch.bfloat16,
-    "INT32": torch.int32,
-    "INT64": torch.int64,
-    "BOOL": torch.bool,
-    "INT8": torch.int8,
-    "FP8": torch.float8_e4m3fn,
-}
+_QUANTIZED = tuple(getattr(torch, name) for name in QUANTIZED)
 
 
 def run_layer(kind: str, layer: Any, inputs: Inputs) -> list[Tensor]:
@@ -49,6 +42,12 @@ def unknown(layer: Any, what: str) -> VerificationError:
     )
 
 
+def torch_dtype(dtype: Any) -> torch.dtype:
+    """Torch's name of a trt.DataType."""
+    found: torch.dtype = getattr(torch, from_tensorrt(dtype))
+    return found
+
+
 def _name(value: object) -> str:
     return str(value).rpartition(".")[2]
 
@@ -65,7 +64,7 @@ def _required(inputs: Inputs, count: int) -> list[Tensor]:
 
 def _cast(layer: Any, inputs: Inputs) -> Tensor:
     (x,) = _required(inputs, 1)
-    return x.to(DTYPES[_name(layer.get_output(0).dtype)])
+    return x.to(torch_dtype(layer.get_output(0).dtype))
 
 
 def _shape(layer: Any, inputs: Inputs) -> Tensor:
@@ -141,7 +140,7 @@ def _matmul(layer: Any, inputs: Inputs) -> Tensor:
             raise unknown(layer, f"multiplies {_name(getattr(layer, side))}")
     a = a.mT if _name(layer.op0) == "TRANSPOSE" else a
     b = b.mT if _name(layer.op1) == "TRANSPOSE" else b
-    return (a.float() @ b.float()).to(DTYPES[_name(layer.get_output(0).dtype)])
+    return (a.float() @ b.float()).to(torch_dtype(layer.get_output(0).dtype))
 
 
 def _reduce(layer: Any, inputs: Inputs) -> Tensor:
@@ -221,7 +220,7 @@ def _fill(layer: Any, inputs: Inputs) -> Tensor:
     shape, start, step = _required(inputs, 3)
     if len(shape) != 1:
         raise unknown(layer, f"fills {len(shape)} dimensions")
-    return (start + step[0] * torch.arange(int(shape[0]))).to(DTYPES[_name(layer.get_output(0).dtype)])
+    return (start + step[0] * torch.arange(int(shape[0]))).to(torch_dtype(layer.get_output(0).dtype))
 
 
 def _unsqueeze(layer: Any, inputs: Inputs) -> Tensor:
@@ -298,34 +297,37 @@ def _attention(layer: Any, inputs: Inputs) -> Tensor:
             scores = scores.masked_fill(columns > rows + (scores.shape[3] - scores.shape[2]), float("-inf"))
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.float()
-    return (scores.softmax(-1) @ v).to(DTYPES[_name(layer.get_output(0).dtype)])
+    return (scores.softmax(-1) @ v).to(torch_dtype(layer.get_output(0).dtype))
 
 
 def _plugin(layer: Any, inputs: Inputs) -> list[Tensor]:
     """headfold's plugin, through the torch op in float32; an aliased cache is updated in place, another one copied first."""
     plugin = layer.plugin
-    names = (plugin.plugin_namespace, plugin.plugin_name, plugin.plugin_version)
-    if names != (tensorrt_plugin.NAMESPACE, tensorrt_plugin.NAME, tensorrt_plugin.PLUGIN_VERSION):
-        raise unknown(layer, f"is the plugin {'::'.join(names)}")
-    q, k, v, past_key, past_value, lengths, width, cos, sin = _required(inputs, len(INPUTS))
-    more = [tensor.float() for tensor in inputs[len(INPUTS) :] if tensor is not None]
-    quantized = past_key.dtype in (torch.int8, torch.float8_e4m3fn)
-    norms = more[: -len(SCALES)] if quantized else more
-    scales = more[-len(SCALES) :] if quantized else []
-    caches = []
-    for position, past in ((1, past_key), (2, past_value)):
+    identity = (plugin.plugin_namespace, plugin.plugin_name, plugin.plugin_version)
+    if identity != (tensorrt_plugin.NAMESPACE, tensorrt_plugin.NAME, tensorrt_plugin.PLUGIN_VERSION):
+        raise unknown(layer, f"is the plugin {'::'.join(identity)}")
+    cache = inputs[tensorrt_plugin.ALIASES[1]]
+    names = tensorrt_plugin.input_names(len(inputs), cache is not None and cache.dtype in _QUANTIZED)
+    if names is None:
+        raise unknown(layer, f"has {len(inputs)} inputs")
+    x = AttentionInputs[Tensor](**dict(zip(names, _required(inputs, len(names)), strict=True)))
+    assert x.past_key is not None
+    assert x.past_value is not None
+    presents = []
+    for position, past in ((1, x.past_key), (2, x.past_value)):
         aliased = plugin.get_aliased_input(position)
-        caches.append(inputs[aliased] if aliased >= 0 else past.clone())
-    key_cache, value_cache = (_required([cache], 1)[0] for cache in caches)
-    total = width.shape[1]
-    written = max(total, int(lengths.max()) + q.shape[1])  # padding is written too, behind T
-    keys, values = past_key[:, :, :written], past_value[:, :, :written]
-    keys, values = (keys.clone(), values.clone()) if quantized else (keys.float(), values.float())
-    optional = (*(norms or (None, None)), *scales)
-    q32, k32, v32, tables = q.float(), k.float(), v.float(), (cos.float(), sin.float())
-    output = attend(q32, k32, v32, keys, values, lengths, total, *tables, plugin.attributes, *optional)
-    key_cache[:, :, :written], value_cache[:, :, :written] = keys.to(past_key.dtype), values.to(past_key.dtype)
-    return [output.to(q.dtype), key_cache, value_cache]
+        presents.append(inputs[aliased] if aliased >= 0 else past.clone())
+    total = cast(Tensor, x.total_sequence_length).shape[1]
+    written = max(total, int(x.past_lengths.max()) + x.query.shape[1])  # padding is written too, behind T
+    keys, values = (past[:, :, :written].clone() for past in (x.past_key, x.past_value))
+    if x.scales is None:
+        keys, values = keys.float(), values.float()
+    wide = {name: tensor.float() for name, tensor in x.given().items() if tensor.is_floating_point()}
+    wide |= {"past_key": keys, "past_value": values}
+    output = attend(replace(x, **wide, total_sequence_length=total), plugin.attributes)
+    for present, new in zip(_required(presents, 2), (keys, values), strict=True):
+        present[:, :, :written] = new.to(present.dtype)
+    return [output.to(x.query.dtype), *_required(presents, 2)]
 
 
 _LAYERS: dict[str, Callable[[Any, Inputs], Tensor | list[Tensor]]] = {

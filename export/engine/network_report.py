@@ -10,8 +10,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from headfold.export.engine.lowering import Attention
 from headfold.plugins import tensorrt_plugin
+from headfold.plugins.names import PARTS, cache_input, cache_output
+from headfold.plugins.schema import Attention
 from headfold.plugins.tensorrt_library import Flavour, TensorRTMissing, open_tensorrt
 from headfold.runtime.errors import BuildError, HeadfoldError
 
@@ -180,7 +181,7 @@ def report(parsed: ParsedNetwork, attention: Attention, num_layers: int) -> list
     in_place = aliases(parsed)
     result = []
     for i, count in enumerate(counts):
-        wanted = {f"present.{i}.{kv}": f"past_key_values.{i}.{kv}" for kv in ("key", "value")}
+        wanted = {cache_output(i, part): cache_input(i, part) for part in PARTS}
         found = {output: source for output, source in in_place.items() if output in wanted}
         result.append(AttentionLayers(i, dict(count), found))
         if not _complete(count, attention):

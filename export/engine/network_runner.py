@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from headfold.export.engine.build import lowered_network, model_config
-from headfold.export.engine.network_layers import DTYPES, run_layer, unknown
+from headfold.export.engine.network_layers import run_layer, torch_dtype, unknown
 from headfold.export.engine.network_report import ParsedNetwork, kind, open_flavour, report
 from headfold.export.engine.options import BuildOptions
 from headfold.export.parity.compare import Candidate
 from headfold.export.parity.report import precision
 from headfold.export.parity.runners import CachedRunner
+from headfold.plugins.names import hidden_state, input_of, is_cache_input, is_cache_output
 from headfold.runtime.errors import VerificationError
 from headfold.runtime.manifest import Manifest
 
@@ -124,7 +125,7 @@ class Network:
         readers: dict[str, list[Any]] = {}
         for _, layer, inputs, _ in pending:
             for name in inputs:
-                if name is not None and name in self.inputs and name.startswith("past_key_values."):
+                if name in self.inputs and name is not None and is_cache_input(name):
                     readers.setdefault(name, []).append(layer)
         for name, layers in readers.items():
             if len(layers) > 1 and any(kind(layer) in _IN_PLACE for layer in layers):
@@ -147,7 +148,7 @@ class Network:
 
 
 def _constant(layer: Any, model: ir.Model) -> Tensor:
-    dtype, shape = DTYPES[str(layer.get_output(0).dtype).rpartition(".")[2]], tuple(layer.shape)
+    dtype, shape = torch_dtype(layer.get_output(0).dtype), tuple(layer.shape)
     weights = layer.weights
     if isinstance(weights, np.ndarray):
         return torch.from_numpy(weights.copy()).reshape(shape).to(dtype)
@@ -160,7 +161,7 @@ def _constant(layer: Any, model: ir.Model) -> Tensor:
 
 def _check(what: str, tensor: Any, value: Tensor) -> None:
     """Hold a value to the dtype and the static dimensions that the network declares."""
-    declared, shape = DTYPES.get(str(tensor.dtype).rpartition(".")[2]), tuple(tensor.shape)
+    declared, shape = torch_dtype(tensor.dtype), tuple(tensor.shape)
     fits = len(shape) == value.ndim and all(a in (-1, b) for a, b in zip(shape, value.shape, strict=False))
     if value.dtype != declared or not fits:
         raise VerificationError(
@@ -175,7 +176,7 @@ def network_candidate(bundle: Path, manifest: Manifest, options: BuildOptions) -
 
     def start(capacity: int, greedy: int, expose: bool) -> CachedRunner:
         del capacity  # the engine's own
-        names = tuple(f"hidden_states.{i}" for i in range(config.num_hidden_layers)) if expose else ()
+        names = tuple(map(hidden_state, range(config.num_hidden_layers))) if expose else ()
 
         def load() -> Network:
             model, parsed = lowered_network(trt, bundle, manifest, options)
@@ -211,9 +212,9 @@ class NetworkRunner(CachedRunner):
         """Empty caches."""
         assert self._network is not None
         self._caches = {
-            name: torch.zeros((batch, *list(tensor.shape)[1:]), dtype=DTYPES[str(tensor.dtype).rpartition(".")[2]])
+            name: torch.zeros((batch, *list(tensor.shape)[1:]), dtype=torch_dtype(tensor.dtype))
             for name, tensor in self._network.inputs.items()
-            if name.startswith("past_key_values.")
+            if is_cache_input(name)
         }
 
     def step(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> "OrderedDict[str, NDArray[Any]]":
@@ -223,8 +224,8 @@ class NetworkRunner(CachedRunner):
         results = self._network(feeds)
         outputs: OrderedDict[str, NDArray[Any]] = OrderedDict()
         for name, value in results.items():
-            if name.startswith("present."):
-                past = name.replace("present", "past_key_values")
+            if is_cache_output(name):
+                past = input_of(name)
                 if value.data_ptr() != self._caches[past].data_ptr():
                     raise VerificationError(
                         f"{name} is not the memory of {past}", fix="The engine's caches are updated in place."

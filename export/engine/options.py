@@ -8,15 +8,14 @@ from pathlib import Path
 
 import torch
 
-from headfold.export.engine.lowering import Attention
-from headfold.plugins.kernel_contract import FLOAT8_SINCE
+from headfold.plugins.gpus import BFLOAT16_SINCE, FLOAT8_SINCE, RTX_CAPABILITIES
+from headfold.plugins.names import is_cache_input
+from headfold.plugins.schema import Attention
 from headfold.plugins.tensorrt_library import Flavour
-from headfold.runtime.engine_file import CAPABILITY_BITS
 from headfold.runtime.errors import BuildError
 from headfold.runtime.manifest import EngineProfile, Manifest, ShapeRange
 
 _MAX_INPUT = 512
-BFLOAT16_SINCE = 80  # Turing has no bfloat16 arithmetic
 
 
 @dataclass(frozen=True)
@@ -104,13 +103,13 @@ def check_capabilities(options: BuildOptions, dtype: str) -> None:
                 fix="Use --target tensorrt-rtx, or build on the GPU.",
             )
         return
-    known = ", ".join(map(str, CAPABILITY_BITS))
+    known = ", ".join(map(str, RTX_CAPABILITIES))
     if not asked:
         raise BuildError(
             "no GPU is named", where="--sm", fix=f"Name compute capabilities, as 86,89; TensorRT-RTX knows {known}."
         )
     for sm in asked:
-        if sm not in CAPABILITY_BITS:
+        if sm not in RTX_CAPABILITIES:
             raise BuildError(
                 f"TensorRT-RTX does not build for SM {sm}",
                 where="--sm",
@@ -151,7 +150,7 @@ def profiles(options: BuildOptions, manifest: Manifest) -> list[EngineProfile]:
             ),
         }
         cache = _range(*([b, spec.num_key_value_heads, capacity, spec.head_dim] for b in batches))
-        names = [value.name for value in manifest.inputs if value.name.startswith("past_key_values.")]
+        names = [value.name for value in manifest.inputs if is_cache_input(value.name)]
         return EngineProfile.model_validate({"name": name, "shapes": shapes | dict.fromkeys(names, cache)})
 
     return [profile("prefill", 1, max_input), profile("decode", 1, 1)]

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from headfold.export.engine.lowering import Attention
+from headfold.plugins.names import is_cache_input
 from headfold.plugins.onnx_functions import OPSET
-from headfold.plugins.schema import DOMAIN, INPUTS, OP_TYPE, OPTIONAL_INPUTS, SCALES, VERSION, Attributes
+from headfold.plugins.schema import DOMAIN, INPUTS, NORMS, OP_TYPE, SCALES, VERSION, Attention, Attributes
 from headfold.runtime.errors import BuildError
 
 _REPORT = "Please report it: no lowering of headfold makes it."
@@ -103,7 +103,7 @@ def preflight(model: ir.Model, attention: Attention, where: Path) -> None:
         name = next(iter(model.functions))
         raise BuildError(f"still has the function {name[0]}::{name[1]}", where=where, fix=_REPORT)
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
-        cached = value.name is not None and value.name.startswith("past_key_values.") and value.dtype in _CACHES
+        cached = is_cache_input(value.name) and value.dtype in _CACHES
         if value.dtype not in _DTYPES and not cached:
             raise BuildError(f"{value.name} is {value.dtype}, which TensorRT has not", where=where, fix=_EXPORT)
     inputs = {value.name for value in model.graph.inputs}
@@ -212,7 +212,7 @@ def _plugin_node(node: ir.Node, attention: Attention) -> tuple[str, str] | None:
     if names != (DOMAIN, str(VERSION)):
         return f"names the plugin {names[0] or '?'} version {names[1] or '?'}, not {DOMAIN} version {VERSION}", _REPORT
     norms_and_scales = len(node.inputs) - len(INPUTS)  # each has two
-    if norms_and_scales not in (0, len(OPTIONAL_INPUTS), len(OPTIONAL_INPUTS) + len(SCALES)) or None in node.inputs:
+    if norms_and_scales not in (0, len(NORMS), len(NORMS) + len(SCALES)) or None in node.inputs:
         return f"has {len(node.inputs)} inputs", _EXPORT
     cache = node.inputs[INPUTS.index("past_key")]
     if cache is None or cache.shape is None or not isinstance(cache.shape[2], int):

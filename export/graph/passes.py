@@ -3,8 +3,8 @@
 import numpy as np
 import onnx_ir as ir
 
-from headfold.plugins.onnx_functions import NODE_INPUTS
-from headfold.plugins.schema import DOMAIN, LAST_INDEX, OP_TYPE
+from headfold.plugins.names import hidden_state
+from headfold.plugins.schema import ALL_INPUTS, DOMAIN, LAST_INDEX, OP_TYPE
 
 
 def name_initializers(model: ir.Model, prefix: str) -> None:
@@ -66,7 +66,7 @@ def share_last_index(model: ir.Model) -> None:
     """Compute the op's `last_index`, past_lengths + S - 1, once, and give it to every layer."""
     nodes = attention_nodes(model)
     ids = next(value for value in model.graph.inputs if value.name == "input_ids")
-    lengths = nodes[0].inputs[NODE_INPUTS.index("past_lengths")]
+    lengths = nodes[0].inputs[ALL_INPUTS.index("past_lengths")]
     tape = ir.tape.Tape()
     one = tape.initializer(ir.tensor(np.array([1]), name=f"{LAST_INDEX}.one"), name=f"{LAST_INDEX}.one")
     ends = tape.op("Add", [lengths, tape.op("Shape", [ids], {"start": 1, "end": 2})])  # [B]
@@ -76,10 +76,10 @@ def share_last_index(model: ir.Model) -> None:
         model.graph.register_initializer(initializer)
     model.graph.insert_before(nodes[0], tape.nodes)
     for node in nodes:
-        if node.inputs[NODE_INPUTS.index("past_lengths")] is not lengths:
+        if node.inputs[ALL_INPUTS.index("past_lengths")] is not lengths:
             raise RuntimeError(f"{node.name} has past lengths of its own")
-        node.resize_inputs(max(len(node.inputs), NODE_INPUTS.index(LAST_INDEX) + 1))
-        node.replace_input_with(NODE_INPUTS.index(LAST_INDEX), last)
+        node.resize_inputs(max(len(node.inputs), ALL_INPUTS.index(LAST_INDEX) + 1))
+        node.replace_input_with(ALL_INPUTS.index(LAST_INDEX), last)
 
 
 def _no_value() -> ir.TensorProtocol:
@@ -90,7 +90,7 @@ def expose_hidden_states(model: ir.Model) -> list[str]:
     """Make the residual stream after each layer a graph output again; returns the outputs' names, first layer first."""
     values = {value.name: value for node in model.graph for value in node.outputs}
     names: list[str] = []
-    while (name := f"hidden_states.{len(names)}") in values:
+    while (name := hidden_state(len(names))) in values:
         if values[name] not in model.graph.outputs:
             model.graph.outputs.append(values[name])
         names.append(name)

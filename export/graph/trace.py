@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from headfold.export.graph.passes import fold_weights, name_initializers, share_last_index
 from headfold.export.model.config import ModelConfig
 from headfold.export.model.decoder import Cache, Decoder
+from headfold.plugins.dtypes import Quantized
+from headfold.plugins.names import caches, hidden_state
 from headfold.plugins.onnx_functions import OPSET, onnxruntime_body, schema
-from headfold.plugins.schema import DOMAIN, OP_TYPE, VERSION, Quantized
+from headfold.plugins.schema import ALL_INPUTS, DOMAIN, LAST_INDEX, OP_TYPE, VERSION, AttentionInputs
 
 IR_VERSION = 11  # of ONNX 1.18: the first with opset 23 and later, and what onnxruntime 1.31 reads
 
@@ -62,16 +64,16 @@ def export_graph(
             heads, layers = config.num_key_value_heads, range(config.num_hidden_layers)
             decoder.quantize_cache(stored, [(torch.ones(heads), torch.ones(heads)) for _ in layers])
         shape = (2, config.num_key_value_heads, 11, config.head_dim)  # sizes to trace with, all different
-        caches = [
+        tensors = [
             (torch.empty(shape, dtype=stored), torch.empty(shape, dtype=stored))
             for _ in range(config.num_hidden_layers)
         ]
-        args = (torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 7, dtype=torch.long), caches)
+        args = (torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 7, dtype=torch.long), tensors)
     batch, sequence, total, room = (
         torch.export.Dim(n, min=1, max=2**31 - 1) for n in ("batch", "sequence", "total", "capacity")
     )
     layers = range(config.num_hidden_layers)
-    kv = [f"{i}.{part}" for i in layers for part in ("key", "value")]
+    kv = caches(config.num_hidden_layers)
     with _quiet():
         program = torch.onnx.export(
             _Traced(decoder, all_logits).eval(),
@@ -80,8 +82,8 @@ def export_graph(
             opset_version=OPSET,
             optimize=False,
             verbose=False,
-            input_names=["input_ids", "attention_mask", *(f"past_key_values.{name}" for name in kv)],
-            output_names=["logits", *(f"present.{name}" for name in kv), *(f"hidden_states.{i}" for i in layers)],
+            input_names=["input_ids", "attention_mask", *kv],
+            output_names=["logits", *kv.values(), *map(hidden_state, layers)],
             dynamic_shapes=(
                 {0: batch, 1: sequence},
                 {0: batch, 1: total},
@@ -123,30 +125,18 @@ def set_attention_body(model: ir.Model, function: onnx.FunctionProto) -> None:
         del model.opset_imports[domain]  # of the body that went
 
 
+_LAST = ALL_INPUTS.index(LAST_INDEX)
 _OP = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, VERSION), OP_TYPE, schema())
 
 
-def _attention_node(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    past_lengths: Tensor,
-    total_sequence_length: Tensor,
-    cos_cache: Tensor,
-    sin_cache: Tensor,
-    q_norm_weight: Tensor | None = None,
-    k_norm_weight: Tensor | None = None,
-    key_scale: Tensor | None = None,
-    value_scale: Tensor | None = None,
-    **attributes: float,
-) -> object:
-    """Translate the torch op: one node of the same name."""
-    total = op.Cast(total_sequence_length, to=onnx.TensorProto.INT32)
-    inputs = (query, key, value, past_key, past_value, past_lengths, total, cos_cache, sin_cache)
-    optional = (q_norm_weight, k_norm_weight, None, key_scale, value_scale)  # last_index comes later
-    return _OP(*inputs, *(optional if key_scale is not None else optional[:2]), **attributes)
+def _attention_node(*tensors: ir.Value | None, **attributes: float) -> object:
+    """Translate the torch op, which has all inputs but the last index: one node of the same name."""
+    inputs = AttentionInputs.of_node([*tensors[:_LAST], None, *tensors[_LAST:]])
+    total = op.Cast(inputs.total_sequence_length, to=onnx.TensorProto.INT32)
+    values = [total if name == "total_sequence_length" else getattr(inputs, name) for name in ALL_INPUTS]
+    while values[-1] is None:
+        values.pop()
+    return _OP(*values, **attributes)
 
 
 def _norm_node(x: Tensor, weight: Tensor, epsilon: float) -> object:

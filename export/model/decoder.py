@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from headfold.export.model.config import Activation, ModelConfig
 from headfold.export.model.rope import rope_tables
-from headfold.plugins.schema import Attributes
-from headfold.plugins.torch_op import attend, grouped_query_attention, rms_norm, rms_normalization
+from headfold.plugins.schema import AttentionInputs, Attributes
+from headfold.plugins.torch_op import attend, call, rms_norm, rms_normalization
 
 Cache = list[tuple[Tensor, Tensor]]  # per layer: keys and values, [B, Hkv, C, D] each
 
@@ -87,21 +87,26 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """[B, S, hidden] to the same, and the layer's cache with the new tokens in it."""
         q, k, v = self._packed(x) if torch.compiler.is_exporting() else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
-        optional = (
-            self.q_norm.weight if self.q_norm is not None else None,
-            self.k_norm.weight if self.k_norm is not None else None,
-            self.key_scale,
-            self.value_scale,
-        )
-        a = self.attributes
-        if past is not None and torch.compiler.is_exporting():
-            output, *present = grouped_query_attention(
-                q, k, v, *past, layout.past_lengths, layout.total, *rope, *optional, **vars(a)
-            )
-            return self.o_proj(output), (present[0], present[1])
         keys, values = past if past is not None else (None, None)
-        output = attend(q, k, v, keys, values, layout.past_lengths, layout.total, *rope, a, *optional)
-        return self.o_proj(output), past
+        inputs = AttentionInputs(
+            query=q,
+            key=k,
+            value=v,
+            past_key=keys,
+            past_value=values,
+            past_lengths=layout.past_lengths,
+            total_sequence_length=layout.total,
+            cos_cache=rope[0],
+            sin_cache=rope[1],
+            q_norm_weight=self.q_norm.weight if self.q_norm is not None else None,
+            k_norm_weight=self.k_norm.weight if self.k_norm is not None else None,
+            key_scale=self.key_scale,
+            value_scale=self.value_scale,
+        )
+        if past is not None and torch.compiler.is_exporting():
+            output, *present = call(inputs, self.attributes)
+            return self.o_proj(output), (present[0], present[1])
+        return self.o_proj(attend(inputs, self.attributes)), past
 
     def _packed(self, x: Tensor) -> tuple[Tensor, ...]:
         """The three projections in one matrix product: a runtime starts one for each token, not three."""

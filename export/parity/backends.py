@@ -20,7 +20,7 @@ from headfold.export.model.decoder import Decoder
 from headfold.export.parity.compare import feed_steps, quiet_polygraphy
 from headfold.export.parity.report import compare_logits, tolerance
 from headfold.export.parity.runners import Feed, Outputs, TorchRunner
-from headfold.runtime.session import Backend
+from headfold.runtime.backend import Backend
 
 
 @dataclass(frozen=True)

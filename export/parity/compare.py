@@ -35,6 +35,7 @@ from headfold.export.parity.report import (
 )
 from headfold.export.parity.runners import GREEDY, CachedRunner, Feed, OrtRunner, TorchRunner, feed, open_session
 from headfold.export.progress import Reporter
+from headfold.plugins.names import hidden_state, is_cache_output
 from headfold.plugins.schema import SCALES
 from headfold.runtime.manifest import MODEL, Manifest
 
@@ -245,7 +246,7 @@ def _limit(tolerance: Tolerance, output: str, expected: Any, exact: Any | None) 
 
 def _check(name: str, triples: Sequence[tuple[Any, Any, Any]], tolerance: Tolerance) -> list[CheckResult]:
     """The iterations of one check: the logits of all of them, and the caches after the last, which hold all that came before."""
-    caches = [output for output in triples[-1][0] if output.startswith("present.")]
+    caches = [output for output in triples[-1][0] if is_cache_output(output)]
     errors = _errors(name, *triples[-1], ["logits", *caches], tolerance)
     logits, cache = errors[:1], errors[1:]
     for triple in triples[:-1]:
@@ -311,7 +312,7 @@ def _layers(
 ) -> list[LayerResult]:
     results = []
     for layer in range(config.num_hidden_layers):
-        name = f"hidden_states.{layer}"
+        name = hidden_state(layer)
         error = float(np.abs(expected[name] - actual[name]).max())
         limit = _limit(tolerance, name, expected, exact)
         results.append(LayerResult(layer, error, limit, bool(error <= limit)))  # NaN is not
@@ -321,7 +322,7 @@ def _layers(
 def _layer_check(layers: Sequence[LayerResult]) -> CheckResult:
     worst = max(layers, key=lambda x: float("inf") if np.isnan(x.max_error) else x.max_error / x.limit)
     mean = float(np.mean([layer.max_error for layer in layers]))
-    name = f"hidden_states.{worst.layer}"
+    name = hidden_state(worst.layer)
     return CheckResult(
         "residual stream, per layer", worst.max_error, mean, worst.limit, name, all(x.passed for x in layers)
     )

@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from headfold.plugins.names import is_cache_output
+
 
 @dataclass(frozen=True)
 class Tolerance:
@@ -25,7 +27,7 @@ class Tolerance:
     def limit(self, name: str, expected: NDArray[np.float32]) -> float:
         """The largest error allowed in this output."""
         absolute, relative = self.logits if name == "logits" else self.other
-        if self.cache is not None and name.startswith("present."):
+        if self.cache is not None and is_cache_output(name):
             absolute, relative = self.cache
         return max(absolute, relative * float(np.abs(expected).max(initial=0)))
 

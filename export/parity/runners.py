@@ -24,6 +24,16 @@ from headfold.export.engine.lowering import widen_float8_caches
 from headfold.export.graph.passes import expose_hidden_states, widen_to_float32
 from headfold.export.model.config import ModelConfig
 from headfold.export.model.decoder import Decoder
+from headfold.plugins.dtypes import DTYPES, from_onnxruntime
+from headfold.plugins.names import (
+    PARTS,
+    cache_output,
+    caches,
+    hidden_state,
+    input_of,
+    is_cache_input,
+    is_cache_output,
+)
 
 Feed = dict[str, NDArray[np.int64]]
 Outputs = OrderedDict[str, NDArray[Any]]
@@ -79,11 +89,7 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
         longest, batch, config = max(map(len, self._rows)), len(ids), decoder.config
         logits = np.zeros((batch, length if self._all else 1, config.vocab_size), np.float32)
         shape = (batch, config.num_key_value_heads, longest, config.head_dim)
-        present = {
-            f"present.{i}.{kv}": np.zeros(shape, np.float32)
-            for i in range(config.num_hidden_layers)
-            for kv in ("key", "value")
-        }
+        present = {name: np.zeros(shape, np.float32) for name in caches(config.num_hidden_layers).values()}
         for row, tokens in enumerate(self._rows):
             result = decoder(torch.tensor([tokens]), None, decoder.new_cache(1, len(tokens)), last_only=not self._all)
             if self._all:
@@ -91,11 +97,11 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
             else:
                 logits[row] = result.logits[0].float().numpy()
             for i, pair in enumerate(result.cache):
-                for kv, value in zip(("key", "value"), pair, strict=True):
-                    present[f"present.{i}.{kv}"][row, :, : len(tokens)] = value[0].float().numpy()
+                for part, value in zip(PARTS, pair, strict=True):
+                    present[cache_output(i, part)][row, :, : len(tokens)] = value[0].float().numpy()
             if self._first:
                 for i, hidden in enumerate(result.hidden_states):
-                    outputs[f"hidden_states.{i}"] = hidden.float().numpy()
+                    outputs[hidden_state(i)] = hidden.float().numpy()
         outputs["logits"] = logits
         outputs.update(present)
         if self._first:
@@ -148,7 +154,7 @@ class CachedRunner(BaseRunner):  # type: ignore[misc]
         real = np.arange(int(lengths.max())) < lengths[:, None]  # [B, longest]
         outputs: Outputs = OrderedDict()
         for name, x in self.step(ids, mask).items():
-            if name.startswith("present."):
+            if is_cache_output(name):
                 x = np.where(real[:, None, :, None], x[:, :, : real.shape[1]].astype(np.float32), 0)
             elif name == "logits" and x.shape[1] == length:
                 x = np.where((mask[:, -length:] == 1)[:, :, None], x.astype(np.float32), 0)
@@ -187,17 +193,16 @@ class OrtRunner(CachedRunner):
 
     def start(self, batch: int) -> None:
         """See CachedRunner."""
-        dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
         shape = (batch, self._config.num_key_value_heads, self._capacity, self._config.head_dim)
-        inputs = [node for node in self._runner.sess.get_inputs() if node.name.startswith("past")]
-        self._past = OrderedDict((node.name, np.zeros(shape, dtypes[node.type])) for node in inputs)
+        inputs = [node for node in self._runner.sess.get_inputs() if is_cache_input(node.name)]
+        self._past = OrderedDict(
+            (node.name, np.zeros(shape, DTYPES[from_onnxruntime(node.type)].numpy)) for node in inputs
+        )
 
     def step(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> Outputs:
         """See CachedRunner."""
         raw: Outputs = self._runner.infer({"input_ids": ids, "attention_mask": mask, **self._past})
-        self._past = OrderedDict(
-            (n.replace("present", "past_key_values"), x) for n, x in raw.items() if n.startswith("present.")
-        )
+        self._past = OrderedDict((input_of(name), x) for name, x in raw.items() if is_cache_output(name))
         return raw
 
 

@@ -29,10 +29,10 @@ from headfold.export.training.evaluation import evaluate
 from headfold.export.training.loop import train
 from headfold.export.training.options import TrainOptions
 from headfold.export.training.uptrain import Budget, Corpus
+from headfold.plugins.dtypes import DType
 from headfold.runtime import load
+from headfold.runtime.cpu import physical_cores
 from headfold.runtime.errors import CheckpointError, ConfigError, DataError, InputError
-from headfold.runtime.manifest import DType
-from headfold.runtime.session import physical_cores
 
 PAPER_ALPHA = 0.05  # Ainslie et al. 2023, section 3.1
 

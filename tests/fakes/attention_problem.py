@@ -14,7 +14,7 @@ from headfold.plugins.cuda_launch import Kernels
 from headfold.plugins.kernel_contract import KernelSpec, workspace_bytes
 from headfold.plugins.launcher import Pointers, Shape
 from headfold.plugins.reference import grouped_query_attention
-from headfold.plugins.schema import Attributes
+from headfold.plugins.schema import AttentionInputs, Attributes
 from headfold.runtime.device import Device
 
 TOLERANCES = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
@@ -72,7 +72,7 @@ class Problem:
         )
 
     def reference(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return grouped_query_attention(**self.feeds, attributes=self.attributes)
+        return grouped_query_attention(AttentionInputs(**self.feeds, total_sequence_length=0), self.attributes)
 
     def tensors(self, poison: bool = True) -> dict[str, torch.Tensor]:
         """The feeds as the kernels see them. What lies behind a cache's last token is undefined: NaN, which must not leak."""

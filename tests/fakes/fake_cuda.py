@@ -13,9 +13,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from headfold.plugins.dtypes import DTYPES
 from headfold.plugins.kernel_contract import (
     GRIDS,
-    ITEM_SIZES,
     PARAMETERS,
     KernelEntry,
     KernelManifest,
@@ -308,7 +308,7 @@ class FakeCuda:
                 raise Misuse("reduce reads what decode did not write")
         else:
             new, capacity = a["new_tokens"], a["capacity"]
-        size, cache, b = ITEM_SIZES[spec.dtype], ITEM_SIZES[spec.cache_dtype], self.batch
+        size, cache, b = DTYPES[spec.dtype].size, DTYPES[spec.cache_dtype].size, self.batch
         rows, count = b * new * spec.num_heads, splits(spec, b, capacity)
         partial = rows * count * 4
         want = {

@@ -8,8 +8,9 @@ from fake_cuda import FakeCuda, write_kernels
 from fake_tensorrt import FakeTensorRT
 
 from headfold.export.bundle.writer import write_manifest
+from headfold.plugins.gpus import RTX_CAPABILITIES
 from headfold.plugins.kernel_contract import KernelSpec
-from headfold.runtime.engine_file import _FIELDS, CAPABILITY_BITS
+from headfold.runtime.engine_file import _FIELDS
 from headfold.runtime.manifest import read_manifest
 from headfold.runtime.tensorrt_session import TensorRTSession
 
@@ -20,7 +21,7 @@ SPEC = KernelSpec(num_heads=6, kv_num_heads=2, head_dim=16, rotary_dim=16, dtype
 
 
 def engine_bytes(capabilities=(86, 89), version=(1, 7, 1, 116)) -> bytes:
-    bits = sum(1 << CAPABILITY_BITS.index(sm) for sm in capabilities)
+    bits = sum(1 << RTX_CAPABILITIES.index(sm) for sm in capabilities)
     body = b"not code"
     return _FIELDS.pack(b"vtrt", 64 + len(body), *version, b"vtrt", bits) + body
 

@@ -9,19 +9,21 @@ import torch
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from headfold.plugins.onnx_functions import NODE_INPUTS, OPSET, onnxruntime_body, schema, standard_body
+from headfold.plugins.onnx_functions import OPSET, onnxruntime_body, schema, standard_body
 from headfold.plugins.reference import grouped_query_attention
 from headfold.plugins.schema import (
+    ALL_INPUTS,
     DOMAIN,
-    INPUTS,
     LAST_INDEX,
+    NORMS,
     OP_TYPE,
-    OPTIONAL_INPUTS,
     OUTPUTS,
     SCALES,
     VERSION,
+    AttentionInputs,
     Attributes,
 )
+from headfold.plugins.torch_op import attend
 from headfold.plugins.torch_op import grouped_query_attention as torch_op
 
 CAPACITY = 32
@@ -38,7 +40,7 @@ def model(function: onnx.FunctionProto, attributes: Attributes, feeds: Feeds) ->
         rank = feeds[name].ndim if name in feeds else {"output": 3}.get(name, 4)
         return helper.make_tensor_value_info(name, kind, [None] * rank)
 
-    names = [name for name in NODE_INPUTS if "key_scale" in feeds or name not in SCALES]
+    names = [name for name in ALL_INPUTS if "key_scale" in feeds or name not in SCALES]
     inputs = [name if name in feeds else "" for name in names]
     node = helper.make_node(OP_TYPE, inputs, OUTPUTS, domain=DOMAIN, **vars(attributes))
     graph = helper.make_graph([node], "attention", [value(n) for n in feeds], [value(n) for n in OUTPUTS])
@@ -87,7 +89,7 @@ def run_torch(attributes: Attributes, feeds: Feeds) -> list[np.ndarray]:
         for name, x in feeds.items()
         if name != "total_sequence_length"
     }
-    optional = {name: tensors.pop(name, None) for name in OPTIONAL_INPUTS + SCALES}
+    optional = {name: tensors.pop(name, None) for name in NORMS + SCALES}
     total = int(feeds["total_sequence_length"])
     results = torch_op(**tensors, **optional, total_sequence_length=total, **vars(attributes))
     return [(x.float() if x.dtype == narrow else x).numpy() for x in results]
@@ -133,7 +135,7 @@ def make_feeds(
         }  # cuts off some
         for name in ("past_key", "past_value"):
             feeds[name] = (feeds[name] * largest / 4).clip(-largest, largest).astype(np.dtype(cache))
-    return feeds | ({name: normal(HEAD_DIM) for name in OPTIONAL_INPUTS} if qk_norm else {})
+    return feeds | ({name: normal(HEAD_DIM) for name in NORMS} if qk_norm else {})
 
 
 CASES = {
@@ -160,8 +162,7 @@ def test_equals_the_reference(case: str, heads: tuple[int, int], backend: str) -
     rotated = HEAD_DIM // 2 if case == "partial RoPE" else HEAD_DIM
     feeds = make_feeds(np.random.default_rng(0), attributes, past, new, rotated, case == "q/k norm")
     actual = BACKENDS[backend](attributes, feeds)
-    reference_feeds = {n: x for n, x in feeds.items() if n != "total_sequence_length"}
-    expected = grouped_query_attention(**reference_feeds, attributes=attributes)
+    expected = grouped_query_attention(AttentionInputs(**feeds), attributes)
     np.testing.assert_allclose(actual[0], expected[0], atol=TOLERANCE)
     for row, length in enumerate(past):  # behind the last token the cache is undefined
         for cache in (1, 2):
@@ -179,8 +180,7 @@ def test_quantized_caches_equal_the_reference(case: str, cache: str, backend: st
     attributes = Attributes(6, 2, scale=HEAD_DIM**-0.5, **options)
     feeds = make_feeds(np.random.default_rng(0), attributes, past, new, HEAD_DIM, case == "q/k norm", cache)
     actual = BACKENDS[backend](attributes, feeds)
-    reference_feeds = {n: x for n, x in feeds.items() if n != "total_sequence_length"}
-    expected = grouped_query_attention(**reference_feeds, attributes=attributes)
+    expected = grouped_query_attention(AttentionInputs(**feeds), attributes)
     np.testing.assert_allclose(actual[0], expected[0], atol=TOLERANCE)
     for row, length in enumerate(past):
         for which in (1, 2):
@@ -190,9 +190,37 @@ def test_quantized_caches_equal_the_reference(case: str, cache: str, backend: st
             )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "options", [{}, {"local_window_size": 4}, {"softcap": 2.0}], ids=["plain", "window", "softcap"]
+)
+def test_what_lies_behind_a_sequence_is_never_seen(options: dict[str, float], backend: str) -> None:
+    attributes = Attributes(6, 2, scale=HEAD_DIM**-0.5, **options)
+    past = [9, 2]
+    feeds = make_feeds(np.random.default_rng(0), attributes, past, 1, HEAD_DIM, False)
+    clean = grouped_query_attention(AttentionInputs(**feeds), attributes)
+    for row, length in enumerate(past):
+        for name in ("past_key", "past_value"):
+            feeds[name][row, :, length:] = np.nan
+    np.testing.assert_allclose(BACKENDS[backend](attributes, feeds)[0], clean[0], atol=TOLERANCE)
+
+
+def test_a_soft_cap_is_not_the_end_of_float16() -> None:
+    attributes = Attributes(2, 1, scale=HEAD_DIM**-0.5, softcap=50.0)
+    feeds = make_feeds(np.random.default_rng(0), attributes, [7], 3, HEAD_DIM, False)
+    feeds |= {name: feeds[name] * 90 for name in ("query", "key")}  # products over 65,504, scores that the cap holds
+    feeds |= {"cos_cache": np.ones_like(feeds["cos_cache"]), "sin_cache": np.zeros_like(feeds["sin_cache"])}  # exact
+    feeds |= {n: x.astype(np.float16).astype(x.dtype) for n, x in feeds.items() if x.dtype == np.float32}
+    expected = grouped_query_attention(AttentionInputs(**feeds), attributes)[0]
+    tensors = {n: torch.from_numpy(x) for n, x in feeds.items() if n != "total_sequence_length"}
+    tensors = {n: x.half() if x.is_floating_point() else x for n, x in tensors.items()}
+    actual = attend(AttentionInputs(**tensors, total_sequence_length=10), attributes)
+    np.testing.assert_allclose(actual.float().numpy(), expected, atol=0.01)  # of the output, a few eps
+
+
 def test_schema_names_what_the_contract_names() -> None:
     declared = schema()
-    assert tuple(p.name for p in declared.inputs) == INPUTS + OPTIONAL_INPUTS + (LAST_INDEX,) + SCALES
+    assert tuple(p.name for p in declared.inputs) == ALL_INPUTS
     assert tuple(p.name for p in declared.outputs) == OUTPUTS
     assert set(declared.attributes) == set(vars(Attributes(1, 1, 1.0)))
 
@@ -200,6 +228,5 @@ def test_schema_names_what_the_contract_names() -> None:
 def test_reference_refuses_to_write_behind_the_capacity() -> None:
     attributes = Attributes(2, 1, scale=0.25)
     feeds = make_feeds(np.random.default_rng(0), attributes, [CAPACITY], 1, HEAD_DIM, False)
-    del feeds["total_sequence_length"]
     with pytest.raises(ValueError, match="over the capacity of 32"):
-        grouped_query_attention(**feeds, attributes=attributes)
+        grouped_query_attention(AttentionInputs(**feeds), attributes)

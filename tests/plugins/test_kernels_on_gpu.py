@@ -7,7 +7,8 @@ from attention_problem import Problem, spec
 
 from headfold.export.engine.kernels import compile_spec
 from headfold.plugins.cuda_launch import Kernels
-from headfold.plugins.kernel_contract import FLOAT8_SINCE, SHARED_KIB, KernelSpec
+from headfold.plugins.gpus import FLOAT8_SINCE, GPUS
+from headfold.plugins.kernel_contract import KernelSpec
 from headfold.runtime.device import Device
 from headfold.runtime.errors import ProviderError
 
@@ -20,7 +21,7 @@ def gpu() -> Device:
         device = Device()
     except ProviderError as error:
         pytest.skip(f"no GPU: {error.what}")
-    if device.capability not in SHARED_KIB:
+    if device.capability not in GPUS:
         pytest.skip(f"there are no kernels for compute capability {device.capability}")
     return device
 

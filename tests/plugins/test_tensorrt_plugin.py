@@ -15,7 +15,7 @@ import pytest
 from headfold.plugins import tensorrt_library, tensorrt_plugin
 from headfold.plugins.kernel_contract import KernelSpec, max_workspace_bytes
 from headfold.plugins.launcher import Pointers, Shape
-from headfold.plugins.schema import INPUTS, OPTIONAL_INPUTS, OUTPUTS, Attributes
+from headfold.plugins.schema import INPUTS, NORMS, OUTPUTS, Attributes
 from headfold.plugins.tensorrt_library import TensorRTMissing, open_tensorrt
 
 pytestmark = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx")
@@ -112,7 +112,7 @@ def test_enqueue_hands_addresses_and_sizes_to_the_launcher(qk_norm, trt) -> None
     finally:
         tensorrt_plugin.register(trt, None)
     shapes = SHAPES + ([(64,), (64,)] if qk_norm else [])
-    names = INPUTS + (OPTIONAL_INPUTS if qk_norm else ())
+    names = INPUTS + (NORMS if qk_norm else ())
     addresses = {name: 1000 + index for index, name in enumerate(names)}
     inputs = [tensor.desc for tensor in described(trt, shapes)]
     outputs = [2000, addresses["past_key"], addresses["past_value"]]  # aliased

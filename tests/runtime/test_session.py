@@ -7,9 +7,10 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from headfold.runtime import BundleError, CapacityError, HeadfoldError, InputError, ProviderError, load, session
+from headfold.runtime import BundleError, CapacityError, HeadfoldError, InputError, ProviderError, cpu, load
+from headfold.runtime.cpu import physical_cores
 from headfold.runtime.manifest import read_manifest
-from headfold.runtime.session import OrtSession, physical_cores
+from headfold.runtime.session import OrtSession
 
 TOLERANCE = 1e-5  # float32 logits of order 1, sums of a hundred products in another order
 
@@ -94,7 +95,7 @@ def test_the_cache_is_updated_in_place(backend, prompts) -> None:
         before = {name: memory(value).copy() for name, value in cache.values.items()}
         ends = cache.lengths.copy()
         backend.decode(cache, np.array([3, 4]), np.ones(2, bool))
-        *outputs, logits = cache.window.binding.get_outputs()  # in the order they were bound
+        *outputs, logits = cache.bound.binding.get_outputs()  # in the order they were bound
         assert logits.data_ptr() == cache.logits.ctypes.data
         assert [output.data_ptr() for output in outputs] == list(addresses.values())
         for name, value in cache.values.items():
@@ -107,9 +108,9 @@ def test_bindings_are_made_once_per_window(backend, prompts) -> None:
     cache = backend.new_cache(1, 30)
     backend.prefill(cache, 0, prompts[0])
     first = backend.decode(cache, np.array([3]), np.ones(1, bool))
-    window = cache.window
+    bound = cache.bound
     second = backend.decode(cache, np.array([3]), np.ones(1, bool))
-    assert cache.window is window
+    assert cache.bound is bound
     assert np.shares_memory(first, second)  # the preallocated logits
 
 
@@ -194,8 +195,8 @@ def test_cores_are_those_this_process_may_use(physical, allowed, quota, cores, m
     file = tmp_path / "cpu.max"
     if quota is not None:
         file.write_text(quota + "\n")
-    monkeypatch.setattr(session, "_CGROUP_QUOTA", file)
-    monkeypatch.setattr(session.psutil, "cpu_count", lambda logical: physical)
+    monkeypatch.setattr(cpu, "_CGROUP_QUOTA", file)
+    monkeypatch.setattr(cpu.psutil, "cpu_count", lambda logical: physical)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(allowed)), raising=False)
     assert physical_cores() == cores
 

@@ -13,6 +13,7 @@ from fake_tensorrt import FakeTensorRT
 from tensorrt_rig import CAPACITY, SPEC, TOLERANCE, Rig
 
 from headfold.plugins import tensorrt_plugin
+from headfold.plugins.gpus import RTX_CAPABILITIES
 from headfold.plugins.kernel_contract import read_kernels
 from headfold.runtime import (
     CapacityError,
@@ -21,7 +22,6 @@ from headfold.runtime import (
     load,
     tensorrt_session,
 )
-from headfold.runtime.engine_file import CAPABILITY_BITS
 from headfold.runtime.manifest import read_manifest
 
 
@@ -171,7 +171,7 @@ def test_a_real_engine_on_a_real_gpu(attention, make_toy, tmp_path, prompts) -> 
         capability = device.Device().capability
     except ProviderError as error:
         pytest.skip(f"no GPU: {error.what}")
-    if capability not in CAPABILITY_BITS:
+    if capability not in RTX_CAPABILITIES:
         pytest.skip(f"TensorRT-RTX builds nothing for compute capability {capability}")
     toy = make_toy(dtype="float16")
     path = tmp_path / "bundle"

@@ -16,8 +16,8 @@ from headfold.export.engine.build import build_engine
 from headfold.export.engine.options import BuildOptions, profiles
 from headfold.export.progress import Reporter
 from headfold.plugins.tensorrt_library import TensorRTMissing
-from headfold.runtime.engine_file import HEADER_BYTES, check_engine, find_engine, read_header
-from headfold.runtime.errors import BundleError, HeadfoldError
+from headfold.runtime.engine_file import HEADER_BYTES, check_engine, read_header
+from headfold.runtime.errors import BundleError
 from headfold.runtime.manifest import check_files, read_manifest, sha256
 
 pytestmark = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx")
@@ -63,7 +63,7 @@ def test_the_engine_is_what_the_manifest_says(built) -> None:
     assert [spec.name for spec in entry.inputs] == [spec.name for spec in manifest.inputs]
     assert entry.inputs[0].shape == ["batch", "sequence"]
     assert entry.weight_streaming
-    assert find_engine(built, "tensorrt-rtx", "native") == entry
+    check_engine(built, entry)
 
 
 def test_the_bundle_keeps_its_files_and_says_its_new_format(built, tensorrt_toy) -> None:
@@ -250,13 +250,10 @@ def test_a_bad_engine_is_named_before_anybody_runs_it(case, copy) -> None:
     change, message = BAD_ENGINES[case]
     change(copy)
     with pytest.raises(BundleError) as error:
-        find_engine(copy, "tensorrt-rtx", "native")
+        manifest = read_manifest(copy)
+        check_files(copy, manifest)
+        check_engine(copy, manifest.engines[0])
     assert message in str(error.value)
     code, output = run("inspect", str(copy))
     assert code == 2
     assert message in " ".join(output.split())
-
-
-def test_an_engine_that_was_never_built_is_named_with_the_command(built) -> None:
-    with pytest.raises(HeadfoldError, match=r"only: tensorrt-rtx native.*--attention plugin"):
-        find_engine(built, "tensorrt-rtx", "plugin")

@@ -12,10 +12,10 @@ import pytest
 
 from headfold.export.engine import kernels
 from headfold.export.engine.kernels import check_signature, compile_kernels, compile_spec, kernel_spec
+from headfold.plugins.dtypes import DTYPES, FLOATS, QUANTIZED
+from headfold.plugins.gpus import GPUS
 from headfold.plugins.kernel_contract import (
-    ITEM_SIZES,
     PARAMETERS,
-    SHARED_KIB,
     KernelFileError,
     KernelManifest,
     KernelSpec,
@@ -39,21 +39,21 @@ SMALL = KernelSpec(num_heads=6, kv_num_heads=2, head_dim=16, rotary_dim=16, dtyp
 def built(tmp_path_factory) -> tuple[Path, KernelManifest]:
     """All targets of a small model."""
     directory = tmp_path_factory.mktemp("kernels")
-    return directory, compile_spec(SMALL, tuple(SHARED_KIB), directory, cache=directory / "cache")
+    return directory, compile_spec(SMALL, tuple(GPUS), directory, cache=directory / "cache")
 
 
 def test_every_target_has_every_kernel(built) -> None:
     directory, manifest = built
     assert read_kernels(directory) == manifest
-    assert manifest.capabilities == [75, 80, 86, 87, 89, 90, 100, 120]
+    assert manifest.capabilities == [75, 80, 86, 87, 89, 90, 100, 120, 121]
     assert {(entry.kernel, entry.capability) for entry in manifest.kernels} == {
-        (kernel, capability) for kernel in PARAMETERS for capability in SHARED_KIB
+        (kernel, capability) for kernel in PARAMETERS for capability in GPUS
     }
     for entry in manifest.kernels:
         cubin = read_cubin(directory, entry)
         assert cubin[:4] == b"\x7fELF"
         assert cubin[18:20] == b"\xbe\x00"  # e_machine: EM_CUDA
-        assert entry.shared_bytes <= SHARED_KIB[entry.capability] << 10
+        assert entry.shared_bytes <= GPUS[entry.capability].shared_kib << 10
         assert str(kernels._SOURCE.parent).encode() not in cubin
 
 
@@ -235,7 +235,7 @@ def test_item_sizes_are_those_of_the_dtypes() -> None:
     ml_dtypes = pytest.importorskip("ml_dtypes")
     import numpy as np
 
-    for name, size in ITEM_SIZES.items():
+    for name, size in ((name, names.size) for name, names in DTYPES.items() if name in (*FLOATS, *QUANTIZED)):
         assert np.dtype(getattr(ml_dtypes, name, None) or name).itemsize == size
 
 

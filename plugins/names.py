@@ -1,0 +1,42 @@
+"""Names of a graph's inputs and outputs, as the ecosystem spells them. Plain text; nothing here needs anything.
+
+`input_ids`, `attention_mask`, `past_key_values.{i}.key|value` → `logits`, `present.{i}.key|value`.
+"""
+
+PARTS = ("key", "value")  # of a layer's cache
+_PAST, _PRESENT = "past_key_values", "present"
+
+
+def cache_input(layer: int | str, part: str) -> str:
+    """The graph input that holds a layer's keys or values of the tokens so far."""
+    return f"{_PAST}.{layer}.{part}"
+
+
+def cache_output(layer: int | str, part: str) -> str:
+    """The graph output that holds them with the new tokens."""
+    return f"{_PRESENT}.{layer}.{part}"
+
+
+def caches(num_hidden_layers: int) -> dict[str, str]:
+    """Every cache input and its output, layer by layer, keys first."""
+    return {cache_input(i, part): cache_output(i, part) for i in range(num_hidden_layers) for part in PARTS}
+
+
+def is_cache_input(name: str | None) -> bool:
+    """Whether a tensor is a cache input."""
+    return name is not None and name.startswith(f"{_PAST}.")
+
+
+def is_cache_output(name: str | None) -> bool:
+    """Whether a tensor is a cache output."""
+    return name is not None and name.startswith(f"{_PRESENT}.")
+
+
+def input_of(output: str) -> str:
+    """The cache input that a cache output is given to in the next step."""
+    return _PAST + output.removeprefix(_PRESENT)
+
+
+def hidden_state(layer: int) -> str:
+    """The residual stream after a layer: a value inside the graph."""
+    return f"hidden_states.{layer}"
