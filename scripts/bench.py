@@ -72,7 +72,7 @@ def genai(path: str, threads: int) -> Start:
 def torch_eager(path: str, threads: int) -> Start:
     import torch
 
-    from headfold.export.checkpoints.base import load_decoder, open_checkpoint
+    from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
 
     torch.set_num_threads(threads)
     decoder = load_decoder(open_checkpoint(Path(path)))
@@ -195,7 +195,7 @@ def exports() -> Iterator[tuple[str, float, float]]:
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
     save = (
-        "import sys, torch; from pathlib import Path; from headfold.export.checkpoints.base import open_checkpoint;"
+        "import sys, torch; from pathlib import Path; from headfold.export.checkpoints.opening import open_checkpoint;"
         "from headfold.export.checkpoints.hf import save_hf;"
         "save_hf(Path(sys.argv[2]), open_checkpoint(Path(sys.argv[1])), torch.float32)"
     )

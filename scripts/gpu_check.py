@@ -142,7 +142,7 @@ def compare(backends: dict[str, Open]) -> list[dict[str, Any]]:
     """Every backend's logits against PyTorch on the CPU, through polygraphy's runners."""
     import torch
 
-    from headfold.export.checkpoints.base import load_decoder, open_checkpoint
+    from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
     from headfold.export.parity.backends import verify_backends
     from headfold.export.parity.compare import make_prompts
 

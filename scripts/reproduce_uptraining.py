@@ -20,13 +20,14 @@ from typing import Any, Literal
 
 import torch
 
-from headfold.export.checkpoints.base import Checkpoint, load_decoder, open_checkpoint
+from headfold.export.checkpoints.base import Checkpoint
+from headfold.export.checkpoints.opening import load_decoder, open_checkpoint, trainable
 from headfold.export.conversion.checkpoint import convert_checkpoint
 from headfold.export.conversion.layers import ConvertOptions, Init
 from headfold.export.data.token_data import tokenize
 from headfold.export.model.config import ModelConfig
 from headfold.export.progress import Reporter
-from headfold.export.training.loop import TrainOptions, evaluate, train, trainable
+from headfold.export.training.loop import TrainOptions, evaluate, train
 from headfold.export.training.losses import Loss
 from headfold.runtime.errors import TrainingError
 
@@ -89,7 +90,7 @@ class Bench:
         self.checkpoint: Checkpoint = open_checkpoint(SUBJECT)
         self.config = self.checkpoint.config
         self.data, self.validation = (
-            tokenize([str(CORPUS / name)], self.checkpoint.tokenizer, self.config, Reporter(quiet=True))
+            tokenize([str(CORPUS / name)], self.checkpoint.tokenizer.definition, self.config, Reporter(quiet=True))
             for name in ("train.txt", "validation.txt")
         )
         self.teacher, self.file = load_decoder(self.checkpoint), output / "cells.jsonl"

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from headfold.export.checkpoints.base import load_decoder, open_checkpoint
+from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
 from headfold.export.data.token_data import TokenData, tokenize
 from headfold.export.progress import Reporter
 from headfold.export.training.loop import evaluate
@@ -59,7 +59,7 @@ def main() -> None:
     source = open_checkpoint(GGUF)
     sample = WORK / "validation.txt"  # a little of it: the command evaluates before and after
     sample.write_text(held_out.read_text()[:16384])
-    validation = tokenize([str(held_out)], source.tokenizer, source.config, Reporter(quiet=True))
+    validation = tokenize([str(held_out)], source.tokenizer.definition, source.config, Reporter(quiet=True))
     file = WORK / "perplexity.json"
     figures: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"text": about}
 

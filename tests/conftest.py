@@ -11,8 +11,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from headfold.export.bundle.pipeline import ExportOptions, export_bundle
-from headfold.export.checkpoints.base import MemoryCheckpoint, TokenizerFiles, load_decoder, open_checkpoint
+from headfold.export.checkpoints.base import MemoryCheckpoint, TokenizerFiles
 from headfold.export.checkpoints.hf import save_hf
+from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
 from headfold.export.model.config import ModelConfig
 from headfold.export.model.decoder import Decoder
 from headfold.export.progress import Reporter

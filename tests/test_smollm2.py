@@ -13,7 +13,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from headfold.export.checkpoints.base import load_decoder, open_checkpoint
+from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
 from headfold.export.graph.trace import set_attention_body
 from headfold.plugins.onnx_functions import standard_body
 from headfold.runtime import load

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headfold.export.model.decoder import Decoder
+from headfold.export.model.decoder import Decoder, Scales
 
-Scales = tuple[Tensor, Tensor]  # of one layer's keys and values, float32 [Hkv] each
 _SMALLEST = 1e-8  # of a scale: a head that is always zero stays zero
 
 

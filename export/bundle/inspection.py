@@ -7,8 +7,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from headfold.export.checkpoints.base import open_checkpoint
-from headfold.export.model.config import ModelConfig, RopeConfig
+from headfold.export.checkpoints.opening import open_checkpoint
+from headfold.export.model.config import ModelConfig
 from headfold.runtime.engine_file import check_engine
 from headfold.runtime.manifest import MANIFEST, EngineEntry, check_files, read_manifest
 
@@ -47,12 +47,7 @@ def _bundle(path: Path) -> Facts:
     check_files(path, manifest)
     for engine in manifest.engines:
         check_engine(path, engine)
-    rope = RopeConfig(**manifest.config["rope"])
-    lists = {
-        "eos_token_id": tuple(manifest.config["eos_token_id"]),
-        "sliding_layers": tuple(manifest.config["sliding_layers"]),
-    }
-    config = ModelConfig(**manifest.config | {"rope": rope} | lists)
+    config = ModelConfig.from_json(manifest.config)
     itemsize = getattr(torch, manifest.dtype).itemsize
     facts: Facts = {"kind": "bundle", "path": str(path), "source": manifest.source}
     facts |= _architecture(config, getattr(torch, manifest.cache_dtype).itemsize)

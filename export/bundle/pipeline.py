@@ -13,14 +13,16 @@ import onnx_ir as ir
 import psutil
 import torch
 
-from headfold.export.bundle.cache_scales import Scales, cache_scales, quantization_cost
+from headfold.export.bundle.cache_scales import cache_scales, quantization_cost
 from headfold.export.bundle.genai import genai_config
 from headfold.export.bundle.writer import check_output, staged, write_file, write_json, write_manifest
-from headfold.export.checkpoints.base import Checkpoint, load_decoder, open_checkpoint
-from headfold.export.conversion.statistics import TOKENS as CALIBRATION_TOKENS
-from headfold.export.conversion.statistics import calibration_tokens
+from headfold.export.checkpoints.base import Checkpoint
+from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
+from headfold.export.data.calibration import TOKENS as CALIBRATION_TOKENS
+from headfold.export.data.calibration import calibration_tokens
 from headfold.export.graph.trace import export_graph
 from headfold.export.graph.weights import attach_weights, save_model
+from headfold.export.model.decoder import Scales
 from headfold.export.parity.compare import Candidate, verify_bundle
 from headfold.export.parity.report import ParityReport
 from headfold.export.progress import Reporter
@@ -151,7 +153,11 @@ def _calibrate(
     with reporter.step("read the checkpoint"):
         decoder = load_decoder(checkpoint, torch.float32, capacity).eval()
     tokens = calibration_tokens(
-        checkpoint, decoder, options.calibration_data, options.calibration_tokens, reporter=reporter
+        checkpoint.tokenizer.definition,
+        decoder,
+        options.calibration_data,
+        options.calibration_tokens,
+        reporter=reporter,
     )
     with reporter.step(f"calibrate the {options.kv_cache} cache"):
         scales = cache_scales(decoder, tokens, stored)

@@ -1,6 +1,6 @@
 """What a checkpoint is to the rest of headfold: a configuration, tensors read one at a time, and tokenizer files.
 
-`open_checkpoint` picks the reader by what lies at the path; `hf.py` reads Hugging Face directories, `gguf_file.py` GGUF files.
+`opening.py` picks the reader by what lies at a path: `hf.py` for Hugging Face directories, `gguf_file.py` for GGUF files.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,6 @@ from typing import Protocol
 import torch
 
 from headfold.export.model.config import ModelConfig
-from headfold.export.model.decoder import Decoder
 from headfold.runtime.errors import CheckpointError
 
 
@@ -20,6 +19,11 @@ class TokenizerFiles:
     """Tokenizer and generation files by name, as they go into a bundle or a Hugging Face directory; may be empty."""
 
     files: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def definition(self) -> bytes | None:
+        """The content of tokenizer.json."""
+        return self.files.get("tokenizer.json")
 
 
 class Checkpoint(Protocol):
@@ -82,32 +86,6 @@ class MemoryCheckpoint:
         return iter(self.tensors)
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a GGUF file, a Hugging Face directory, or `organisation/name` on the Hugging Face hub.
-
-    Raises:
-        CheckpointError: there is none, it is damaged, or its tensors are not exactly what its configuration implies.
-        ConfigError: its configuration is not one headfold implements.
-    """
-    from headfold.export.checkpoints.gguf_file import GGUFCheckpoint
-    from headfold.export.checkpoints.hf import HuggingFaceCheckpoint, download
-
-    if path.is_file():
-        return GGUFCheckpoint(path)
-    if path.is_dir():
-        return HuggingFaceCheckpoint(path)
-    if len(path.parts) == 2 and not path.is_absolute() and path.parts[0] not in {".", ".."}:
-        return HuggingFaceCheckpoint(download(path.as_posix()))
-    raise CheckpointError("no such file or directory", where=path, fix="Name a GGUF file or a Hugging Face directory.")
-
-
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor a checkpoint of this model must have: those of the decoder itself."""
-    with torch.device("meta"):
-        decoder = Decoder(config, capacity=1)
-    return {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()}
-
-
 def check_tensors(path: Path, expected: Mapping[str, tuple[int, ...]], actual: Mapping[str, tuple[int, ...]]) -> None:
     """Compare what is there with what must be there.
 
@@ -138,13 +116,3 @@ def check_tensors(path: Path, expected: Mapping[str, tuple[int, ...]], actual: M
 def _count(what: str, names: list[str]) -> str:
     plural = "s" if len(names) > 1 else ""
     return f"{len(names)} tensor{plural} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-
-
-def load_decoder(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, capacity: int | None = None) -> Decoder:
-    """The decoder with the checkpoint's weights in `dtype`, ready for inference; one copy of the weights is in memory."""
-    with torch.device("meta"):
-        decoder = Decoder(checkpoint.config, capacity)
-    for name in checkpoint:
-        decoder.load_state_dict({name: checkpoint.read(name).to(dtype)}, strict=False, assign=True)
-    decoder.cos_cache, decoder.sin_cache = decoder.cos_cache.to(dtype), decoder.sin_cache.to(dtype)
-    return decoder.eval().requires_grad_(False)

@@ -92,7 +92,7 @@ class _Fields:
 def _config_from_json(fields: _Fields) -> ModelConfig:
     model_type = fields.get("model_type", str)
     if model_type == OWN:
-        return own_config(fields.content)
+        return ModelConfig.from_json(fields.content)
     if model_type not in FAMILIES:
         raise ConfigError(f"model_type {model_type!r} is unknown", fix=f"headfold knows {', '.join(FAMILIES)}.")
     family, content = FAMILIES[model_type], fields.content
@@ -187,32 +187,6 @@ def _rope(fields: _Fields) -> RopeConfig:
         partial_rotary_factor=given.get("partial_rotary_factor", float, 1.0),
         **values,
     )
-
-
-def own_config(content: Json) -> ModelConfig:
-    """The inverse of `ModelConfig.to_json`.
-
-    Raises:
-        ConfigError: a field is missing, unknown, or names an activation, norm or RoPE kind that does not exist.
-    """
-    fields = {k: v for k, v in content.items() if k not in {"architectures", "dtype", "torch_dtype"}}
-    try:
-        rope = RopeConfig(**fields.pop("rope", {}))
-        lists: dict[str, Any] = {k: tuple(fields.pop(k, ())) for k in ("eos_token_id", "sliding_layers")}
-        config = ModelConfig(rope=rope, **lists, **fields)
-    except TypeError as error:
-        raise ConfigError(
-            str(error).rpartition("__init__() ")[2], fix="Take the config.json that belongs to the weights."
-        ) from error
-    if config.hidden_act not in ACTIVATIONS.values() or config.norm not in {"rms_norm", "layer_norm"}:
-        raise ConfigError(
-            f"hidden_act {config.hidden_act!r} or norm {config.norm!r} is not implemented", fix="Correct it."
-        )
-    if rope.rope_type not in ROPE_FIELDS:
-        raise ConfigError(
-            f"rope_type {rope.rope_type!r} is not implemented", fix=f"headfold knows {', '.join(ROPE_FIELDS)}."
-        )
-    return config
 
 
 def config_to_json(config: ModelConfig) -> dict[str, Any]:

@@ -11,9 +11,10 @@ import gguf
 import numpy as np
 import torch
 
-from headfold.export.checkpoints.base import check_tensors, expected_shapes
+from headfold.export.checkpoints.base import check_tensors
 from headfold.export.checkpoints.families import FAMILIES
 from headfold.export.checkpoints.gguf_tokenizer import tokenizer_files
+from headfold.export.checkpoints.shapes import expected_shapes
 from headfold.export.model.config import ModelConfig, RopeConfig
 from headfold.runtime.errors import CheckpointError, ConfigError
 
@@ -57,7 +58,6 @@ class GGUFCheckpoint:
             ) from error
         metadata = {name: field.contents() for name, field in reader.fields.items()}
         tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self._architecture = metadata.get("general.architecture")
         self.config = _config(path, metadata, tensors)
         self.tokenizer = tokenizer_files(path, metadata, self.config)
         named = {_decoder_name(name): tensor for name, tensor in tensors.items()}

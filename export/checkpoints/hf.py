@@ -14,8 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from headfold.export.checkpoints.base import Checkpoint, TokenizerFiles, check_tensors, expected_shapes
+from headfold.export.checkpoints.base import Checkpoint, TokenizerFiles, check_tensors
 from headfold.export.checkpoints.families import config_from_json, config_to_json
+from headfold.export.checkpoints.shapes import expected_shapes
 from headfold.export.files import sync_tree
 from headfold.runtime.errors import CheckpointError
 

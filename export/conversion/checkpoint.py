@@ -10,12 +10,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from headfold.export.checkpoints.base import Checkpoint, MemoryCheckpoint, load_decoder, open_checkpoint
+from headfold.export.checkpoints.base import Checkpoint, MemoryCheckpoint
 from headfold.export.checkpoints.hf import save_hf
+from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
 from headfold.export.conversion.ffn import plain_to_gated
 from headfold.export.conversion.heads import NEED_STATISTICS
 from headfold.export.conversion.layers import ConvertOptions, Tensors, attention_prefix, convert_layer, converted_config
-from headfold.export.conversion.statistics import LENGTH, TOKENS, calibration_tokens, layer_inputs
+from headfold.export.conversion.refit import refit
+from headfold.export.conversion.statistics import moments
+from headfold.export.conversion.streams import Streams
+from headfold.export.data.calibration import LENGTH, TOKENS, calibration_tokens
 from headfold.export.model.config import ModelConfig
 from headfold.export.model.decoder import Attention, Decoder
 from headfold.export.progress import Reporter
@@ -66,7 +70,7 @@ def convert_checkpoint(
     """Convert a checkpoint, calibrated on int64 tokens [N, S]; `decoder`, if it is loaded already, saves reading it again.
 
     Layer by layer, as `convert` does; with `svd` each layer's output projection is then fitted once more, on what the converted
-    model really computes up to there: see `LayerInputs.refit`.
+    model really computes up to there: see `refit`.
 
     Raises:
         ConfigError: see `converted_config`.
@@ -77,17 +81,19 @@ def convert_checkpoint(
     with reporter.step(
         f"convert {config.num_key_value_heads} key/value heads to {target.num_key_value_heads}"
     ) as advance:
-        for inputs in layer_inputs(decoder, tokens):
-            prefix = attention_prefix(inputs.index)
+        streams = Streams(decoder, tokens)
+        for layer in range(config.num_hidden_layers):
+            prefix = attention_prefix(layer)
             part = {n.removeprefix(prefix): tensors[n].double() for n in tensors if n.startswith(prefix)}
-            moments = inputs.moments() if options.needs_statistics else None
-            part = convert_layer(part, config, options, moments, inputs.index)
-            inputs.converted = _attention(part, target, inputs.index)
-            errors.append(inputs.error())
+            statistics = moments(streams) if options.needs_statistics else None
+            part = convert_layer(part, config, options, statistics, layer)
+            converted = _attention(part, target, layer)
+            errors.append(streams.error(converted))
             if options.init == "svd":
-                part["o_proj.weight"] = inputs.refit(inputs.converted)
-                inputs.converted = _attention(part, target, inputs.index)
+                part["o_proj.weight"] = refit(streams, converted)
+                converted = _attention(part, target, layer)
             tensors |= {prefix + name: value.to(tensors[prefix + name].dtype) for name, value in part.items()}
+            streams.advance(converted)
             advance(1)
     result = MemoryCheckpoint(checkpoint.path, target, tensors, checkpoint.tokenizer)
     return Conversion(result, tuple(errors), tokens.numel(), _notes(config, options))
@@ -149,7 +155,13 @@ def convert_file(
         with reporter.step("read the checkpoint"):
             decoder = load_decoder(checkpoint)
         tokens = calibration_tokens(
-            checkpoint, decoder, calibration.data, calibration.tokens, calibration.length, options.seed, reporter
+            checkpoint.tokenizer.definition,
+            decoder,
+            calibration.data,
+            calibration.tokens,
+            calibration.length,
+            options.seed,
+            reporter,
         )
         conversion = convert_checkpoint(checkpoint, options, tokens, reporter, decoder)
         checkpoint = conversion.checkpoint

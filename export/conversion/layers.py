@@ -1,17 +1,17 @@
 """Multi-head to grouped-query attention, or fewer groups of it: a pure function on a state dict and calibration statistics.
 
-The result is a plain model of the same family. All arithmetic is in float64; `merge_heads` has the mathematics of a group,
-`calibration` collects the statistics, `conversion` converts checkpoints.
+The result is a plain model of the same family. All arithmetic is in float64; `heads.py` has the mathematics of a group,
+`statistics.py` collects the statistics, `checkpoint.py` converts checkpoints layer by layer.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from headfold.export.conversion import heads as merge_heads
+from headfold.export.conversion import heads as merging
 from headfold.export.conversion.heads import INITS, NEED_STATISTICS, Geometry, Heads, Init, Moments
 from headfold.export.model.config import ModelConfig
 from headfold.runtime.errors import ConfigError, InputError
@@ -64,23 +64,6 @@ def converted_config(config: ModelConfig, options: ConvertOptions) -> ModelConfi
     if wanted not in divisors:
         raise ConfigError(f"{wanted} does not divide the {queries} query heads", where="--kv-heads", fix=fix)
     return replace(config, num_key_value_heads=wanted)
-
-
-def convert(
-    tensors: Tensors, config: ModelConfig, options: ConvertOptions, statistics: Iterable[Moments | None]
-) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Convert a whole state dict; `statistics` yields the moments of each layer in turn (None where none are needed).
-
-    Raises:
-        ConfigError: see `converted_config`.
-    """
-    result, target = dict(tensors), converted_config(config, options)
-    for layer, moments in zip(range(config.num_hidden_layers), statistics, strict=True):
-        prefix = attention_prefix(layer)
-        part = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        converted = convert_layer(part, config, options, moments, layer)
-        result |= {prefix + name: tensor for name, tensor in converted.items()}
-    return target, result
 
 
 def attention_prefix(layer: int) -> str:
@@ -158,15 +141,15 @@ def _merge(
     geometry = Geometry(config.rotary_dim, config.qk_norm)
     match options.init:
         case "random":
-            return merge_heads.random(part, generator)
+            return merging.random(part, generator)
         case "first":
-            return merge_heads.first(part)
+            return merging.first(part)
         case "mean":
-            return merge_heads.mean(part)
+            return merging.mean(part)
         case "procrustes":
-            return merge_heads.procrustes(part, _required(moments).take(group), geometry)
+            return merging.procrustes(part, _required(moments).take(group), geometry)
         case "svd":
-            return merge_heads.svd(part, _required(moments).take(group), geometry)
+            return merging.svd(part, _required(moments).take(group), geometry)
 
 
 def _required(moments: Moments | None) -> Moments:
@@ -194,18 +177,18 @@ def _groups(heads: Heads, moments: Moments | None, config: ModelConfig, options:
 def pair_losses(heads: Heads, moments: Moments, units: list[list[int]], config: ModelConfig) -> Tensor:
     """What each two units would lose if they shared a key/value head, [units, units]: values and keys, relative to the layer."""
     firsts = [unit[0] for unit in units]
-    root = merge_heads.root(moments.inputs)
-    attended = merge_heads.root(moments.attended.mean(0))
+    root = merging.root(moments.inputs)
+    attended = merging.root(moments.attended.mean(0))
     result = torch.zeros(len(units), len(units), dtype=torch.float64)
     whole_value, whole_key = 0.0, 0.0
     values, keys = result.clone(), result.clone()
     for a in range(len(firsts)):
         for b in range(a):
             both = units[a] + units[b]
-            lost, whole = merge_heads.value_loss(heads.v[both], heads.o[both], attended)
+            lost, whole = merging.value_loss(heads.v[both], heads.o[both], attended)
             values[a, b] = values[b, a] = lost
             whole_value += whole.item()
-            lost, whole = merge_heads.key_loss(heads.k[both], moments.queries[both], root, config.rotary_dim)
+            lost, whole = merging.key_loss(heads.k[both], moments.queries[both], root, config.rotary_dim)
             keys[a, b] = keys[b, a] = lost
             whole_key += whole.item()
     return values / whole_value + keys / whole_key

@@ -17,7 +17,6 @@ from numpy.typing import ArrayLike, NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from headfold.export.checkpoints.base import TokenizerFiles
 from headfold.export.data.documents import Piece, fingerprint, pieces
 from headfold.export.model.config import ModelConfig
 from headfold.export.progress import Reporter
@@ -96,7 +95,7 @@ def _order(windows: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 def tokenize(
     sources: Sequence[str],
-    tokenizer: TokenizerFiles,
+    tokenizer: bytes | None,
     config: ModelConfig,
     reporter: Reporter,
     text_field: str = "text",
@@ -109,7 +108,7 @@ def tokenize(
 
     Args:
         sources: see `headfold.export.data.documents.pieces`; or one `.npy` file of token ids.
-        tokenizer: the model's, with a tokenizer.json.
+        tokenizer: the content of the model's tokenizer.json; None if it has none.
         config: for the size of the vocabulary and the end token.
         reporter: told what goes on.
         text_field: column of JSONL, parquet and data sets that holds the text.
@@ -122,13 +121,12 @@ def tokenize(
         raise DataError("no data", fix="Name files, directories or a data set with --data.")
     if len(sources) == 1 and sources[0].endswith(".npy"):
         return _ready_made(Path(sources[0]), config.vocab_size)
-    definition = tokenizer.files.get("tokenizer.json")
-    if definition is None:
+    if tokenizer is None:
         raise DataError("the checkpoint has no tokenizer.json", fix="Add it, or give --data a .npy file of token ids.")
     key = hashlib.sha256()
     for part in (_FORMAT, text_field, str(config.vocab_size), str(config.eos_token_id[:1])):
         key.update(part.encode() + b"\0")
-    key.update(hashlib.sha256(definition).digest())
+    key.update(hashlib.sha256(tokenizer).digest())
     for source in sources:
         key.update(fingerprint(source))
     dtype = _dtype(config.vocab_size)
@@ -136,7 +134,7 @@ def tokenize(
     path = (cache or _default_cache()) / f"{name}.{np.dtype(dtype).name}"
     if not path.is_file():
         with reporter.step(f"tokenize {', '.join(sources)}"):
-            _write(path, dtype, _encode(sources, text_field, Tokenizer.from_buffer(definition), config))
+            _write(path, dtype, _encode(sources, text_field, Tokenizer.from_buffer(tokenizer), config))
     if not path.stat().st_size:
         raise DataError("has no text", where=", ".join(sources), fix="Name data with some.")
     return TokenData(np.memmap(path, dtype, "r"), name)

@@ -22,7 +22,7 @@ from headfold.export.engine.lowering import lower
 from headfold.export.engine.network_report import AttentionLayers, ParsedNetwork, kind, open_flavour, parse, report
 from headfold.export.engine.options import BuildOptions, check_options, profiles
 from headfold.export.engine.preflight import preflight
-from headfold.export.model.config import ModelConfig, RopeConfig
+from headfold.export.model.config import ModelConfig
 from headfold.export.parity.compare import quiet_polygraphy
 from headfold.export.progress import Reporter
 from headfold.plugins import tensorrt_plugin
@@ -244,7 +244,7 @@ def _add_kernels(
     others = (entry for entry in manifest.engines if entry.plugin is not None and entry.flavour != options.target)
     capabilities = {*_capabilities(options), *(sm for entry in others for sm in entry.compute_capabilities)}
     compile_kernels(
-        model_config(manifest),
+        ModelConfig.from_json(manifest.config),
         manifest.dtype,
         sorted(capabilities),
         directory,
@@ -259,15 +259,6 @@ def _add_kernels(
         kernels_sha256=sha256(directory / "kernels.json"),
     )
     return entry, {path.relative_to(stage).as_posix() for path in directory.rglob("*") if path.is_file()}
-
-
-def model_config(manifest: Manifest) -> ModelConfig:
-    """The configuration that a manifest holds as JSON."""
-    content = dict(manifest.config)
-    content["rope"] = RopeConfig(**content["rope"])
-    for name in ("eos_token_id", "sliding_layers"):
-        content[name] = tuple(content[name])
-    return ModelConfig(**content)
 
 
 def _link(bundle: Path, stage: Path, manifest: Manifest, skip: set[str]) -> None:

@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from headfold.export.engine.build import lowered_network, model_config
+from headfold.export.engine.build import lowered_network
 from headfold.export.engine.network_layers import run_layer, torch_dtype, unknown
 from headfold.export.engine.network_report import ParsedNetwork, kind, open_flavour, report
 from headfold.export.engine.options import BuildOptions
+from headfold.export.model.config import ModelConfig
 from headfold.export.parity.compare import Candidate
 from headfold.export.parity.report import precision
 from headfold.export.parity.runners import CachedRunner
@@ -171,7 +172,7 @@ def _check(what: str, tensor: Any, value: Tensor) -> None:
 
 def network_candidate(bundle: Path, manifest: Manifest, options: BuildOptions) -> Candidate:
     """The network that an engine with these options would be built from."""
-    config = model_config(manifest)
+    config = ModelConfig.from_json(manifest.config)
     trt = open_flavour(options.target)
 
     def start(capacity: int, greedy: int, expose: bool) -> CachedRunner:

@@ -10,9 +10,9 @@ import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor
 
-from headfold.export.bundle.cache_scales import Scales
 from headfold.export.checkpoints.base import Checkpoint
 from headfold.export.graph.passes import JOINED, TRANSPOSED
+from headfold.export.model.decoder import Scales
 from headfold.export.model.rope import rope_tables
 from headfold.plugins.schema import SCALES
 from headfold.runtime.errors import CheckpointError, HeadfoldError

@@ -1,17 +1,19 @@
 """The configuration of a decoder: everything the model file needs to know, in Hugging Face's names, and nothing else.
 
-Reading a family's `config.json` or GGUF metadata into it is `families.py`'s and `gguf.py`'s job. Contradictions raise ConfigError here.
+Reading a family's `config.json` or GGUF metadata into it is the job of `headfold.export.checkpoints`. Contradictions raise ConfigError.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from headfold.runtime.errors import ConfigError
 
 Activation = Literal["relu", "gelu", "gelu_pytorch_tanh", "silu", "sigmoid", "linear"]
 Norm = Literal["rms_norm", "layer_norm"]
 RopeType = Literal["default", "linear", "llama3", "yarn"]
+_NOT_OURS = frozenset({"architectures", "dtype", "torch_dtype"})  # beside ModelConfig in a config.json
 
 # Shazeer 2020, equations 1-6: the activation of the first projection, and whether a second one multiplies it.
 FEED_FORWARDS: dict[str, tuple[Activation, bool]] = {
@@ -135,6 +137,30 @@ class ModelConfig:
     def window(self, layer: int) -> int:
         """The sliding window of a layer in tokens, -1 when it sees everything before it."""
         return self.sliding_window if self.sliding_window is not None and layer in self.sliding_layers else -1
+
+    @staticmethod
+    def from_json(content: Mapping[str, Any]) -> "ModelConfig":
+        """The inverse of `to_json`; what transformers adds to a `config.json` of ours is not read.
+
+        Raises:
+            ConfigError: a field is missing, unknown, or names an activation, norm or RoPE kind that does not exist.
+        """
+        values = {name: value for name, value in content.items() if name not in _NOT_OURS}
+        try:
+            rope = RopeConfig(**values.pop("rope", {}))
+            lists: dict[str, Any] = {name: tuple(values.pop(name, ())) for name in ("eos_token_id", "sliding_layers")}
+            config = ModelConfig(rope=rope, **lists, **values)
+        except TypeError as error:
+            reason = str(error).rpartition("__init__() ")[2]
+            raise ConfigError(reason, fix="Take the configuration that belongs to the weights.") from error
+        for name, value, known in (
+            ("hidden_act", config.hidden_act, get_args(Activation)),
+            ("norm", config.norm, get_args(Norm)),
+            ("rope_type", rope.rope_type, get_args(RopeType)),
+        ):
+            if value not in known:
+                raise ConfigError(f"{name} {value!r} is not implemented", fix=f"headfold knows {', '.join(known)}.")
+        return config
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types, for a manifest."""

@@ -16,6 +16,7 @@ from headfold.export.model.rope import rope_tables
 from headfold.plugins.schema import AttentionInputs, Attributes
 from headfold.plugins.torch_op import attend, call, rms_norm, rms_normalization
 
+Scales = tuple[Tensor, Tensor]  # of a layer's quantized keys and values, float32 [Hkv] each
 Cache = list[tuple[Tensor, Tensor]]  # per layer: keys and values, [B, Hkv, C, D] each
 
 
@@ -212,7 +213,7 @@ class Decoder(nn.Module):
         self.register_buffer("sin_cache", sin, persistent=False)
         self.cache_dtype: torch.dtype | None = None  # of a quantized cache; None: that of the weights
 
-    def quantize_cache(self, dtype: torch.dtype, scales: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def quantize_cache(self, dtype: torch.dtype, scales: Sequence[Scales]) -> None:
         """Keep keys and values in int8 or float8_e4m3fn from now on; `scales` are those of each layer's heads, float32 [Hkv] each."""
         self.cache_dtype = dtype
         for layer, (key_scale, value_scale) in zip(self.model.layers, scales, strict=True):

@@ -1,10 +1,9 @@
-"""Decoders to train: with fresh weights, or with a checkpoint's."""
+"""Decoders with fresh weights, to train."""
 
 import math
 
 import torch
 
-from headfold.export.checkpoints.base import Checkpoint, load_decoder
 from headfold.export.model.config import ModelConfig
 from headfold.export.model.decoder import Decoder
 
@@ -23,11 +22,3 @@ def new_decoder(config: ModelConfig, seed: int, capacity: int | None = None) -> 
         elif name.endswith("bias"):
             torch.nn.init.zeros_(parameter)
     return decoder
-
-
-def trainable(checkpoint: Checkpoint, capacity: int | None = None) -> Decoder:
-    """A float32 copy of the checkpoint's weights that can be trained."""
-    decoder = load_decoder(checkpoint, torch.float32, capacity)
-    for parameter in decoder.parameters():
-        parameter.data = parameter.data.clone()  # a checkpoint may be another decoder's own tensors
-    return decoder.requires_grad_(True).train()

@@ -18,10 +18,10 @@ from polygraphy.comparator import Comparator, CompareFunc, RunResults
 from polygraphy.logger import G_LOGGER
 from tokenizers import Tokenizer
 
-from headfold.export.bundle.cache_scales import Scales
-from headfold.export.checkpoints.base import Checkpoint, load_decoder
+from headfold.export.checkpoints.base import Checkpoint
+from headfold.export.checkpoints.opening import load_decoder
 from headfold.export.model.config import ModelConfig
-from headfold.export.model.decoder import Decoder
+from headfold.export.model.decoder import Decoder, Scales
 from headfold.export.parity.report import (
     CheckResult,
     LayerResult,

@@ -13,16 +13,16 @@ import torch
 
 from headfold.export.bundle.inspection import inspect_path
 from headfold.export.bundle.pipeline import ExportOptions, export_bundle
-from headfold.export.checkpoints.base import Checkpoint, MemoryCheckpoint, load_decoder, open_checkpoint
+from headfold.export.checkpoints.base import Checkpoint, MemoryCheckpoint
 from headfold.export.checkpoints.hf import save_hf
+from headfold.export.checkpoints.opening import load_decoder, open_checkpoint, trainable
 from headfold.export.conversion.checkpoint import convert_checkpoint
 from headfold.export.conversion.heads import Init
 from headfold.export.conversion.layers import ConvertOptions
-from headfold.export.conversion.statistics import LENGTH, TOKENS
+from headfold.export.data.calibration import LENGTH, TOKENS
 from headfold.export.data.token_data import TokenData
 from headfold.export.model.config import ModelConfig
 from headfold.export.model.decoder import Decoder
-from headfold.export.model.initialize import trainable
 from headfold.export.progress import Reporter
 from headfold.export.studies.sweep_results import Choice, Curve, Point, SweepReport, choose
 from headfold.export.training.evaluation import evaluate

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from headfold.export.checkpoints.base import Checkpoint, MemoryCheckpoint, load_decoder, open_checkpoint
+from headfold.export.checkpoints.base import Checkpoint, MemoryCheckpoint
 from headfold.export.checkpoints.hf import save_hf
+from headfold.export.checkpoints.opening import load_decoder, open_checkpoint, trainable
 from headfold.export.data.token_data import TokenData, tokenize
-from headfold.export.model.initialize import trainable
 from headfold.export.progress import Reporter
 from headfold.export.training.loop import accelerator, train
 from headfold.export.training.options import TrainOptions, TrainResult
@@ -76,7 +76,9 @@ class Corpus:
         """Training and validation tokens; no validation if too little is held out for one sequence and the share is the default."""
 
         def read(sources: Sequence[str]) -> TokenData:
-            return tokenize(sources, checkpoint.tokenizer, checkpoint.config, reporter, self.text_field, self.cache)
+            return tokenize(
+                sources, checkpoint.tokenizer.definition, checkpoint.config, reporter, self.text_field, self.cache
+            )
 
         if self.validation:
             return read(self.validation_free()), read(self.validation)

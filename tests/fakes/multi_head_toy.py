@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from headfold.export.checkpoints.base import MemoryCheckpoint, load_decoder
+from headfold.export.checkpoints.base import MemoryCheckpoint
+from headfold.export.checkpoints.opening import load_decoder
 from headfold.export.conversion.checkpoint import Conversion, convert_checkpoint
 from headfold.export.conversion.layers import ConvertOptions
 from headfold.export.model.config import ModelConfig, RopeConfig

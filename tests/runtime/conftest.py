@@ -13,7 +13,7 @@ from tensorrt_rig import Rig, copy_with_engine
 
 from headfold.export.bundle.pipeline import ExportOptions, export_bundle
 from headfold.export.bundle.writer import write_manifest
-from headfold.export.checkpoints.base import load_decoder, open_checkpoint
+from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
 from headfold.export.model.config import ModelConfig
 from headfold.export.model.decoder import Decoder
 from headfold.export.progress import Reporter

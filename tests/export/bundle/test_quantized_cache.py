@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 
 from headfold.export.bundle.cache_scales import cache_scales, quantization_cost
-from headfold.export.checkpoints.base import load_decoder, open_checkpoint
+from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
 from headfold.export.cli import main
 from headfold.export.parity.compare import stored_scales
 from headfold.runtime import load

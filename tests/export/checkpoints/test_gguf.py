@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from headfold.export.checkpoints.base import load_decoder, open_checkpoint
+from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
 from headfold.export.model.config import ModelConfig, RopeConfig
 from headfold.runtime import CheckpointError, ConfigError
 

@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from headfold.export.bundle.pipeline import ExportOptions, export_bundle
-from headfold.export.checkpoints.base import open_checkpoint
 from headfold.export.checkpoints.hf import save_hf
+from headfold.export.checkpoints.opening import open_checkpoint
 from headfold.export.cli import main
 from headfold.export.progress import Reporter
 

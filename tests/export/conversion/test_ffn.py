@@ -8,13 +8,15 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from headfold.export.checkpoints.base import MemoryCheckpoint, expected_shapes, load_decoder, open_checkpoint
+from headfold.export.checkpoints.base import MemoryCheckpoint
 from headfold.export.checkpoints.families import config_to_json
 from headfold.export.checkpoints.hf import save_hf
+from headfold.export.checkpoints.opening import load_decoder, open_checkpoint, trainable
+from headfold.export.checkpoints.shapes import expected_shapes
 from headfold.export.cli import main
 from headfold.export.conversion.ffn import plain_to_gated
 from headfold.export.data.token_data import TokenData
-from headfold.export.training.loop import TrainOptions, train, trainable
+from headfold.export.training.loop import TrainOptions, train
 from headfold.runtime.errors import ConfigError
 
 PLAIN = {"relu": "reglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu", "silu": "swiglu"}

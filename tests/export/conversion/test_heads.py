@@ -7,10 +7,11 @@ import pytest
 import torch
 from multi_head_toy import VARIANTS, checkpoint_of, tokens
 
-from headfold.export.checkpoints.base import load_decoder
+from headfold.export.checkpoints.opening import load_decoder
 from headfold.export.conversion.heads import Moments
 from headfold.export.conversion.layers import ConvertOptions, convert_layer
-from headfold.export.conversion.statistics import attention_weights, layer_inputs
+from headfold.export.conversion.statistics import attention_weights, moments
+from headfold.export.conversion.streams import Streams
 from headfold.export.model.config import ModelConfig
 
 Array = np.ndarray[Any, Any]
@@ -25,8 +26,7 @@ class Layer:
         self.config = config
         self.part = {n.removeprefix(prefix): t for n, t in checkpoint.tensors.items() if n.startswith(prefix)}
         decoder = load_decoder(checkpoint)
-        inputs = next(layer_inputs(decoder, tokens()))
-        self.moments: Moments = inputs.moments()
+        self.moments: Moments = moments(Streams(decoder, tokens()))
         wide = [self.rows(name) for name in ("q_proj", "k_proj", "v_proj")]
         self.q, self.k, self.v = wide
         self.o = self.part["o_proj.weight"].double().numpy().reshape(48, 6, 16)  # [hidden, H, D]

@@ -13,13 +13,14 @@ from click.testing import CliRunner
 from multi_head_toy import MHA, QUIET, VARIANTS, checkpoint_of, converted, logits, tokens
 from transformers import AutoModelForCausalLM
 
-from headfold.export.checkpoints.base import load_decoder, open_checkpoint
 from headfold.export.checkpoints.hf import save_hf
+from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
 from headfold.export.cli import main
+from headfold.export.conversion import checkpoint as conversion
 from headfold.export.conversion.checkpoint import convert_checkpoint
 from headfold.export.conversion.heads import INITS
-from headfold.export.conversion.layers import ConvertOptions, convert, partition
-from headfold.export.conversion.statistics import calibration_tokens, layer_inputs
+from headfold.export.conversion.layers import ConvertOptions, attention_prefix, convert_layer, partition
+from headfold.export.data.calibration import calibration_tokens
 from headfold.export.model.config import ModelConfig
 from headfold.export.model.decoder import Decoder
 from headfold.runtime.errors import ConfigError, InputError
@@ -68,12 +69,12 @@ def test_bfloat16_in_bfloat16_out() -> None:
     assert {result.dtype(name) for name in result} == {torch.bfloat16}
 
 
-def test_refitting_the_output_never_loses_on_the_calibration_tokens() -> None:
+def test_refitting_the_output_never_loses_on_the_calibration_tokens(monkeypatch) -> None:
     checkpoint, options = checkpoint_of(MHA), ConvertOptions(1)
     decoder = load_decoder(checkpoint)
-    moments = [inputs.moments() for inputs in layer_inputs(decoder, tokens())]
-    config, tensors = convert(checkpoint.tensors, MHA, options, moments)
-    bare = load_decoder(replace(checkpoint, config=config, tensors=tensors))
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "refit", lambda _, converted: converted.o_proj.weight.double())
+        bare = load_decoder(convert_checkpoint(checkpoint, options, tokens(), QUIET).checkpoint)
     fitted = load_decoder(convert_checkpoint(checkpoint, options, tokens(), QUIET).checkpoint)
     target = decoder(tokens()).hidden_states[-1]
     losses = [(model(tokens()).hidden_states[-1] - target).square().mean() for model in (bare, fitted)]
@@ -123,9 +124,9 @@ def test_transformers_loads_the_result_and_computes_the_same(name: str, tmp_path
 def test_the_models_own_text_is_repeatable_and_follows_its_distribution() -> None:
     checkpoint = checkpoint_of(MHA)
     decoder = load_decoder(checkpoint)
-    text = calibration_tokens(checkpoint, decoder, count=1024, length=32)
+    text = calibration_tokens(checkpoint.tokenizer.definition, decoder, count=1024, length=32)
     assert text.shape == (32, 32)
-    assert torch.equal(text, calibration_tokens(checkpoint, decoder, count=1024, length=32))
+    assert torch.equal(text, calibration_tokens(checkpoint.tokenizer.definition, decoder, count=1024, length=32))
     own = torch.nn.functional.cross_entropy(decoder(text[:, :-1]).logits.flatten(0, 1), text[:, 1:].flatten())
     other = tokens(32, 32)
     random = torch.nn.functional.cross_entropy(decoder(other[:, :-1]).logits.flatten(0, 1), other[:, 1:].flatten())
@@ -147,11 +148,24 @@ def test_impossible_numbers_of_heads(heads: int, message: str) -> None:
 
 
 def test_statistics_are_asked_for_where_they_are_needed() -> None:
-    checkpoint = checkpoint_of(MHA)
-    config, _ = convert(checkpoint.tensors, MHA, ConvertOptions(2, "mean"), [None, None])
-    assert config == replace(MHA, num_key_value_heads=2)
+    prefix = attention_prefix(0)
+    part = {n.removeprefix(prefix): x for n, x in checkpoint_of(MHA).tensors.items() if n.startswith(prefix)}
+    assert convert_layer(part, MHA, ConvertOptions(2, "mean"), None, 0)["k_proj.weight"].shape == (32, 48)
     with pytest.raises(InputError, match="needs calibration statistics"):
-        convert(checkpoint.tensors, MHA, ConvertOptions(2, "svd"), [None, None])
+        convert_layer(part, MHA, ConvertOptions(2, "svd"), None, 0)
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 3])
+def test_few_calibration_sequences_are_not_learnt_by_heart(sequences: int) -> None:
+    checkpoint = checkpoint_of(MHA)
+    held_out = torch.randint(0, MHA.vocab_size, (8, 16), generator=torch.Generator().manual_seed(5))
+    few = tokens()[:sequences]
+    target = load_decoder(checkpoint)(held_out).hidden_states[-1]
+    result = convert_checkpoint(checkpoint, ConvertOptions(1), few, QUIET).checkpoint
+    fitted = (load_decoder(result)(held_out).hidden_states[-1] - target).square().mean()
+    first = convert_checkpoint(checkpoint, ConvertOptions(1, "first"), few, QUIET).checkpoint
+    plain = (load_decoder(first)(held_out).hidden_states[-1] - target).square().mean()
+    assert fitted < plain
 
 
 def test_q_k_norm_says_what_is_not_valid() -> None:

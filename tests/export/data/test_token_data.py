@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from headfold.export.checkpoints.base import TokenizerFiles, open_checkpoint
+from headfold.export.checkpoints.opening import open_checkpoint
 from headfold.export.data.token_data import TokenData, tokenize
 from headfold.export.progress import Reporter
 from headfold.runtime.errors import DataError
@@ -21,7 +21,9 @@ def read(toys, tmp_path):
 
     def read(*sources: Path | str, **options) -> TokenData:
         names = [str(source) for source in sources]
-        return tokenize(names, checkpoint.tokenizer, checkpoint.config, QUIET, cache=tmp_path / "cache", **options)
+        return tokenize(
+            names, checkpoint.tokenizer.definition, checkpoint.config, QUIET, cache=tmp_path / "cache", **options
+        )
 
     return read
 
@@ -158,4 +160,4 @@ def test_bad_data_is_one_line(read, tmp_path, case):
 def test_no_tokenizer(toys, tmp_path):
     config = open_checkpoint(toys / "mha").config
     with pytest.raises(DataError, match=r"has no tokenizer\.json"):
-        tokenize([str(toys / "text.txt")], TokenizerFiles(), config, QUIET, cache=tmp_path)
+        tokenize([str(toys / "text.txt")], None, config, QUIET, cache=tmp_path)

@@ -245,14 +245,18 @@ BAD_ENGINES: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
+def check(bundle: Path) -> None:
+    manifest = read_manifest(bundle)
+    check_files(bundle, manifest)
+    check_engine(bundle, manifest.engines[0])
+
+
 @pytest.mark.parametrize("case", BAD_ENGINES)
 def test_a_bad_engine_is_named_before_anybody_runs_it(case, copy) -> None:
     change, message = BAD_ENGINES[case]
     change(copy)
     with pytest.raises(BundleError) as error:
-        manifest = read_manifest(copy)
-        check_files(copy, manifest)
-        check_engine(copy, manifest.engines[0])
+        check(copy)
     assert message in str(error.value)
     code, output = run("inspect", str(copy))
     assert code == 2

@@ -11,7 +11,7 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 
-from headfold.export.checkpoints.base import load_decoder
+from headfold.export.checkpoints.opening import load_decoder
 from headfold.export.graph.passes import expose_hidden_states
 from headfold.export.graph.trace import export_graph, set_attention_body
 from headfold.export.graph.weights import attach_weights, save_model

@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from headfold.export.checkpoints.base import open_checkpoint
+from headfold.export.checkpoints.opening import open_checkpoint
 from headfold.export.cli import main
 from headfold.export.studies.sweep import default_contexts
 from headfold.export.studies.sweep_report import render_html
@@ -127,7 +127,7 @@ def test_a_sweep_measures_every_count(swept):
 
 
 def test_its_checkpoints_are_the_uptrained_ones(swept, toys):
-    from headfold.export.checkpoints.base import load_decoder
+    from headfold.export.checkpoints.opening import load_decoder
     from headfold.export.data.token_data import TokenData
     from headfold.export.training.evaluation import evaluate
 

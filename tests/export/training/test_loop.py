@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from headfold.export.checkpoints.base import open_checkpoint
+from headfold.export.checkpoints.opening import open_checkpoint
 from headfold.export.data.token_data import TokenData
 from headfold.export.training import loop as training
 from headfold.export.training.loop import TrainOptions, evaluate, new_decoder, train
