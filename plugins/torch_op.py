@@ -89,7 +89,12 @@ def dequantize(stored: Tensor, scale: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """RMSNorm over the last axis, in float32 or wider, then scaled in the dtype of `x` (Zhang and Sennrich 2019, equation 4)."""
+    """RMSNorm over the last axis, in float32 or wider, then scaled in the dtype of `x` (Zhang and Sennrich 2019, equation 4).
+
+    An export traces it as one op, which it would spell out in nine.
+    """
+    if torch.compiler.is_exporting():
+        return cast(Tensor, rms_normalization(x, weight, epsilon))
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(x.dtype)
 
@@ -107,11 +112,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat((pair, rest), -1)
 
 
-def call(inputs: AttentionInputs[Tensor], attributes: Attributes) -> tuple[Tensor, Tensor, Tensor]:
-    """The registered op, which an export traces: output and the new caches, the given ones are not touched."""
+def attention(inputs: AttentionInputs[Tensor], attributes: Attributes) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Attend, and the caches with the new tokens in them: those given, written to; in an export, new values of the registered op.
+
+    Args:
+        inputs: see `attend`.
+        attributes: heads, scale, window, soft cap, RoPE pairing.
+
+    Returns:
+        [B, S, Hq*D] in the dtype of `query`, and the caches, None without any.
+    """
+    if inputs.past_key is None or inputs.past_value is None:
+        return attend(inputs, attributes), None
+    if not torch.compiler.is_exporting():
+        return attend(inputs, attributes), (inputs.past_key, inputs.past_value)
     tensors = {name: getattr(inputs, name) for name in ALL_INPUTS if name != LAST_INDEX}
     output, key, value = grouped_query_attention(**tensors, **vars(attributes))
-    return output, key, value
+    return output, (key, value)
 
 
 @torch.library.custom_op("headfold::GroupedQueryAttention", mutates_args=())

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
-from headfold.export.graph.trace import set_attention_body
+from headfold.export.graph.bodies import set_attention_body
 from headfold.plugins.onnx_functions import standard_body
 from headfold.runtime import load
 

@@ -10,12 +10,10 @@ import onnx_ir as ir
 import onnxscript.optimizer
 from onnx_ir.passes import common as common_passes
 
+from headfold.export.graph.bodies import call_plugin, inline_standard_body
 from headfold.export.graph.passes import attention_nodes
-from headfold.export.graph.trace import set_attention_body
-from headfold.plugins.dtypes import DTYPES, QUANTIZED
 from headfold.plugins.names import is_cache_input, is_cache_output
-from headfold.plugins.onnx_functions import standard_body
-from headfold.plugins.schema import ALL_INPUTS, DOMAIN, LAST_INDEX, OP_TYPE, VERSION, Attention, AttentionInputs
+from headfold.plugins.schema import DOMAIN, OP_TYPE, Attention
 from headfold.runtime.errors import BundleError
 
 
@@ -59,59 +57,6 @@ def fix_capacity(model: ir.Model, capacity: int) -> None:
         if is_cache_input(value.name) or is_cache_output(value.name):
             assert value.shape is not None
             value.shape = ir.Shape([*value.shape[:2], capacity, *value.shape[3:]])
-
-
-def inline_standard_body(model: ir.Model) -> None:
-    """Replace the attention op by standard ops, which TensorRT imports as its own layers; the runtime zeroes its caches."""
-    use_standard_body(model, zeroed=True)
-    common_passes.InlinePass()(model)
-    for node in model.graph:
-        if (
-            node.op_type == "Attention"
-            and "softcap" in node.attributes
-            and node.attributes["softcap"].as_float() == 0.0
-        ):
-            node.attributes.pop("softcap")  # off; what is left is a real one, and TensorRT has none
-
-
-def use_standard_body(model: ir.Model, zeroed: bool = False) -> None:
-    """Give the attention op the body of standard ops; `zeroed` as there."""
-    inputs = AttentionInputs.of_node(attention_nodes(model)[0].inputs)
-    cos, cache = inputs.cos_cache, inputs.past_key
-    assert cos.shape is not None
-    assert cache is not None
-    stored = {DTYPES[name].onnx: name for name in QUANTIZED}.get(int(cache.dtype or 0))
-    rotary_dim = 2 * int(cos.shape[1])  # type: ignore[arg-type]  # a number here
-    set_attention_body(model, standard_body(rotary_dim, inputs.norms is not None, stored, zeroed))
-
-
-def widen_float8_caches(model: ir.Model) -> None:
-    """Keep the numbers of float8 caches in float32 and compute with standard ops, exactly: for backends without float8."""
-    use_standard_body(model)
-    values = [value for node in attention_nodes(model) for value in node.outputs]
-    for value in (*model.graph.inputs, *model.graph.outputs, *values):
-        if value.dtype == ir.DataType.FLOAT8E4M3FN:
-            value.dtype = ir.DataType.FLOAT
-
-
-def call_plugin(model: ir.Model) -> None:
-    """Leave the attention op in place, but as a call of the plugin of its name.
-
-    `total_sequence_length` is a number on the host, which a plugin cannot have; but it can see its inputs' shapes. So that input
-    becomes `attention_mask` [B, T], of which only T counts. `last_index` is ONNX Runtime's alone.
-    """
-    mask = next(value for value in model.graph.inputs if value.name == "attention_mask")
-    for node in attention_nodes(model):
-        given = AttentionInputs.of_node(node.inputs).given() | {"total_sequence_length": mask}
-        inputs = [given[name] for name in ALL_INPUTS if name in given and name != LAST_INDEX]
-        node.resize_inputs(len(inputs))
-        for position, value in enumerate(inputs):
-            node.replace_input_with(position, value)
-        node.attributes["plugin_namespace"] = ir.AttrString("plugin_namespace", DOMAIN)
-        node.attributes["plugin_version"] = ir.AttrString("plugin_version", str(VERSION))
-    model.functions.clear()
-    for domain in set(model.opset_imports) - {"", DOMAIN}:
-        del model.opset_imports[domain]
 
 
 def spell_out_argmax(model: ir.Model) -> None:

@@ -3,58 +3,33 @@
 import numpy as np
 import onnx_ir as ir
 
+from headfold.export.graph.recipes import WeightRecipe, add_weight, recipe_of, remove_unread, set_recipe
 from headfold.plugins.names import hidden_state
 from headfold.plugins.schema import ALL_INPUTS, DOMAIN, LAST_INDEX, OP_TYPE
 
 
-def name_initializers(model: ir.Model, prefix: str) -> None:
-    """Take the tracing wrapper's prefix off the initializers, so that they are called like the decoder's state dict."""
+def name_weights(model: ir.Model, prefix: str) -> None:
+    """Take the tracing wrapper's prefix off the initializers: each is then the tensor of its name in the decoder's state dict."""
     for name in list(model.graph.initializers):
         if name.startswith(prefix):
             value = model.graph.initializers.pop(name)
-            value.name = name.removeprefix(prefix)
-            model.graph.initializers[value.name] = value
+            set_recipe(value, WeightRecipe((name.removeprefix(prefix),)))
+            model.graph.register_initializer(value)
 
 
-JOINED, TRANSPOSED = (
-    "+",
-    ".T",
-)  # in the name of an initializer: several tensors of the checkpoint, end to end; transposed
-
-
-def fold_weights(model: ir.Model) -> None:
-    """What is done to weights alone, `Concat` along the first axis and `Transpose`, is done once, when they are saved.
-
-    `MatMul(x, Transpose(Concat(q, k)))` becomes `MatMul(x, "q+k.T")`.
-    """
-    initializers = model.graph.initializers
+def fold_transposes(model: ir.Model) -> None:
+    """A `Transpose` of a weight is done once, when it is saved: `MatMul(x, Transpose(w))` becomes `MatMul(x, "w.T")`."""
     for node in list(model.graph):
-        sources = [value for value in node.inputs if value is not None and value.is_initializer()]
-        if node.domain or not sources or len(sources) != len(node.inputs) or None in [v.const_value for v in sources]:
+        weight = node.inputs[0] if node.op_type == "Transpose" and not node.domain else None
+        recipe = recipe_of(weight) if weight is not None else None
+        if weight is None or recipe is None or weight.shape is None or len(weight.shape) != 2:
             continue
-        first, output, shapes = sources[0].const_value, node.outputs[0], [_shape(value) for value in sources]
-        assert first is not None
-        shape: tuple[int, ...]
-        if node.op_type == "Transpose" and len(shapes[0]) == 2:
-            name, shape = f"{sources[0].name}{TRANSPOSED}", shapes[0][::-1]  # [in, out]
-        elif node.op_type == "Concat" and node.attributes["axis"].as_int() == 0:
-            name = JOINED.join(value.name or "" for value in sources)
-            shape = (sum(each[0] for each in shapes), *shapes[0][1:])
-        else:
-            continue
-        folded = ir.Value(name=name, shape=ir.Shape(shape), type=sources[0].type)
-        folded.const_value = ir.LazyTensor(_no_value, dtype=first.dtype, shape=ir.Shape(shape), name=name)
-        ir.convenience.replace_all_uses_with(output, folded)
+        shape = [int(dim) for dim in weight.shape[::-1]]  # type: ignore[arg-type]  # [in, out]
+        recipe = WeightRecipe(recipe.sources, not recipe.transposed)
+        folded = model.graph.initializers.get(recipe.name) or add_weight(model, recipe, shape, weight)
+        ir.convenience.replace_all_uses_with(node.outputs[0], folded)
         model.graph.remove(node, safe=True)
-        initializers[name] = folded
-        for value in sources:
-            if value.name is not None and not value.uses():
-                initializers.pop(value.name, None)
-
-
-def _shape(value: ir.Value) -> tuple[int, ...]:
-    assert value.const_value is not None
-    return tuple(value.const_value.shape.numpy())
+        remove_unread(model, [weight])
 
 
 def attention_nodes(model: ir.Model) -> list[ir.Node]:
@@ -80,10 +55,6 @@ def share_last_index(model: ir.Model) -> None:
             raise RuntimeError(f"{node.name} has past lengths of its own")
         node.resize_inputs(max(len(node.inputs), ALL_INPUTS.index(LAST_INDEX) + 1))
         node.replace_input_with(ALL_INPUTS.index(LAST_INDEX), last)
-
-
-def _no_value() -> ir.TensorProtocol:
-    raise RuntimeError("the graph has no weights yet: headfold.export.graph.weights attaches them")
 
 
 def expose_hidden_states(model: ir.Model) -> list[str]:

@@ -7,7 +7,6 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
 
 import onnx
 import onnx_ir as ir
@@ -17,7 +16,9 @@ from onnx_ir.passes import common as common_passes
 from onnxscript import opset23 as op
 from torch import Tensor, nn
 
-from headfold.export.graph.passes import fold_weights, name_initializers, share_last_index
+from headfold.export.graph.bodies import set_attention_body
+from headfold.export.graph.joining import join_projections
+from headfold.export.graph.passes import fold_transposes, name_weights, share_last_index
 from headfold.export.model.config import ModelConfig
 from headfold.export.model.decoder import Cache, Decoder
 from headfold.plugins.dtypes import Quantized
@@ -92,7 +93,6 @@ def export_graph(
             custom_translation_table={
                 torch.ops.headfold.GroupedQueryAttention.default: _attention_node,
                 torch.ops.headfold.RMSNormalization.default: _norm_node,
-                torch.ops.aten.split_with_sizes.default: _split_node,
             },
         )
     assert program is not None
@@ -100,8 +100,9 @@ def export_graph(
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = "headfold", ""
     del model.graph.outputs[-config.num_hidden_layers :]  # the residual stream: named values, not outputs
-    name_initializers(model, prefix="decoder.")
-    fold_weights(model)
+    name_weights(model, prefix="decoder.")
+    fold_transposes(model)
+    join_projections(model)
     ir.passes.Sequential(
         common_passes.LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=1),
         common_passes.CommonSubexpressionEliminationPass(),
@@ -112,17 +113,6 @@ def export_graph(
     share_last_index(model)
     set_attention_body(model, onnxruntime_body(config.qk_norm, config.head_dim, cache))
     return model
-
-
-def set_attention_body(model: ir.Model, function: onnx.FunctionProto) -> None:
-    """Give the attention op this body in place of the one the graph has: what makes one master serve every backend."""
-    body = cast(ir.Function, ir.from_proto(function))
-    model.functions[body.identifier()] = body
-    model.opset_imports[DOMAIN] = VERSION
-    for domain, version in body.opset_imports.items():
-        model.opset_imports.setdefault(domain, version)
-    for domain in set(model.opset_imports) - {"", DOMAIN, *body.opset_imports}:
-        del model.opset_imports[domain]  # of the body that went
 
 
 _LAST = ALL_INPUTS.index(LAST_INDEX)
@@ -141,13 +131,6 @@ def _attention_node(*tensors: ir.Value | None, **attributes: float) -> object:
 
 def _norm_node(x: Tensor, weight: Tensor, epsilon: float) -> object:
     return op.RMSNormalization(x, weight, axis=-1, epsilon=epsilon)
-
-
-def _split_node(x: ir.Value, sizes: list[int], dim: int) -> object:
-    """One `Split`; the exporter would make a sequence and take it apart."""
-    outputs = op.Split(x, op.Constant(value_ints=sizes), axis=dim, num_outputs=len(sizes))
-    outputs[0].producer().attributes.pop("num_outputs")  # the exporter counts outputs by it; ONNX wants it or the sizes
-    return outputs
 
 
 @contextmanager

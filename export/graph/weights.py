@@ -11,7 +11,7 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 
 from headfold.export.checkpoints.base import Checkpoint
-from headfold.export.graph.passes import JOINED, TRANSPOSED
+from headfold.export.graph.recipes import WeightRecipe, as_metadata, recipe_of
 from headfold.export.model.decoder import Scales
 from headfold.export.model.rope import rope_tables
 from headfold.plugins.schema import SCALES
@@ -39,28 +39,33 @@ def attach_weights(
     tables = {name: table.to(dtype) for name, table in tables.items()}
     for layer, pair in enumerate(scales):
         tables |= {f"model.layers.{layer}.self_attn.{name}": scale for name, scale in zip(SCALES, pair, strict=True)}
-    total = 0
+    total, taken = 0, set[str]()
     for name, value in model.graph.initializers.items():
-        tensor = value.const_value
-        base = name.removesuffix(TRANSPOSED)
-        parts = base.split(JOINED)
-        if base in tables:
-            value.const_value = TorchTensor(tables[base], name=name)
-        elif all(part in checkpoint.shapes() for part in parts):
-            assert tensor is not None
-            read = _reader(checkpoint, name, parts, dtype, allow_nan)
-            value.const_value = ir.LazyTensor(read, dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name)
+        recipe, tensor = recipe_of(value), value.const_value
+        if name in tables:
+            value.const_value = TorchTensor(tables[name], name=name)
+        elif recipe is not None and tensor is not None:
+            taken.update(recipe.sources)
+            read = _reader(checkpoint, name, recipe, dtype, allow_nan)
+            shape = ir.Shape(recipe.shape(checkpoint.shapes()))
+            value.const_value = ir.LazyTensor(
+                read, dtype=tensor.dtype, shape=shape, name=name, metadata_props=as_metadata(recipe)
+            )
             total += tensor.nbytes
+    left = [name for name in checkpoint.shapes() if name not in taken]
+    if left:
+        raise RuntimeError(f"the graph takes nothing from {', '.join(left[:3])} of the checkpoint")
     return total
 
 
 def _reader(
-    checkpoint: Checkpoint, name: str, parts: list[str], dtype: torch.dtype, allow_nan: bool
+    checkpoint: Checkpoint, name: str, recipe: WeightRecipe, dtype: torch.dtype, allow_nan: bool
 ) -> Callable[[], ir.TensorProtocol]:
     def read() -> ir.TensorProtocol:
-        tensors = [checked(checkpoint, part, dtype, allow_nan) for part in parts]
-        tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]  # which would copy it
-        return TorchTensor((tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous(), name=name)
+        tensor = recipe.make(lambda source: checked(checkpoint, source, dtype, allow_nan))
+        result = TorchTensor(tensor, name=name)
+        result.metadata_props.update(as_metadata(recipe))
+        return result
 
     return read
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from headfold.export.model.config import Activation, ModelConfig
 from headfold.export.model.rope import rope_tables
 from headfold.plugins.schema import AttentionInputs, Attributes
-from headfold.plugins.torch_op import attend, call, rms_norm, rms_normalization
+from headfold.plugins.torch_op import attention, rms_norm
 
 Scales = tuple[Tensor, Tensor]  # of a layer's quantized keys and values, float32 [Hkv] each
 Cache = list[tuple[Tensor, Tensor]]  # per layer: keys and values, [B, Hkv, C, D] each
@@ -53,8 +53,6 @@ class Norm(nn.Module):
         """[B, S, hidden] to the same."""
         if not self.is_rms:
             return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
-        if torch.compiler.is_exporting():  # one node; the exporter would spell it out in nine
-            return cast(Tensor, rms_normalization(x, self.weight, self.eps))
         return rms_norm(x, self.weight, self.eps)
 
 
@@ -87,12 +85,11 @@ class Attention(nn.Module):
         self, x: Tensor, layout: Layout, rope: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """[B, S, hidden] to the same, and the layer's cache with the new tokens in it."""
-        q, k, v = self._packed(x) if torch.compiler.is_exporting() else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         keys, values = past if past is not None else (None, None)
         inputs = AttentionInputs(
-            query=q,
-            key=k,
-            value=v,
+            query=self.q_proj(x),
+            key=self.k_proj(x),
+            value=self.v_proj(x),
             past_key=keys,
             past_value=values,
             past_lengths=layout.past_lengths,
@@ -104,17 +101,8 @@ class Attention(nn.Module):
             key_scale=self.key_scale,
             value_scale=self.value_scale,
         )
-        if past is not None and torch.compiler.is_exporting():
-            output, *present = call(inputs, self.attributes)
-            return self.o_proj(output), (present[0], present[1])
-        return self.o_proj(attend(inputs, self.attributes)), past
-
-    def _packed(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The three projections in one matrix product: a runtime starts one for each token, not three."""
-        parts = (self.q_proj, self.k_proj, self.v_proj)
-        weight = torch.cat([part.weight for part in parts])  # [(Hq + 2 Hkv) D, hidden]; the export stores it like this
-        bias = torch.cat([part.bias for part in parts]) if self.q_proj.bias is not None else None
-        return torch.split(F.linear(x, weight, bias), [part.out_features for part in parts], -1)
+        output, present = attention(inputs, self.attributes)
+        return self.o_proj(output), present
 
 
 class HeadNorm(nn.Module):

@@ -20,7 +20,7 @@ from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.common import TensorMetadata
 from polygraphy.datatype import DataType
 
-from headfold.export.engine.lowering import widen_float8_caches
+from headfold.export.graph.bodies import widen_float8_caches
 from headfold.export.graph.passes import expose_hidden_states, widen_to_float32
 from headfold.export.model.config import ModelConfig
 from headfold.export.model.decoder import Decoder

@@ -12,8 +12,9 @@ import torch
 from onnx.reference import ReferenceEvaluator
 
 from headfold.export.checkpoints.opening import load_decoder
+from headfold.export.graph.bodies import set_attention_body
 from headfold.export.graph.passes import expose_hidden_states
-from headfold.export.graph.trace import export_graph, set_attention_body
+from headfold.export.graph.trace import export_graph
 from headfold.export.graph.weights import attach_weights, save_model
 from headfold.export.model.config import FEED_FORWARDS, RopeConfig
 from headfold.plugins.onnx_functions import standard_body

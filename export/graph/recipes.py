@@ -1,0 +1,89 @@
+"""How a weight of the graph is made from tensors of the checkpoint. Every such value carries its recipe, in the file too."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+_KEY = "headfold.recipe"  # among a tensor's metadata
+
+
+@dataclass(frozen=True)
+class WeightRecipe:
+    """Some tensors of the checkpoint, end to end along their first axis, then transposed or not."""
+
+    sources: tuple[str, ...]
+    transposed: bool = False
+
+    @property
+    def name(self) -> str:
+        """What the value is called: "q+k+v.T" for three tensors, joined and transposed."""
+        return "+".join(self.sources) + (".T" if self.transposed else "")
+
+    def shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+        """The value's shape, from those of its sources."""
+        parts = [shapes[name] for name in self.sources]
+        joined = (sum(part[0] for part in parts), *parts[0][1:])
+        return joined[::-1] if self.transposed else joined
+
+    def make(self, read: Callable[[str], Tensor]) -> Tensor:
+        """The value itself, contiguous; `read` gives a source."""
+        parts = [read(name) for name in self.sources]
+        joined = torch.cat(parts) if len(parts) > 1 else parts[0]  # which would copy it
+        return (joined.t() if self.transposed else joined).contiguous()
+
+    def joined(self, *others: "WeightRecipe") -> "WeightRecipe":
+        """This and the others end to end, before they are transposed."""
+        return WeightRecipe(sum((other.sources for other in others), self.sources), self.transposed)
+
+
+def set_recipe(value: ir.Value, recipe: WeightRecipe) -> None:
+    """Name an initializer and remember its recipe."""
+    value.meta[_KEY] = recipe
+    value.name = recipe.name
+
+
+def recipe_of(value: ir.Value) -> WeightRecipe | None:
+    """The recipe of an initializer, of a traced graph or one read from a file; None for what is no weight.
+
+    Raises:
+        ValueError: the file says something that is no recipe.
+    """
+    recipe: WeightRecipe | None = value.meta.get(_KEY)
+    tensor = value.const_value
+    if recipe is not None or tensor is None or _KEY not in tensor.metadata_props:
+        return recipe
+    content = json.loads(tensor.metadata_props[_KEY])
+    sources, transposed = content["sources"], content["transposed"]
+    if not sources or not all(isinstance(name, str) for name in sources) or not isinstance(transposed, bool):
+        raise ValueError(f"{value.name} has no recipe but {content}")
+    return WeightRecipe(tuple(sources), transposed)
+
+
+def add_weight(model: ir.Model, recipe: WeightRecipe, shape: Sequence[int], like: ir.Value) -> ir.Value:
+    """A new initializer of the dtype of `like`. It has no value before `headfold.export.graph.weights` attaches it."""
+    value = ir.Value(shape=ir.Shape(shape), type=like.type)
+    set_recipe(value, recipe)
+    assert like.dtype is not None
+    value.const_value = ir.LazyTensor(_no_value, dtype=like.dtype, shape=ir.Shape(shape), name=value.name)
+    model.graph.register_initializer(value)
+    return value
+
+
+def remove_unread(model: ir.Model, values: Iterable[ir.Value | None]) -> None:
+    """Drop those initializers that nothing reads any more."""
+    for value in values:
+        if value is not None and value.name is not None and not value.uses():
+            model.graph.initializers.pop(value.name, None)
+
+
+def _no_value() -> ir.TensorProtocol:
+    raise RuntimeError("the graph has no weights yet: headfold.export.graph.weights attaches them")
+
+
+def as_metadata(recipe: WeightRecipe) -> dict[str, str]:
+    """What goes into the file beside the tensor."""
+    return {_KEY: json.dumps({"sources": recipe.sources, "transposed": recipe.transposed})}
