@@ -15,7 +15,7 @@ def join_projections(model: ir.Model) -> None:
         projections = [projection for projection in found if projection is not None]
         if len(projections) < 3 or len({(p.x, p.bias is None) for p in projections}) > 1:
             continue
-        _join(model, node, projections)
+        _join(model, projections)
 
 
 class _Projection:
@@ -49,16 +49,19 @@ def _projection(value: ir.Value | None) -> _Projection | None:
     return None
 
 
-def _join(model: ir.Model, node: ir.Node, parts: list[_Projection]) -> None:
+def _join(model: ir.Model, parts: list[_Projection]) -> None:
     weight = _joined(model, [part.weight for part in parts])
     tape = ir.tape.Tape()
     product = tape.op("MatMul", [parts[0].x, weight])
     if parts[0].bias is not None:
         product = tape.op("Add", [product, _joined(model, [part.bias for part in parts])])
-    name = f"{node.name}.widths"
-    widths = tape.initializer(ir.tensor([part.width for part in parts], name=name), name=name)
+    name = "widths." + ".".join(str(part.width) for part in parts)  # the same in most layers
+    widths = model.graph.initializers.get(name)
+    if widths is None:
+        widths = ir.Value(name=name, shape=ir.Shape([len(parts)]), type=ir.TensorType(ir.DataType.INT64))
+        widths.const_value = ir.tensor([part.width for part in parts], name=name)
+        model.graph.register_initializer(widths)
     outputs = tape.op_multi_out("Split", [product, widths], {"axis": -1}, num_outputs=len(parts))
-    model.graph.register_initializer(widths)
     model.graph.insert_before(parts[0].product, tape.nodes)
     for part, output in zip(parts, outputs, strict=True):
         output.type, output.shape, output.name = part.output.type, part.output.shape, part.output.name
