@@ -1,8 +1,8 @@
 """headfold::GroupedQueryAttention for ONNX: its operator schema, and the function bodies a graph can carry for it.
 
 ONNX Runtime inlines `onnxruntime_body` and runs its own kernel; `standard_body` has only standard ops, for everybody else.
-Both obey `headfold.plugins.schema`. A body belongs to one model: whether it has q/k norms, how much of a head RoPE rotates and how its
-cache is stored are the same in all its layers.
+Both obey `headfold.plugins.schema`. A body belongs to one model: whether it has q/k norms or sinks, how much of a head RoPE rotates and
+how its cache is stored are the same in all its layers.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,20 @@ from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper
 from onnx.defs import OpSchema
 
 from headfold.plugins.dtypes import DTYPES, FLOATS, QUANTIZED, Quantized
-from headfold.plugins.schema import ALL_INPUTS, DOMAIN, INPUTS, LAST_INDEX, OP_TYPE, OUTPUTS, SCALES, VERSION
+from headfold.plugins.schema import (
+    ALL_INPUTS,
+    DOMAIN,
+    INPUTS,
+    LAST_INDEX,
+    OP_TYPE,
+    OUTPUTS,
+    SCALES,
+    SINK,
+    TABLES,
+    VERSION,
+)
 
+_SINK_INPUT = 11  # of com.microsoft.GroupQueryAttention
 OPSET = 24  # of the default domain: the first with TensorScatter
 _KINDS = {
     "num_heads": AttributeProto.INT,
@@ -32,10 +44,10 @@ def schema() -> OpSchema:
     types |= dict.fromkeys(("past_key", "past_value", "present_key", "present_value"), "T_CACHE")
     floats, narrow = ([f"tensor({DTYPES[name].onnxruntime})" for name in names] for names in (FLOATS, QUANTIZED))
     single, optional = OpSchema.FormalParameterOption.Single, OpSchema.FormalParameterOption.Optional
-    parameters = [OpSchema.FormalParameter(name, types.get(name, "T"), param_option=single) for name in INPUTS]
-    parameters += [
-        OpSchema.FormalParameter(name, types.get(name, "T"), param_option=optional)
-        for name in ALL_INPUTS[len(INPUTS) :]
+    required = [name for name in INPUTS if name not in TABLES]
+    parameters = [
+        OpSchema.FormalParameter(name, types.get(name, "T"), param_option=single if name in required else optional)
+        for name in ALL_INPUTS
     ]
     kinds = {AttributeProto.INT: OpSchema.AttrType.INT, AttributeProto.FLOAT: OpSchema.AttrType.FLOAT}
     return OpSchema(
@@ -78,17 +90,26 @@ class _Body:
     def ints(self, name: str, *values: int) -> str:
         return self("Constant", [], name, value_ints=values)
 
-    def function(self, domains: dict[str, int], quantized: bool) -> FunctionProto:
-        inputs = [name for name in ALL_INPUTS if quantized or name not in SCALES]  # onnx.reference wants all of them
+    def function(self, domains: dict[str, int], quantized: bool, sinks: bool) -> FunctionProto:
+        last = SINK if sinks else SCALES[-1] if quantized else LAST_INDEX
+        inputs = ALL_INPUTS[: ALL_INPUTS.index(last) + 1]  # onnx.reference wants a node to have all of them
         opsets = [helper.make_opsetid(domain, version) for domain, version in domains.items()]
         return helper.make_function(DOMAIN, OP_TYPE, inputs, list(OUTPUTS), self.nodes, opsets, list(_KINDS))
 
 
-def onnxruntime_body(qk_norm: bool = False, head_dim: int = 0, cache: Quantized | None = None) -> FunctionProto:
+def onnxruntime_body(
+    qk_norm: bool = False,
+    head_dim: int = 0,
+    cache: Quantized | None = None,
+    *,
+    rotary: bool = True,
+    sinks: bool = False,
+) -> FunctionProto:
     """One com.microsoft.GroupQueryAttention node, which takes the last valid index of each sequence, not past lengths.
 
     Its CPU kernel refuses q/k norms, so they are applied before it. `cache` is the dtype of a quantized cache, and
     needs `head_dim`: the kernel wants a scale per channel, and ONNX Runtime repeats ours once, when it loads the graph.
+    `rotary` and `sinks` tell whether the nodes have rotary tables and sinks.
     """
     body = _Body()
     replaced = {"past_lengths": LAST_INDEX}
@@ -98,7 +119,9 @@ def onnxruntime_body(qk_norm: bool = False, head_dim: int = 0, cache: Quantized 
             _split_heads(body, name, heads)  # [B, S, H, D]
             _norm(body, f"{name}_heads", f"{name[0]}_norm_weight", f"{name}_normed")
             replaced[name] = body("Reshape", [f"{name}_normed", "flat"], f"{name}_flat")  # [B, S, H*D]
-    inputs: list[str] = [replaced.get(name, name) for name in INPUTS]
+    inputs: list[str] = [replaced.get(name, name) for name in INPUTS if rotary or name not in TABLES]
+    if sinks or cache is not None:
+        inputs += [""] * (_SINK_INPUT - len(inputs)) + [SINK if sinks else ""]  # no position ids, no bias
     quantized: dict[str, object] = {}
     if cache is not None:
         body.ints("channels", 1, head_dim)
@@ -108,28 +131,34 @@ def onnxruntime_body(qk_norm: bool = False, head_dim: int = 0, cache: Quantized 
             body("Unsqueeze", [name, "last_axis"], f"{name}_column")  # [Hkv, 1]
             body("Expand", [f"{name}_column", "channels"], f"{name}_channels")  # [Hkv, D]
             replaced[name] = body("Reshape", [f"{name}_channels", "all_channels"], f"{name}_flat")  # [Hkv*D]
-        inputs += ["", "", "", *(replaced[name] for name in SCALES)]  # no position ids, bias or sinks
+        inputs += [replaced[name] for name in SCALES]
         quantized = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
     body(
         "GroupQueryAttention",
         inputs,
         OUTPUTS,
         domain="com.microsoft",
-        do_rotary=1,
+        do_rotary=int(rotary),
         refs={name: name for name in _KINDS if name != "qk_norm_epsilon"},
         **quantized,
     )
-    return body.function({"": OPSET, "com.microsoft": 1}, quantized=cache is not None)
+    return body.function({"": OPSET, "com.microsoft": 1}, cache is not None, sinks)
 
 
 def standard_body(
-    rotary_dim: int, qk_norm: bool = False, cache: Quantized | None = None, zeroed: bool = False
+    rotary_dim: int,
+    qk_norm: bool = False,
+    cache: Quantized | None = None,
+    zeroed: bool = False,
+    *,
+    sinks: bool = False,
 ) -> FunctionProto:
     """TensorScatter, RotaryEmbedding and Attention of opset 24 under an explicit mask; no contrib ops.
 
-    `rotary_dim` is R, `cache` the dtype of a quantized cache: it may then also be kept in a wider dtype that holds the same numbers,
-    for tools that cannot compute with the narrow one. `zeroed`: who runs it zeroes a new cache, so that what lies behind a sequence's
-    last token is always a number; otherwise it is read as zero, for even masked, NaN would be seen.
+    `rotary_dim` is R, 0 for nodes without rotary tables; `sinks` tells whether they have sinks, which then must not have a soft
+    cap: the Attention op would cap them too. `cache` is the dtype of a quantized cache: it may then also be kept in a wider dtype that
+    holds the same numbers, for tools that cannot compute with the narrow one. `zeroed`: who runs it zeroes a new cache, so that what
+    lies behind a sequence's last token is always a number; otherwise it is read as zero, for even masked, NaN would be seen.
 
     The mask is explicit because importers differ in what they make of Attention's causal and length inputs.
     """
@@ -157,7 +186,7 @@ def standard_body(
         if qk_norm and name != "value":
             current = _norm(body, current, f"{name[0]}_norm_weight", f"{name}_normed")
         current = body("Transpose", [current], f"{name}_by_head", perm=[0, 2, 1, 3])  # [B, H, S, D]
-        if name != "value":
+        if name != "value" and rotary_dim:
             tables = ["cos_cache", "sin_cache", "positions"]
             refs = {"interleaved": "rotary_interleaved"}
             body("RotaryEmbedding", [current, *tables], f"{name}_rotated", refs=refs, rotary_embedding_dim=rotary_dim)
@@ -171,7 +200,8 @@ def standard_body(
         body("Unsqueeze", ["written_tokens", "behind"], "written")  # [B, 1, T, 1]
         body("Constant", [], "nothing_float", value_float=0.0)
         body("CastLike", ["nothing_float", "query"], "nothing")
-    for name, new, seen in (("key", "key_rotated", "keys"), ("value", "value_by_head", "values")):
+    query, new_key = ("query_rotated", "key_rotated") if rotary_dim else ("query_by_head", "key_by_head")
+    for name, new, seen in (("key", new_key, "keys"), ("value", "value_by_head", "values")):
         stored = new if cache is None else _quantized(body, name, new, cache)
         body("TensorScatter", [f"past_{name}", stored, "past_lengths"], f"present_{name}", axis=-2)  # [B, Hkv, C, D]
         read = seen if zeroed else f"{name}_read"
@@ -194,15 +224,18 @@ def standard_body(
     body("GreaterOrEqual", ["distance", "zero_scalar"], "causal")
     body("Less", ["distance", "limit"], "near")
     body("And", ["causal", "near"], "mask")
+    attended = ("keys", "values", "mask")
+    if sinks:
+        attended = _with_sinks(body, query, *attended)
     body(
         "Attention",
-        ["query_rotated", "keys", "values", "mask"],
+        [query, *attended],
         "by_head",
         refs={"scale": "scale", "softcap": "softcap"},
     )
     body("Transpose", ["by_head"], "by_token", perm=[0, 2, 1, 3])  # [B, S, Hq, D]
     body("Reshape", ["by_token", "flat"], "output")  # [B, S, Hq*D]
-    return body.function({"": OPSET}, quantized=cache is not None)
+    return body.function({"": OPSET}, cache is not None, sinks)
 
 
 def _split_heads(body: _Body, name: str, heads: str) -> str:
@@ -214,6 +247,36 @@ def _split_heads(body: _Body, name: str, heads: str) -> str:
     body("Unsqueeze", [f"{name}_count", f"{name}_axis"], f"{name}_count_vector")
     body("Concat", [f"{name}_same", f"{name}_count_vector", f"{name}_rest"], f"{name}_shape", axis=0)
     return body("Reshape", [name, f"{name}_shape"], f"{name}_heads")
+
+
+def _with_sinks(body: _Body, query: str, keys: str, values: str, mask: str) -> tuple[str, str, str]:
+    """A sink is a key and a value of zeros [B, Hkv, 1, D] behind all others; the mask, now a number to add, is its logit.
+
+    Returns keys, values and mask [B, Hq, S, T+1].
+    """
+    body.ints("sink_last", -1)
+    body.ints("sink_end", 2**62)
+    body.ints("sink_axes", 0, 2, 3)
+    body.ints("tokens_axis", 2)
+    with_sink = []
+    for name in (keys, values):
+        body("Slice", [name, "sink_last", "sink_end", "tokens_axis"], f"{name}_last")
+        body("Sub", [f"{name}_last", f"{name}_last"], f"{name}_zero")
+        with_sink.append(body("Concat", [name, f"{name}_zero"], f"{name}_with_sink", axis=2))
+    body("Constant", [], "visible_float", value_float=0.0)
+    body("Constant", [], "hidden_float", value_float=float("-inf"))
+    body("CastLike", ["visible_float", query], "visible_bias")
+    body("CastLike", ["hidden_float", query], "hidden_bias")
+    body("Where", [mask, "visible_bias", "hidden_bias"], "bias")  # [B, 1, S, T]
+    body("Unsqueeze", [SINK, "sink_axes"], "sink_by_head")  # [1, Hq, 1, 1]
+    body("Shape", [query], "bias_rows", start=0, end=3)  # B, Hq, S
+    body("Shape", ["bias"], "bias_columns", start=3, end=4)  # T
+    body("Concat", ["bias_rows", "bias_columns"], "bias_shape", axis=0)
+    body("Concat", ["bias_rows", "one"], "sink_shape", axis=0)
+    body("Expand", ["bias", "bias_shape"], "bias_by_head")
+    body("Expand", ["sink_by_head", "sink_shape"], "sink_bias")
+    body("Concat", ["bias_by_head", "sink_bias"], "bias_with_sink", axis=3)
+    return with_sink[0], with_sink[1], "bias_with_sink"
 
 
 def _quantized(body: _Body, name: str, new: str, cache: Quantized) -> str:

@@ -50,19 +50,25 @@ def grouped_query_attention(inputs: AttentionInputs[Array], attributes: Attribut
             raise ValueError(f"sequence {b} has {start} tokens and {length} new ones: over the capacity of {capacity}")
         for s in range(length):
             position = start + s
-            cos, sin = (table[position].astype(np.float64) for table in (x.cos_cache, x.sin_cache))  # [R/2]
-            present_key[b, :, position] = quantize(
-                rotate(k[b, s], cos, sin, bool(a.rotary_interleaved)), key_scale, x.past_key.dtype
-            )
+            key, query = k[b, s], q[b, s]
+            if x.tables is not None:
+                cos, sin = (table[position].astype(np.float64) for table in x.tables)  # [R/2]
+                key, query = (rotate(heads, cos, sin, bool(a.rotary_interleaved)) for heads in (key, query))
+            present_key[b, :, position] = quantize(key, key_scale, x.past_key.dtype)
             present_value[b, :, position] = quantize(v[b, s], value_scale, x.past_value.dtype)
-            rotated = rotate(q[b, s], cos, sin, bool(a.rotary_interleaved))  # [Hq, D]
             first = max(0, position + 1 - a.local_window_size) if a.local_window_size > 0 else 0
             for h in range(a.num_heads):
-                scores = present_key[b, h // group, first : position + 1] @ rotated[h] * a.scale  # [visible tokens]
+                scores = present_key[b, h // group, first : position + 1] @ query[h] * a.scale  # [visible tokens]
                 if a.softcap > 0:
                     scores = a.softcap * np.tanh(scores / a.softcap)
-                weights = np.exp(scores - scores.max())
-                output[b, s, h] = weights / weights.sum() @ present_value[b, h // group, first : position + 1]
+                sink = -np.inf if x.head_sink is None else float(x.head_sink[h])
+                highest = max(scores.max(), sink)
+                weights = np.exp(scores - highest)
+                output[b, s, h] = (
+                    weights
+                    / (weights.sum() + np.exp(sink - highest))
+                    @ present_value[b, h // group, first : position + 1]
+                )
     if key_scale is not None and value_scale is not None:
         present_key, present_value = present_key / key_scale[:, None, None], present_value / value_scale[:, None, None]
         if x.past_key.dtype == np.int8:  # nearly integers

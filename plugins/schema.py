@@ -6,7 +6,7 @@ The caches are updated in place: `present_*` aliases `past_*` wherever the backe
 """
 
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Generic, Literal, TypeVar
 
 DOMAIN = "headfold"  # never com.microsoft: a kernel of that name, of today's or a later release, would win over ours
@@ -23,7 +23,7 @@ class AttentionInputs(Generic[T]):
     """The operator's inputs, in the order of an ONNX node's; one that is None is left empty there."""
 
     query: T  # [B, S, Hq*D]
-    key: T  # [B, S, Hkv*D] of the new tokens, before RoPE
+    key: T  # [B, S, Hkv*D] of the new tokens, before the op's RoPE
     value: T  # [B, S, Hkv*D]
     past_key: (
         T | None
@@ -33,8 +33,9 @@ class AttentionInputs(Generic[T]):
     )  # [B, Hkv, C, D]; without caches (training, scoring; PyTorch only) the new tokens are all there is
     past_lengths: T  # int64 [B]: tokens already in each sequence's cache; the new ones go right behind them
     total_sequence_length: T | int  # int32 [], on the host: bound of past_lengths + S; S itself for a first prompt
-    cos_cache: T  # [>= C, R/2]: row p holds the cosines of position p
-    sin_cache: T  # [>= C, R/2]
+    # Without tables the op rotates nothing: the model does so before it, or has no RoPE
+    cos_cache: T | None = None  # [>= C, R/2]: row p holds the cosines of position p
+    sin_cache: T | None = None  # [>= C, R/2]
     # RMSNorm over D of every head, before RoPE (Qwen3), [D] each
     q_norm_weight: T | None = None
     k_norm_weight: T | None = None
@@ -45,6 +46,8 @@ class AttentionInputs(Generic[T]):
     # the range of the cache's dtype, rounded to the nearest (half to even), and attended to as it is stored.
     key_scale: T | None = None
     value_scale: T | None = None
+    # Attention sinks (gpt-oss; Xiao et al. 2024, section 3), [Hq]: a logit per query head that only the softmax sees
+    head_sink: T | None = None
 
     @classmethod
     def of_node(cls, values: Sequence[T | None]) -> "AttentionInputs[T]":
@@ -54,6 +57,11 @@ class AttentionInputs(Generic[T]):
     def given(self) -> dict[str, T]:
         """Those that are there, by name."""
         return {name: value for name in ALL_INPUTS if (value := getattr(self, name)) is not None}
+
+    @property
+    def tables(self) -> tuple[T, T] | None:
+        """Cosines and sines; None if the op rotates nothing."""
+        return _both(self.cos_cache, self.sin_cache)
 
     @property
     def norms(self) -> tuple[T, T] | None:
@@ -71,8 +79,9 @@ def _both(first: T | None, second: T | None) -> tuple[T, T] | None:
 
 
 ALL_INPUTS = tuple(field.name for field in fields(AttentionInputs))
-INPUTS = tuple(field.name for field in fields(AttentionInputs) if field.default is MISSING)
-NORMS, LAST_INDEX, SCALES = ("q_norm_weight", "k_norm_weight"), "last_index", ("key_scale", "value_scale")
+TABLES, NORMS = ("cos_cache", "sin_cache"), ("q_norm_weight", "k_norm_weight")
+LAST_INDEX, SCALES, SINK = "last_index", ("key_scale", "value_scale"), "head_sink"
+INPUTS = ALL_INPUTS[: ALL_INPUTS.index(TABLES[-1]) + 1]  # of an op that rotates; those behind them are always optional
 
 
 @dataclass(frozen=True)

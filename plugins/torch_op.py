@@ -33,8 +33,9 @@ def attend(inputs: AttentionInputs[Tensor], attributes: Attributes) -> Tensor:
         q, k = (rms_norm(heads, weight, a.qk_norm_epsilon) for heads, weight in zip((q, k), x.norms, strict=True))
 
     positions = x.past_lengths[:, None] + torch.arange(length, device=q.device)  # [B, S]
-    cos, sin = x.cos_cache[positions][:, None], x.sin_cache[positions][:, None]  # [B, 1, S, R/2]
-    q, k = rotate(q, cos, sin, bool(a.rotary_interleaved)), rotate(k, cos, sin, bool(a.rotary_interleaved))
+    if x.tables is not None:
+        cos, sin = (table[positions][:, None] for table in x.tables)  # [B, 1, S, R/2]
+        q, k = rotate(q, cos, sin, bool(a.rotary_interleaved)), rotate(k, cos, sin, bool(a.rotary_interleaved))
     if x.past_key is not None and x.past_value is not None:
         k, v = _append(x, (x.past_key, x.past_value), (k, v), positions)  # [B, Hkv, T, D]
 
@@ -42,13 +43,17 @@ def attend(inputs: AttentionInputs[Tensor], attributes: Attributes) -> Tensor:
     visible = distance >= 0
     if a.local_window_size > 0:
         visible &= distance < a.local_window_size
-    if a.softcap > 0:
+    if a.softcap > 0 or x.head_sink is not None:
         groups = a.num_heads // a.kv_num_heads
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         wide = torch.promote_types(q.dtype, torch.float32)  # float16 ends at 65,504
-        scores = q.to(wide) * (a.scale / a.softcap) @ k.to(wide).transpose(2, 3)
-        scores = a.softcap * torch.tanh(scores)  # [B, Hq, S, T]
-        output = scores.masked_fill(~visible, float("-inf")).softmax(-1).to(v.dtype) @ v
+        scores = q.to(wide) * a.scale @ k.to(wide).transpose(2, 3)  # [B, Hq, S, T]
+        if a.softcap > 0:
+            scores = a.softcap * torch.tanh(scores / a.softcap)
+        scores = scores.masked_fill(~visible, float("-inf"))
+        if x.head_sink is not None:
+            scores = torch.cat((scores, x.head_sink.to(wide)[:, None, None].expand(batch, -1, length, 1)), -1)
+        output = scores.softmax(-1)[..., : k.shape[2]].to(v.dtype) @ v
     else:
         gqa = a.num_heads != a.kv_num_heads
         output = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=a.scale, enable_gqa=gqa)
@@ -140,12 +145,13 @@ def grouped_query_attention(
     past_value: Tensor,
     past_lengths: Tensor,
     total_sequence_length: int,
-    cos_cache: Tensor,
-    sin_cache: Tensor,
+    cos_cache: Tensor | None,
+    sin_cache: Tensor | None,
     q_norm_weight: Tensor | None,
     k_norm_weight: Tensor | None,
     key_scale: Tensor | None,
     value_scale: Tensor | None,
+    head_sink: Tensor | None,
     *,
     num_heads: int,
     kv_num_heads: int,
@@ -171,6 +177,7 @@ def grouped_query_attention(
         k_norm_weight=k_norm_weight,
         key_scale=key_scale,
         value_scale=value_scale,
+        head_sink=head_sink,
     )
     attributes = Attributes(
         num_heads, kv_num_heads, scale, local_window_size, softcap, rotary_interleaved, qk_norm_epsilon

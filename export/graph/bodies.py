@@ -7,9 +7,10 @@ import onnx_ir as ir
 from onnx_ir.passes import common as common_passes
 
 from headfold.export.graph.passes import attention_nodes
-from headfold.plugins.dtypes import DTYPES, QUANTIZED
-from headfold.plugins.onnx_functions import standard_body
-from headfold.plugins.schema import ALL_INPUTS, DOMAIN, LAST_INDEX, VERSION, AttentionInputs
+from headfold.plugins.dtypes import DTYPES, QUANTIZED, Quantized
+from headfold.plugins.onnx_functions import onnxruntime_body, standard_body
+from headfold.plugins.schema import ALL_INPUTS, DOMAIN, LAST_INDEX, SINK, TABLES, VERSION, AttentionInputs
+from headfold.runtime.errors import BuildError
 
 
 def set_attention_body(model: ir.Model, function: onnx.FunctionProto) -> None:
@@ -25,13 +26,37 @@ def set_attention_body(model: ir.Model, function: onnx.FunctionProto) -> None:
 
 def use_standard_body(model: ir.Model, zeroed: bool = False) -> None:
     """Give the attention op the body of standard ops; `zeroed` as there."""
-    inputs = AttentionInputs.of_node(attention_nodes(model)[0].inputs)
-    cos, cache = inputs.cos_cache, inputs.past_key
-    assert cos.shape is not None
-    assert cache is not None
-    stored = {DTYPES[name].onnx: name for name in QUANTIZED}.get(int(cache.dtype or 0))
-    rotary_dim = 2 * int(cos.shape[1])  # type: ignore[arg-type]  # a number here
-    set_attention_body(model, standard_body(rotary_dim, inputs.norms is not None, stored, zeroed))
+    inputs = _inputs(model)
+    rotary_dim = 2 * _columns(inputs.cos_cache) if inputs.cos_cache is not None else 0
+    sinks = inputs.head_sink is not None
+    set_attention_body(model, standard_body(rotary_dim, inputs.norms is not None, _stored(inputs), zeroed, sinks=sinks))
+
+
+def use_onnxruntime_body(model: ir.Model) -> None:
+    """Give the attention op the body that is ONNX Runtime's own kernel."""
+    inputs = _inputs(model)
+    rotary, sinks = inputs.tables is not None, inputs.head_sink is not None
+    head_dim = _columns(inputs.past_key)
+    set_attention_body(
+        model, onnxruntime_body(inputs.norms is not None, head_dim, _stored(inputs), rotary=rotary, sinks=sinks)
+    )
+
+
+def _inputs(model: ir.Model) -> AttentionInputs[ir.Value]:
+    """Those of the first layer; which ones there are is the same in all of them."""
+    return AttentionInputs.of_node(attention_nodes(model)[0].inputs)
+
+
+def _columns(value: ir.Value | None) -> int:
+    assert value is not None
+    assert value.shape is not None
+    return int(value.shape[-1])  # type: ignore[arg-type]  # of a table or a cache: a number
+
+
+def _stored(inputs: AttentionInputs[ir.Value]) -> Quantized | None:
+    """The dtype of a quantized cache."""
+    assert inputs.past_key is not None
+    return {DTYPES[name].onnx: name for name in QUANTIZED}.get(int(inputs.past_key.dtype or 0))
 
 
 def inline_standard_body(model: ir.Model) -> None:
@@ -61,10 +86,20 @@ def call_plugin(model: ir.Model) -> None:
 
     `total_sequence_length` is a number on the host, which a plugin cannot have; but it can see its inputs' shapes. So that input
     becomes `attention_mask` [B, T], of which only T counts. `last_index` is ONNX Runtime's alone.
+
+    Raises:
+        BuildError: the plugin cannot do what the op does here.
     """
     mask = next(value for value in model.graph.inputs if value.name == "attention_mask")
     for node in attention_nodes(model):
         given = AttentionInputs.of_node(node.inputs).given() | {"total_sequence_length": mask}
+        if not set(TABLES) <= set(given) or SINK in given:
+            what = "attention sinks" if SINK in given else "an attention that does not rotate"
+            raise BuildError(
+                f"the model has {what}, which headfold's TensorRT plugin has not",
+                where=node.name,
+                fix="Use --attention native.",
+            )
         inputs = [given[name] for name in ALL_INPUTS if name in given and name != LAST_INDEX]
         node.resize_inputs(len(inputs))
         for position, value in enumerate(inputs):

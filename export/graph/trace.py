@@ -16,14 +16,14 @@ from onnx_ir.passes import common as common_passes
 from onnxscript import opset23 as op
 from torch import Tensor, nn
 
-from headfold.export.graph.bodies import set_attention_body
+from headfold.export.graph.bodies import use_onnxruntime_body
 from headfold.export.graph.joining import join_projections
 from headfold.export.graph.passes import fold_transposes, name_weights, share_last_index
 from headfold.export.model.config import ModelConfig
 from headfold.export.model.decoder import Cache, Decoder
 from headfold.plugins.dtypes import Quantized
 from headfold.plugins.names import caches, hidden_state
-from headfold.plugins.onnx_functions import OPSET, onnxruntime_body, schema
+from headfold.plugins.onnx_functions import OPSET, schema
 from headfold.plugins.schema import ALL_INPUTS, DOMAIN, LAST_INDEX, OP_TYPE, VERSION, AttentionInputs
 
 IR_VERSION = 11  # of ONNX 1.18: the first with opset 23 and later, and what onnxruntime 1.31 reads
@@ -111,7 +111,7 @@ def export_graph(
         common_passes.ClearMetadataAndDocStringPass(),
     )(model)
     share_last_index(model)
-    set_attention_body(model, onnxruntime_body(config.qk_norm, config.head_dim, cache))
+    use_onnxruntime_body(model)
     return model
 
 

@@ -19,6 +19,8 @@ from headfold.plugins.schema import (
     OP_TYPE,
     OUTPUTS,
     SCALES,
+    SINK,
+    TABLES,
     VERSION,
     AttentionInputs,
     Attributes,
@@ -40,7 +42,8 @@ def model(function: onnx.FunctionProto, attributes: Attributes, feeds: Feeds) ->
         rank = feeds[name].ndim if name in feeds else {"output": 3}.get(name, 4)
         return helper.make_tensor_value_info(name, kind, [None] * rank)
 
-    names = [name for name in ALL_INPUTS if "key_scale" in feeds or name not in SCALES]
+    last = next(name for name in (SINK, SCALES[-1], LAST_INDEX) if name in feeds or name == LAST_INDEX)
+    names = ALL_INPUTS[: ALL_INPUTS.index(last) + 1]
     inputs = [name if name in feeds else "" for name in names]
     node = helper.make_node(OP_TYPE, inputs, OUTPUTS, domain=DOMAIN, **vars(attributes))
     graph = helper.make_graph([node], "attention", [value(n) for n in feeds], [value(n) for n in OUTPUTS])
@@ -53,13 +56,16 @@ def model(function: onnx.FunctionProto, attributes: Attributes, feeds: Feeds) ->
 
 def run_onnxruntime(attributes: Attributes, feeds: Feeds) -> list[np.ndarray]:
     feeds = feeds | {LAST_INDEX: (feeds["past_lengths"] + feeds["query"].shape[1] - 1).astype(np.int32)}
-    proto = model(onnxruntime_body("q_norm_weight" in feeds, HEAD_DIM, cache_of(feeds)), attributes, feeds)
+    rotary, sinks = "cos_cache" in feeds, SINK in feeds
+    body = onnxruntime_body("q_norm_weight" in feeds, HEAD_DIM, cache_of(feeds), rotary=rotary, sinks=sinks)
+    proto = model(body, attributes, feeds)
     return ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feeds)
 
 
 def standard(attributes: Attributes, feeds: Feeds) -> onnx.ModelProto:
-    rotary_dim, cache = 2 * feeds["cos_cache"].shape[1], cache_of(feeds)
-    return model(standard_body(rotary_dim, "q_norm_weight" in feeds, cache), attributes, wide(feeds))
+    rotary_dim = 2 * feeds["cos_cache"].shape[1] if "cos_cache" in feeds else 0
+    body = standard_body(rotary_dim, "q_norm_weight" in feeds, cache_of(feeds), sinks=SINK in feeds)
+    return model(body, attributes, wide(feeds))
 
 
 def wide(feeds: Feeds) -> Feeds:
@@ -89,7 +95,7 @@ def run_torch(attributes: Attributes, feeds: Feeds) -> list[np.ndarray]:
         for name, x in feeds.items()
         if name != "total_sequence_length"
     }
-    optional = {name: tensors.pop(name, None) for name in NORMS + SCALES}
+    optional = {name: tensors.pop(name, None) for name in (*TABLES, *NORMS, *SCALES, SINK)}
     total = int(feeds["total_sequence_length"])
     results = torch_op(**tensors, **optional, total_sequence_length=total, **vars(attributes))
     return [(x.float() if x.dtype == narrow else x).numpy() for x in results]
@@ -165,6 +171,28 @@ def test_equals_the_reference(case: str, heads: tuple[int, int], backend: str) -
     expected = grouped_query_attention(AttentionInputs(**feeds), attributes)
     np.testing.assert_allclose(actual[0], expected[0], atol=TOLERANCE)
     for row, length in enumerate(past):  # behind the last token the cache is undefined
+        for cache in (1, 2):
+            end = length + new
+            np.testing.assert_allclose(actual[cache][row, :, :end], expected[cache][row, :, :end], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sinks", [False, True], ids=["no sinks", "sinks"])
+@pytest.mark.parametrize("rotary", [False, True], ids=["no RoPE", "RoPE"])
+@pytest.mark.parametrize("case", ["prefill of two", "decode of a ragged batch", "window, ragged decode", "q/k norm"])
+def test_optional_inputs_of_version_2(case: str, rotary: bool, sinks: bool, backend: str) -> None:
+    past, new, options = CASES[case]
+    attributes = Attributes(6, 2, scale=HEAD_DIM**-0.5, **options)
+    rng = np.random.default_rng(0)
+    feeds = make_feeds(rng, attributes, past, new, HEAD_DIM, case == "q/k norm")
+    if not rotary:
+        feeds = {name: x for name, x in feeds.items() if name not in TABLES}
+    if sinks:
+        feeds[SINK] = rng.standard_normal(6).astype(np.float32)
+    actual = BACKENDS[backend](attributes, feeds)
+    expected = grouped_query_attention(AttentionInputs(**feeds), attributes)
+    np.testing.assert_allclose(actual[0], expected[0], atol=TOLERANCE)
+    for row, length in enumerate(past):
         for cache in (1, 2):
             end = length + new
             np.testing.assert_allclose(actual[cache][row, :, :end], expected[cache][row, :, :end], atol=TOLERANCE)
