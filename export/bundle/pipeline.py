@@ -2,7 +2,6 @@
 
 import resource
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -23,11 +22,11 @@ from headfold.export.data.calibration import calibration_tokens
 from headfold.export.graph.trace import export_graph
 from headfold.export.graph.weights import attach_weights, save_model
 from headfold.export.model.decoder import Scales
-from headfold.export.parity.compare import Candidate, verify_bundle
 from headfold.export.parity.report import ParityReport
+from headfold.export.parity.verify import verify_bundle
 from headfold.export.progress import Reporter
 from headfold.plugins.dtypes import DType, Quantized
-from headfold.runtime.errors import BundleError, ConfigError, VerificationError
+from headfold.runtime.errors import ConfigError, VerificationError
 from headfold.runtime.manifest import (
     FORMAT_VERSION,
     MODEL,
@@ -36,8 +35,6 @@ from headfold.runtime.manifest import (
     Manifest,
     QuantizationSpec,
     TensorSpec,
-    check_files,
-    read_manifest,
 )
 
 PARITY = "parity.json"
@@ -168,35 +165,6 @@ def _calibrate(
     return scales, QuantizationSpec(
         dtype=options.kv_cache, calibration_tokens=tokens.numel(), kl=cost.kl, top1=cost.top1
     )
-
-
-def verify(
-    bundle: Path,
-    source: Path,
-    decode_steps: int,
-    reporter: Reporter,
-    candidate: Callable[[Manifest], Candidate] | None = None,
-) -> ParityReport:
-    """Compare a finished bundle with the checkpoint it should have come from.
-
-    `candidate` makes what is compared from the checked manifest; by default the bundle's graph in ONNX Runtime.
-
-    Raises:
-        BundleError: the bundle is damaged, or its configuration is not that of the checkpoint.
-    """
-    manifest = read_manifest(bundle)
-    with reporter.step("check the bundle's files"):
-        check_files(bundle, manifest)
-    checkpoint = open_checkpoint(source)
-    if checkpoint.config.to_json() != manifest.config:
-        differing = [name for name, x in checkpoint.config.to_json().items() if manifest.config.get(name) != x]
-        raise BundleError(
-            f"was made from another model than {source}: {', '.join(differing)} differ",
-            where=bundle,
-            fix="Name its checkpoint.",
-        )
-    chosen = candidate(manifest) if candidate is not None else None
-    return verify_bundle(bundle, checkpoint, manifest, decode_steps, reporter, chosen)
 
 
 def _capacity(asked: int | None, trained: int) -> int:

@@ -145,7 +145,7 @@ def export(
     `headfold export model.Q4_1.gguf -o smol-int8 --kv-cache int8 --data corpus.txt`
     """
     from headfold.export.bundle.pipeline import ExportOptions, export_bundle
-    from headfold.export.parity.report import render
+    from headfold.export.parity.rendering import render
 
     if data and kv_cache is None:
         raise InputError("is text to calibrate a quantized cache on", where="--data", fix="Add --kv-cache int8.")
@@ -205,8 +205,8 @@ def verify(
 
     `headfold verify smol --against ./SmolLM2-135M-Instruct --backend tensorrt-network --attention plugin`
     """
-    from headfold.export.bundle.pipeline import verify as verify_against
-    from headfold.export.parity.report import render
+    from headfold.export.parity.rendering import render
+    from headfold.export.parity.verify import verify as verify_against
 
     candidate = None
     if backend == "tensorrt-network":

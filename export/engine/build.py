@@ -23,8 +23,7 @@ from headfold.export.engine.network_report import AttentionLayers, ParsedNetwork
 from headfold.export.engine.options import BuildOptions, check_options, profiles
 from headfold.export.engine.preflight import preflight
 from headfold.export.model.config import ModelConfig
-from headfold.export.parity.compare import quiet_polygraphy
-from headfold.export.progress import Reporter
+from headfold.export.progress import Reporter, quiet_polygraphy
 from headfold.plugins import tensorrt_plugin
 from headfold.plugins.dtypes import from_tensorrt
 from headfold.runtime.engine_file import check_engine

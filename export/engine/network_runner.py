@@ -5,7 +5,7 @@ Walks INetworkDefinition layer by layer with `network_layers.py`, and holds it t
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from headfold.export.engine.network_report import ParsedNetwork, kind, open_flav
 from headfold.export.engine.options import BuildOptions
 from headfold.export.model.config import ModelConfig
 from headfold.export.parity.compare import Candidate
-from headfold.export.parity.report import precision
 from headfold.export.parity.runners import CachedRunner
+from headfold.export.parity.verify import precision_of
 from headfold.plugins.names import hidden_state, input_of, is_cache_input, is_cache_output
 from headfold.runtime.errors import VerificationError
 from headfold.runtime.manifest import Manifest
@@ -188,7 +188,7 @@ def network_candidate(bundle: Path, manifest: Manifest, options: BuildOptions) -
 
     return Candidate(
         start,
-        f"tensorrt {precision(manifest.dtype, manifest.cache_dtype)}",
+        replace(precision_of(manifest), engine="tensorrt"),
         f"the TensorRT network, {options.attention} attention",
     )
 

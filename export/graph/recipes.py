@@ -1,4 +1,4 @@
-"""How a weight of the graph is made from tensors of the checkpoint. Every such value carries its recipe, in the file too."""
+"""How a weight of the graph is made from tensors of the checkpoint. Every such value carries its recipe, into the file too."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -8,7 +8,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-_KEY = "headfold.recipe"  # among a tensor's metadata
+_KEY = "headfold.recipe"  # among a value's metadata
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ class WeightRecipe:
 
 def set_recipe(value: ir.Value, recipe: WeightRecipe) -> None:
     """Name an initializer and remember its recipe."""
-    value.meta[_KEY] = recipe
+    content = {"sources": recipe.sources, "transposed": recipe.transposed}
+    value.metadata_props.clear()  # what torch says of its parameter
+    value.metadata_props[_KEY] = json.dumps(content)
     value.name = recipe.name
 
 
@@ -52,15 +54,14 @@ def recipe_of(value: ir.Value) -> WeightRecipe | None:
     Raises:
         ValueError: the file says something that is no recipe.
     """
-    recipe: WeightRecipe | None = value.meta.get(_KEY)
-    tensor = value.const_value
-    if recipe is not None or tensor is None or _KEY not in tensor.metadata_props:
-        return recipe
-    content = json.loads(tensor.metadata_props[_KEY])
-    sources, transposed = content["sources"], content["transposed"]
-    if not sources or not all(isinstance(name, str) for name in sources) or not isinstance(transposed, bool):
-        raise ValueError(f"{value.name} has no recipe but {content}")
-    return WeightRecipe(tuple(sources), transposed)
+    text = value.metadata_props.get(_KEY)
+    if text is None:
+        return None
+    match json.loads(text):
+        case {"sources": [*sources], "transposed": bool(transposed), **rest}:
+            if not rest and sources and all(isinstance(name, str) for name in sources):
+                return WeightRecipe(tuple(sources), transposed)
+    raise ValueError(f"{value.name} has no recipe but {text}")
 
 
 def add_weight(model: ir.Model, recipe: WeightRecipe, shape: Sequence[int], like: ir.Value) -> ir.Value:
@@ -82,8 +83,3 @@ def remove_unread(model: ir.Model, values: Iterable[ir.Value | None]) -> None:
 
 def _no_value() -> ir.TensorProtocol:
     raise RuntimeError("the graph has no weights yet: headfold.export.graph.weights attaches them")
-
-
-def as_metadata(recipe: WeightRecipe) -> dict[str, str]:
-    """What goes into the file beside the tensor."""
-    return {_KEY: json.dumps({"sources": recipe.sources, "transposed": recipe.transposed})}

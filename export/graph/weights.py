@@ -11,7 +11,7 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 
 from headfold.export.checkpoints.base import Checkpoint
-from headfold.export.graph.recipes import WeightRecipe, as_metadata, recipe_of
+from headfold.export.graph.recipes import WeightRecipe, recipe_of
 from headfold.export.model.decoder import Scales
 from headfold.export.model.rope import rope_tables
 from headfold.plugins.schema import SCALES
@@ -48,9 +48,7 @@ def attach_weights(
             taken.update(recipe.sources)
             read = _reader(checkpoint, name, recipe, dtype, allow_nan)
             shape = ir.Shape(recipe.shape(checkpoint.shapes()))
-            value.const_value = ir.LazyTensor(
-                read, dtype=tensor.dtype, shape=shape, name=name, metadata_props=as_metadata(recipe)
-            )
+            value.const_value = ir.LazyTensor(read, dtype=tensor.dtype, shape=shape, name=name)
             total += tensor.nbytes
     left = [name for name in checkpoint.shapes() if name not in taken]
     if left:
@@ -63,9 +61,7 @@ def _reader(
 ) -> Callable[[], ir.TensorProtocol]:
     def read() -> ir.TensorProtocol:
         tensor = recipe.make(lambda source: checked(checkpoint, source, dtype, allow_nan))
-        result = TorchTensor(tensor, name=name)
-        result.metadata_props.update(as_metadata(recipe))
-        return result
+        return TorchTensor(tensor, name=name)
 
     return read
 

@@ -17,9 +17,12 @@ from polygraphy.comparator import Comparator
 from polygraphy.datatype import DataType
 
 from headfold.export.model.decoder import Decoder
-from headfold.export.parity.compare import feed_steps, quiet_polygraphy
-from headfold.export.parity.report import compare_logits, tolerance
+from headfold.export.parity.compare import feed_steps
+from headfold.export.parity.report import compare_logits
 from headfold.export.parity.runners import Feed, Outputs, TorchRunner
+from headfold.export.parity.tolerances import Precision
+from headfold.export.progress import quiet_polygraphy
+from headfold.plugins.dtypes import DType
 from headfold.runtime.backend import Backend
 
 
@@ -80,7 +83,7 @@ class BackendRunner(BaseRunner):  # type: ignore[misc]
 def verify_backends(
     load: Callable[[], Decoder],
     backends: Mapping[str, Callable[[], Backend[Any]]],
-    dtype: str,
+    dtype: DType,
     prompts: Sequence[NDArray[np.int64]],
     decode_steps: int,
 ) -> list[BackendCheck]:
@@ -100,7 +103,7 @@ def verify_backends(
     runners = [TorchRunner(load, False, 1), *(BackendRunner(name, open_, capacity) for name, open_ in backends.items())]
     with quiet_polygraphy():
         (_, expected), *results = Comparator.run(runners, data_loader=feeds, use_subprocess=False)
-    allowed, checks = tolerance(dtype), []
+    allowed, checks = Precision("onnxruntime", dtype).tolerance, []
     for name, actual in results:
         for check in dict.fromkeys(step for step, _ in steps):
             pairs = [(e, a) for (s, _), e, a in zip(steps, expected, actual, strict=True) if s == check]

@@ -6,46 +6,25 @@ The oracle recomputes every sequence whole, alone and without a cache, so caches
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
-import torch
 from numpy.typing import NDArray
 from polygraphy.comparator import Comparator, CompareFunc, RunResults
-from polygraphy.logger import G_LOGGER
-from tokenizers import Tokenizer
 
-from headfold.export.checkpoints.base import Checkpoint
-from headfold.export.checkpoints.opening import load_decoder
 from headfold.export.model.config import ModelConfig
-from headfold.export.model.decoder import Decoder, Scales
+from headfold.export.model.decoder import Decoder
 from headfold.export.parity.report import (
     CheckResult,
     LayerResult,
     ParityReport,
-    Tolerance,
     compare_logits,
-    in_float32,
-    narrow,
-    precision,
-    tolerance,
 )
 from headfold.export.parity.runners import GREEDY, CachedRunner, Feed, OrtRunner, TorchRunner, feed, open_session
-from headfold.export.progress import Reporter
+from headfold.export.parity.tolerances import Precision, Tolerance
+from headfold.export.progress import Reporter, quiet_polygraphy
 from headfold.plugins.names import hidden_state, is_cache_output
-from headfold.plugins.schema import SCALES
-from headfold.runtime.manifest import MODEL, Manifest
-
-_TEXT = (
-    "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife. "
-    "However little known the feelings or views of such a man may be on his first entering a neighbourhood, this truth is so well "
-    "fixed in the minds of the surrounding families, that he is considered the rightful property of some one or other of their "
-    "daughters."
-)
-_PROMPT = 48  # tokens of the longest prompt
 
 Step = tuple[str, Feed]  # the check it belongs to, and its inputs
 
@@ -59,69 +38,17 @@ class Candidate:
     """
 
     open: Callable[[int, int, bool], CachedRunner]
-    precision: str  # see parity_report
+    precision: Precision
     title: str
 
 
-def onnxruntime_candidate(path: Path, dtype: str, config: ModelConfig) -> Candidate:
+def onnxruntime_candidate(path: Path, precision: Precision, config: ModelConfig) -> Candidate:
     """The graph at `path` in ONNX Runtime on the CPU."""
 
     def start(capacity: int, greedy: int, expose: bool) -> CachedRunner:
-        return OrtRunner(lambda: open_session(path, dtype, expose), config, capacity, greedy)
+        return OrtRunner(lambda: open_session(path, precision, expose), config, capacity, greedy)
 
-    return Candidate(start, dtype, "ONNX Runtime")
-
-
-def verify_bundle(
-    directory: Path,
-    checkpoint: Checkpoint,
-    manifest: Manifest,
-    decode_steps: int,
-    reporter: Reporter,
-    candidate: Candidate | None = None,
-) -> ParityReport:
-    """Compare a bundle, finished or staged, with the checkpoint's weights in PyTorch; see `verify_graph`.
-
-    `candidate` is by default the bundle's graph in ONNX Runtime.
-    """
-    stored = getattr(torch, manifest.dtype)
-    quantization = manifest.cache.quantization
-    layers = manifest.cache.num_hidden_layers
-    scales = stored_scales(directory / MODEL, layers) if quantization is not None else []
-
-    def load() -> Decoder:
-        decoder = load_decoder(checkpoint, stored, manifest.cache.capacity).float()  # rounded like the bundle
-        if quantization is not None:
-            decoder.quantize_cache(getattr(torch, quantization.dtype), scales)
-        return decoder  # and computed in float32
-
-    tokenizer = directory / "tokenizer.json"
-    text = Tokenizer.from_file(str(tokenizer)).encode(_TEXT).ids if tokenizer.is_file() else None
-    room = manifest.cache.capacity - decode_steps - 1
-    prompts = make_prompts(checkpoint.config.vocab_size, min(_PROMPT, max(room, 1)), text)
-    return verify_graph(
-        directory / MODEL,
-        load,
-        checkpoint.config,
-        precision(manifest.dtype, manifest.cache_dtype),
-        manifest.logits == "all",
-        prompts,
-        min(decode_steps, manifest.cache.capacity - max(map(len, prompts)) - 1),
-        reporter,
-        candidate,
-    )
-
-
-def stored_scales(path: Path, num_hidden_layers: int) -> list[Scales]:
-    """The scales of a graph's quantized cache, of each layer."""
-    values = ir.load(path).graph.initializers
-
-    def read(layer: int, name: str) -> torch.Tensor:
-        tensor = values[f"model.layers.{layer}.self_attn.{name}"].const_value
-        assert tensor is not None
-        return torch.tensor(tensor.numpy())
-
-    return [(read(layer, SCALES[0]), read(layer, SCALES[1])) for layer in range(num_hidden_layers)]
+    return Candidate(start, precision, "ONNX Runtime")
 
 
 def make_prompts(vocab_size: int, length: int, text: Sequence[int] | None) -> list[NDArray[np.int64]]:
@@ -135,7 +62,7 @@ def verify_graph(
     path: Path,
     load: Callable[[], Decoder],
     config: ModelConfig,
-    dtype: str,
+    precision: Precision,
     all_logits: bool,
     prompts: Sequence[NDArray[np.int64]],
     decode_steps: int,
@@ -148,15 +75,15 @@ def verify_graph(
         path: of the ONNX file; its weights lie beside it.
         load: makes the decoder, in float32 arithmetic. PyTorch is done and freed before ONNX Runtime starts.
         config: of the model.
-        dtype: of the graph, as `parity_report.precision` names it: picks the tolerance.
+        precision: how the graph computes: picks the tolerance.
         all_logits: whether the graph has logits for all new tokens.
         prompts: token ids; the first is also decoded and chunked, all of them make the ragged batch.
         decode_steps: tokens decoded, teacher-forced and greedily; 0 or less for none.
         reporter: is told what goes on.
         candidate: what to run in place of the graph at `path` in ONNX Runtime.
     """
-    candidate = candidate or onnxruntime_candidate(path, dtype, config)
-    dtype = candidate.precision
+    candidate = candidate or onnxruntime_candidate(path, precision, config)
+    precision = candidate.precision
     steps = list(feed_steps(prompts, max(decode_steps, 0), config.vocab_size))
     capacity = max(feed["attention_mask"].shape[1] for _, feed in steps) + max(decode_steps, 1)
     feeds = [inputs for _, inputs in steps]
@@ -172,17 +99,17 @@ def verify_graph(
             layers = Comparator.run([layered], data_loader=feeds[:1], use_subprocess=False)
         results = list(expected[0][1]), list(actual[0][1]), layers[0][1][0]
         with reporter.step("compare"):
-            report = _report(dtype, [name for name, _ in steps], *results, config)
-        if not report.passed and in_float32(dtype):
+            report = _report(precision, [name for name, _ in steps], *results, config)
+        if not report.passed and precision.in_float32:
             exact = TorchRunner(lambda: load().double(), all_logits, 0)
             with reporter.step("out of tolerance: run PyTorch in float64, to see how exact its float32 is"):
                 truth = Comparator.run([exact], data_loader=feeds, use_subprocess=False)
-            report = _report(dtype, [name for name, _ in steps], *results, config, list(truth[0][1]))
+            report = _report(precision, [name for name, _ in steps], *results, config, list(truth[0][1]))
     return report
 
 
 def _report(
-    dtype: str,
+    precision: Precision,
     names: Sequence[str],
     expected: Sequence[Any],
     actual: Sequence[Any],
@@ -191,17 +118,17 @@ def _report(
     exact: Sequence[Any] | None = None,
 ) -> ParityReport:
     """Compare the iterations, which belong to the checks `names`; `exact` are the oracle's in float64."""
-    allowed, checks = tolerance(dtype), []
+    allowed, checks = precision.tolerance, []
     iterations = list(zip(expected, actual, exact or [None] * len(names), strict=True))
     for name in dict.fromkeys(names):
         checks += _check(name, [triple for n, triple in zip(names, iterations, strict=True) if n == name], allowed)
     tokens, divergent = (expected[0][GREEDY], actual[0][GREEDY]), None
     if (tokens[0] != tokens[1]).any():
         divergent = int(np.flatnonzero(tokens[0] != tokens[1])[0])
-    checks.append(_greedy_check(*tokens, divergent, dtype))
+    checks.append(_greedy_check(*tokens, divergent, precision))
     hidden = _layers(expected[0], layers, exact[0] if exact else None, config, allowed)
     checks.append(_layer_check(hidden))
-    return ParityReport(dtype, checks, hidden, len(tokens[0]), divergent)
+    return ParityReport(precision, checks, hidden, len(tokens[0]), divergent)
 
 
 def feed_steps(prompts: Sequence[NDArray[np.int64]], decode_steps: int, vocab_size: int) -> Iterator[Step]:
@@ -296,12 +223,12 @@ def _compare(expected: Any, actual: Any, limits: dict[str, float]) -> Any:
 
 
 def _greedy_check(
-    expected: NDArray[np.int64], actual: NDArray[np.int64], divergent: int | None, dtype: str
+    expected: NDArray[np.int64], actual: NDArray[np.int64], divergent: int | None, precision: Precision
 ) -> CheckResult:
     """Tokens are equal or not. In 16 bits near-ties may fall the other way, and everything after differs: reported, not failed."""
     same = float((expected == actual).mean())
     note = f"{len(expected)} equal" if divergent is None else f"differ from token {divergent}"
-    passed = divergent is None or narrow(dtype)
+    passed = divergent is None or precision.narrow
     return CheckResult(
         "greedy tokens", float(divergent is not None), 1 - same, 0.0, GREEDY, passed, top1=same, note=note
     )
@@ -326,10 +253,3 @@ def _layer_check(layers: Sequence[LayerResult]) -> CheckResult:
     return CheckResult(
         "residual stream, per layer", worst.max_error, mean, worst.limit, name, all(x.passed for x in layers)
     )
-
-
-@contextmanager
-def quiet_polygraphy() -> Iterator[None]:
-    """Polygraphy narrates; our report says it shorter."""
-    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
-        yield

@@ -24,6 +24,7 @@ from headfold.export.graph.bodies import widen_float8_caches
 from headfold.export.graph.passes import expose_hidden_states, widen_to_float32
 from headfold.export.model.config import ModelConfig
 from headfold.export.model.decoder import Decoder
+from headfold.export.parity.tolerances import Precision
 from headfold.plugins.dtypes import DTYPES, from_onnxruntime
 from headfold.plugins.names import (
     PARTS,
@@ -206,13 +207,13 @@ class OrtRunner(CachedRunner):
         return raw
 
 
-def open_session(path: Path, precision: str, expose: bool = False) -> ort.InferenceSession:
+def open_session(path: Path, precision: Precision, expose: bool = False) -> ort.InferenceSession:
     """The graph at `path` in ONNX Runtime on the CPU: as it is, with the residual stream as outputs (`expose`), or widened.
 
     ONNX Runtime has no bfloat16 matrix product on CPUs, so a bfloat16 graph runs in float32, with exactly its weights; and no float8
     cache, so its numbers are kept in float32, and the standard body computes with them.
     """
-    wide = [name for name in ("bfloat16", "float8_e4m3fn") if name in precision]
+    wide = [name for name in (precision.dtype, precision.cache) if name in {"bfloat16", "float8_e4m3fn"}]
     options = ort.SessionOptions()
     options.log_severity_level = 3
     providers = ["CPUExecutionProvider"]

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from headfold.export.bundle.cache_scales import cache_scales, quantization_cost
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
 from headfold.export.cli import main
-from headfold.export.parity.compare import stored_scales
+from headfold.export.parity.verify import stored_scales
 from headfold.runtime import load
 from headfold.runtime.manifest import read_manifest
 
@@ -82,7 +82,9 @@ def test_onnx_runtime_decodes_as_pytorch_does(bundle, toys) -> None:
 
 @pytest.mark.parametrize("name", ["key_scale", "value_scale"])
 def test_a_wrong_scale_is_caught(name, bundle, toys, tmp_path) -> None:
-    from headfold.export.parity.compare import onnxruntime_candidate, verify_bundle
+    from headfold.export.parity.compare import onnxruntime_candidate
+    from headfold.export.parity.tolerances import Precision
+    from headfold.export.parity.verify import verify_bundle
     from headfold.export.progress import Reporter
 
     checkpoint, manifest = open_checkpoint(toys / "student"), read_manifest(bundle)
@@ -90,7 +92,9 @@ def test_a_wrong_scale_is_caught(name, bundle, toys, tmp_path) -> None:
     value = model.graph.initializers[f"model.layers.1.self_attn.{name}"]
     value.const_value = ir.tensor(1.5 * value.const_value.numpy())
     ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
-    candidate = onnxruntime_candidate(tmp_path / "model.onnx", "float32 int8", checkpoint.config)
+    candidate = onnxruntime_candidate(
+        tmp_path / "model.onnx", Precision("onnxruntime", "float32", "int8"), checkpoint.config
+    )
     report = verify_bundle(bundle, checkpoint, manifest, 4, Reporter(quiet=True), candidate)
     assert not report.passed
 

@@ -20,6 +20,8 @@ from headfold.export.engine.network_runner import Network, NetworkRunner, networ
 from headfold.export.engine.options import BuildOptions
 from headfold.export.parity.compare import Candidate, make_prompts, verify_graph
 from headfold.export.parity.report import ParityReport
+from headfold.export.parity.tolerances import Precision
+from headfold.export.parity.verify import precision_of
 from headfold.export.progress import Reporter
 from headfold.plugins import tensorrt_plugin
 from headfold.plugins.schema import INPUTS
@@ -38,7 +40,9 @@ def trt():
 def verify(toy, candidate: Candidate) -> ParityReport:
     prompts = make_prompts(96, 12, None)
     path, config = toy.bundle / MODEL, toy.decoder.config
-    return verify_graph(path, lambda: toy.decoder, config, toy.manifest.dtype, True, prompts, 4, QUIET, candidate)
+    return verify_graph(
+        path, lambda: toy.decoder, config, precision_of(toy.manifest), True, prompts, 4, QUIET, candidate
+    )
 
 
 @pytest.mark.parametrize("attention", ["native", "plugin"])
@@ -79,7 +83,7 @@ def planted(trt, toy, attention, change_master=None, change_lowered=None) -> Can
 
         return NetworkRunner(load, greedy)
 
-    return Candidate(start, f"tensorrt {toy.manifest.dtype}", "planted")
+    return Candidate(start, Precision("tensorrt", toy.manifest.dtype), "planted")
 
 
 def upper_left(model: ir.Model) -> None:
@@ -141,7 +145,9 @@ def test_catches_a_plugin_whose_aliases_are_swapped(trt, tensorrt_toy, monkeypat
     monkeypatch.setattr(tensorrt_plugin, "ALIASES", {1: 4, 2: 3})
     with pytest.raises(BuildError, match="caches of attention 0 are updated as"):
         report(parsed, "plugin", 2)
-    runner = Candidate(lambda *_: NetworkRunner(lambda: Network(parsed, model), 0), "tensorrt float16", "swapped")
+    runner = Candidate(
+        lambda *_: NetworkRunner(lambda: Network(parsed, model), 0), Precision("tensorrt", "float16"), "swapped"
+    )
     with pytest.raises(VerificationError, match="is not the memory of"):
         verify(toy, runner)
 

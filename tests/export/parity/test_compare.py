@@ -16,7 +16,8 @@ from headfold.export.model.config import ModelConfig
 from headfold.export.model.decoder import Decoder
 from headfold.export.parity import compare as parity
 from headfold.export.parity.compare import make_prompts, pad, verify_graph
-from headfold.export.parity.report import ParityReport, compare_logits, tolerance
+from headfold.export.parity.report import ParityReport, compare_logits
+from headfold.export.parity.tolerances import Precision
 from headfold.export.progress import Reporter
 
 CAPACITY = 64
@@ -51,8 +52,17 @@ def verified(memory_checkpoint, tmp_path) -> Callable[..., ParityReport]:
             decoder.cos_cache, decoder.sin_cache = cos, sin
             return decoder
 
-        prompts = make_prompts(config.vocab_size, 12, None)
-        return verify_graph(tmp_path / "model.onnx", load, config, dtype, False, prompts, 4, Reporter(quiet=True))
+        prompts, precision = make_prompts(config.vocab_size, 12, None), Precision("onnxruntime", dtype)
+        return verify_graph(
+            tmp_path / "model.onnx",
+            load,
+            config,
+            precision,
+            False,
+            prompts,
+            4,
+            Reporter(quiet=True),
+        )
 
     return verify
 
@@ -179,5 +189,7 @@ def test_a_report_is_plain_json(config, verified, tmp_path: Path) -> None:
 def test_what_float32_itself_gets_wrong_is_allowed_twice() -> None:
     expected = {"logits": np.ones((1, 1, 8), np.float32)}
     exact = {"logits": expected["logits"] + np.float32(3e-3)}
-    assert parity._limit(tolerance("float32"), "logits", expected, None) == 1e-4
-    assert parity._limit(tolerance("float32"), "logits", expected, exact) == pytest.approx(6e-3, rel=1e-3)
+    assert parity._limit(Precision("onnxruntime", "float32").tolerance, "logits", expected, None) == 1e-4
+    assert parity._limit(Precision("onnxruntime", "float32").tolerance, "logits", expected, exact) == pytest.approx(
+        6e-3, rel=1e-3
+    )

@@ -1,0 +1,99 @@
+"""How far a graph may be from its oracle, by how it computes, and why."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headfold.plugins.dtypes import DType, Quantized
+from headfold.plugins.names import is_cache_output
+
+Engine = Literal["onnxruntime", "tensorrt"]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """The largest absolute error allowed: `absolute`, or `relative` times the oracle's largest magnitude in the tensor if more.
+
+    Logits and everything else differ: logits are what users see; residual streams have a few elements in the thousands (Sun et al.
+    2024, Massive Activations, section 2), and an error is small or large in relation to those.
+    """
+
+    logits: tuple[float, float]
+    other: tuple[float, float]  # caches and residual stream
+    cache: tuple[float, float] | None = None  # of a quantized cache, in what it stores
+
+    def limit(self, name: str, expected: NDArray[np.float32]) -> float:
+        """The largest error allowed in this output."""
+        absolute, relative = self.logits if name == "logits" else self.other
+        if self.cache is not None and is_cache_output(name):
+            absolute, relative = self.cache
+        return max(absolute, relative * float(np.abs(expected).max(initial=0)))
+
+
+# float32: eps is 1.2e-7; sums of about a thousand products in another order, through some tens of layers, lose about two digits.
+# SmolLM2's logits reach 29, and are off by up to 7e-5 from float64 in ONNX Runtime as in PyTorch.
+_FLOAT32 = Tolerance(logits=(1e-4, 5e-6), other=(1e-4, 1e-5))
+# float16: eps is 9.8e-4; every intermediate result is rounded in the graph, but not in the float32 oracle that has the same
+# weights; roundings add up like a random walk, about 8 eps after 30 layers. bfloat16 has three bits less: eight times as much.
+_FLOAT16 = Tolerance(logits=(1e-2, 2e-2), other=(1e-2, 2e-2))
+_BFLOAT16 = Tolerance(logits=(8e-2, 1.6e-1), other=(8e-2, 1.6e-1))
+_ARITHMETIC: dict[DType, Tolerance] = {"float32": _FLOAT32, "float16": _FLOAT16, "bfloat16": _BFLOAT16}
+_ROUNDED = (5e-2, 5e-2)
+_CACHES: dict[Quantized, float] = {
+    "int8": 8.0,
+    "float8_e4m3fn": 96.0,
+}  # in what the cache stores: 8 steps, 3 of the largest
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a graph computes: where, in which dtype, and what its cache stores (None: the same dtype)."""
+
+    engine: Engine
+    dtype: DType
+    cache: Quantized | None = None
+
+    @property
+    def in_float32(self) -> bool:
+        """Whether both sides compute in float32 throughout, so that float64 tells how exact they can be.
+
+        ONNX Runtime has no bfloat16 on CPUs: there such a graph runs in float32, with its own weights.
+        """
+        widened = self.engine == "onnxruntime" and self.dtype == "bfloat16"
+        return self.cache is None and (self.dtype == "float32" or widened)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether a near-tie of two tokens may fall the other way."""
+        return self.cache is not None or not self.in_float32
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """What is tolerated.
+
+        Where arithmetic differs a little, a value halfway between two numbers of a quantized cache is rounded to either; by it the
+        next layers get other inputs and round more values differently, so that the logits end up as far apart as quantization
+        itself moves them: by a few percent of the largest. What is exact about a quantized cache is tested where it can be, on the
+        op alone.
+        """
+        if self.cache is not None:
+            return Tolerance(_ROUNDED, _ROUNDED, (_CACHES[self.cache], 0.0))
+        return _FLOAT32 if self.in_float32 else _ARITHMETIC[self.dtype]
+
+    @property
+    def arithmetic(self) -> str:
+        """How both sides compute, in words."""
+        if self.engine == "tensorrt":
+            words = f"TensorRT network in {self.dtype}, on the CPU, against float32 PyTorch with the same {self.dtype} weights"
+        elif self.dtype == "float16":
+            words = "float16 graph against float32 PyTorch with the same float16 weights"
+        elif self.dtype == "bfloat16":
+            words = "float32 on both sides, with the bundle's bfloat16 weights: ONNX Runtime has no bfloat16 on CPUs"
+        else:
+            words = "float32 on both sides"
+        return words + (f", {self.cache} cache on both sides" if self.cache is not None else "")
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.engine, self.dtype, self.cache)))
