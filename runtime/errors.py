@@ -1,8 +1,20 @@
 """Errors a user can cause. Each is one line: what is wrong, where, and how to fix it.
 
 A command line prints them without a traceback and exits with `exit_code`: 2 for bad usage or input, 1 for a failed
-verification.
+verification. They quote files that nobody vouches for, so a line has a bounded length and no terminal escapes.
 """
+
+_LONGEST = 600  # characters of each of the three parts
+
+
+def printable(text: str, most: int = _LONGEST) -> str:
+    """The text on one line, its middle left out where it is long, with U+FFFD for what a terminal would obey instead of show."""
+    if len(text) > 4 * most:  # of what may be a whole file, no more is looked at
+        text = f"{text[: 2 * most]}…{text[-2 * most :]}"
+    line = " ".join(text.split())
+    if len(line) > most:
+        line = f"{line[: most * 2 // 3]}…{line[-most // 3 :]}"
+    return "".join(c if c.isprintable() else "\ufffd" for c in line)
 
 
 class HeadfoldError(Exception):
@@ -12,8 +24,8 @@ class HeadfoldError(Exception):
 
     def __init__(self, what: str, *, where: object = None, fix: str | None = None) -> None:
         self.what, self.where, self.fix = what, where, fix
-        line = f"{where}: {what}" if where is not None else what
-        super().__init__(" ".join((f"{line}. {fix}" if fix else line).split()))
+        line = printable(what) if where is None else f"{printable(str(where))}: {printable(what)}"
+        super().__init__(f"{line}. {printable(fix)}" if fix else line)
 
 
 class ConfigError(HeadfoldError):

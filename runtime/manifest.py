@@ -1,30 +1,46 @@
 """The manifest of a bundle: what it holds, what it computes, and the SHA-256 of every file. Checked before anything else is used.
 
-`model.onnx` and its data, the tokenizer and the generation settings lie beside `manifest.json` in one directory.
+`model.onnx` and its data, the tokenizer and the generation settings lie beside `manifest.json` in one directory. Where their bytes
+come from does not matter: a file may be a link, as in the cache of a hub, for its SHA-256 decides.
 """
 
 import hashlib
-import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from headfold.plugins.dtypes import DType, Quantized
+from headfold.plugins.names import is_cache_input, is_cache_output
 from headfold.runtime.errors import BundleError
+from headfold.runtime.json_file import MANIFEST_BYTES, read_object
 
 FORMAT_VERSION = 1
 ENGINES_VERSION = 2  # of a bundle with engines, which readers of version 1 refuse
 QUANTIZED_VERSION = 3  # of a bundle with a quantized cache
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
+KERNELS = "kernels.json"  # in the directory of a plugin's kernels
 _CHUNK = 1 << 22  # bytes hashed at a time
+_HUB = frozenset(
+    {".cache", ".git", ".gitattributes", ".gitignore", "README.md"}
+)  # what a hub's download adds; never read
+_FIX = "Export the bundle again."
+
+
+def _inside(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or not path.parts or ".." in path.parts or any(c in "\\:" or c < " " for c in name):
+        raise ValueError("points outside the bundle")
+    return name
+
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+FileName = Annotated[str, AfterValidator(_inside)]  # relative to the bundle, with slashes
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)  # strict: true is not 1
 
 
 class FileEntry(_Strict):
@@ -83,14 +99,14 @@ class PluginEntry(_Strict):
     name: str
     version: str
     namespace: str
-    kernels: str  # directory of kernels.json, relative to the bundle
+    kernels: FileName  # directory of kernels.json
     kernels_sha256: Sha256  # of kernels.json, which has the SHA-256 of every kernel
 
 
 class EngineEntry(_Strict):
     """One TensorRT engine of the bundle."""
 
-    file: str  # relative to the bundle
+    file: FileName
     flavour: Literal["tensorrt-rtx", "tensorrt"]
     version: str  # of TensorRT: an engine runs on exactly the version that built it
     attention: Literal["native", "plugin"]
@@ -112,7 +128,7 @@ class EngineEntry(_Strict):
 class Manifest(_Strict):
     """Everything a user of the bundle must know before opening its graph."""
 
-    format_version: int
+    format_version: int = Field(ge=1, le=QUANTIZED_VERSION)
     headfold_version: str
     source: str  # name of the checkpoint's file or directory, without its path
     config: dict[str, Any]  # headfold.export.model.config.ModelConfig as JSON
@@ -123,7 +139,7 @@ class Manifest(_Strict):
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
     cache: CacheSpec
-    files: dict[str, FileEntry]  # every file but the manifest itself, by its name relative to the bundle
+    files: dict[FileName, FileEntry]  # every file but the manifest itself
     tools: dict[str, str]  # package and version that made it
     parity: dict[str, Any] | None  # summary of parity.json; None if the export was told not to verify
     engines: list[EngineEntry] = []
@@ -138,7 +154,7 @@ def read_manifest(bundle: Path) -> Manifest:
     """Read and validate a bundle's manifest; the files it lists are not looked at.
 
     Raises:
-        BundleError: no such bundle, not JSON, a newer format, or a field that is missing or wrong.
+        BundleError: no such bundle, not JSON, a newer format, a field that is missing or wrong, or fields that contradict each other.
     """
     path = bundle / MANIFEST
     if not bundle.is_dir():
@@ -147,11 +163,8 @@ def read_manifest(bundle: Path) -> Manifest:
         )
     if not path.is_file():
         raise BundleError("has no manifest.json", where=bundle, fix="Only a finished export has one: export again.")
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise BundleError(f"is not JSON: {error}", where=path, fix="Export the bundle again.") from error
-    version = content.get("format_version") if isinstance(content, dict) else None
+    content = read_object(path, MANIFEST_BYTES, BundleError, _FIX)
+    version = content.get("format_version")
     if isinstance(version, int) and version > QUANTIZED_VERSION:
         raise BundleError(
             f"has format version {version}, this headfold reads up to {QUANTIZED_VERSION}",
@@ -159,35 +172,52 @@ def read_manifest(bundle: Path) -> Manifest:
             fix="Upgrade headfold, or export the bundle with this version.",
         )
     try:
-        return Manifest.model_validate(content)
+        manifest = Manifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "manifest"
-        raise BundleError(f"{field}: {first['msg']}", where=path, fix="Export the bundle again.") from error
+        raise BundleError(f"{field}: {first['msg']}", where=path, fix=_FIX) from error
+    if contradiction := _contradiction(manifest):
+        raise BundleError(contradiction, where=path, fix=_FIX)
+    return manifest
+
+
+def _contradiction(manifest: Manifest) -> str | None:
+    """Whether what is run is not among the files, whose SHA-256 is known, or the cache has not two tensors for each layer."""
+    plugins = [engine.plugin for engine in manifest.engines if engine.plugin is not None]
+    run = [MODEL, *(engine.file for engine in manifest.engines), *(f"{plugin.kernels}/{KERNELS}" for plugin in plugins)]
+    if missing := [name for name in run if name not in manifest.files]:
+        return f"{missing[0]} is not among its files"
+    for plugin in plugins:
+        if manifest.files[f"{plugin.kernels}/{KERNELS}"].sha256 != plugin.kernels_sha256:
+            return f"the kernels of {plugin.kernels} have another SHA-256 among its files than in their engine"
+    for specs, of_cache in ((manifest.inputs, is_cache_input), (manifest.outputs, is_cache_output)):
+        if sum(of_cache(spec.name) for spec in specs) != 2 * manifest.cache.num_hidden_layers:
+            return f"its cache has no two tensors for each of {manifest.cache.num_hidden_layers} layers"
+    return None
 
 
 def check_files(bundle: Path, manifest: Manifest) -> None:
-    """Compare every listed file with its size and SHA-256, and refuse files that are not listed.
+    """Compare every listed file with its size and SHA-256, and refuse files that are not listed, but for those of a hub.
 
     Raises:
-        BundleError: a file is missing, altered, not listed, or outside the bundle.
+        BundleError: a file is missing, altered, or not listed.
     """
     fix = "The bundle was changed after its export: export it again, or copy it anew."
     for name, entry in manifest.files.items():
         path = bundle / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise BundleError("points outside the bundle", where=f"{bundle / MANIFEST}: {name!r}", fix=fix)
-        if path.is_symlink() or not path.is_file():
+        if not path.is_file():
             raise BundleError("is missing, or no regular file", where=path, fix=fix)
-        if path.stat().st_size != entry.size:
-            raise BundleError(
-                f"has {path.stat().st_size} bytes, not the {entry.size} of the manifest", where=path, fix=fix
-            )
+        size = path.stat().st_size
+        if size != entry.size:
+            raise BundleError(f"has {size} bytes, not the {entry.size} of the manifest", where=path, fix=fix)
         if sha256(path) != entry.sha256:
             raise BundleError("does not have the SHA-256 of the manifest", where=path, fix=fix)
     for path in bundle.rglob("*"):
-        name = path.relative_to(bundle).as_posix()
-        if (path.is_symlink() or not path.is_dir()) and name != MANIFEST and name not in manifest.files:
+        relative = path.relative_to(bundle)
+        if relative.parts[0] in _HUB or (path.is_dir() and not path.is_symlink()):
+            continue
+        if relative.as_posix() not in (MANIFEST, *manifest.files):
             raise BundleError("is not listed in the manifest", where=path, fix="Remove it, or export the bundle again.")
 
 

@@ -11,7 +11,7 @@ from headfold.export.bundle.writer import write_manifest
 from headfold.plugins.gpus import RTX_CAPABILITIES
 from headfold.plugins.kernel_contract import KernelSpec
 from headfold.runtime.engine_file import _FIELDS
-from headfold.runtime.manifest import read_manifest
+from headfold.runtime.manifest import read_manifest, sha256
 from headfold.runtime.tensorrt_session import TensorRTSession
 
 TOLERANCE = 1e-5  # float32 logits of order 1, sums of a hundred products in another order
@@ -65,6 +65,7 @@ def copy_with_engine(source: Path, path: Path, content: bytes | None = None, **c
     if entry["plugin"]:
         (path / "kernels").mkdir()
         write_kernels(path / "kernels", SPEC, capabilities=(86,))
+        entry["plugin"] = {"kernels_sha256": sha256(path / "kernels" / "kernels.json"), **entry["plugin"]}
     write_manifest(path, **manifest | {"format_version": 2, "engines": [entry]})
     return path
 

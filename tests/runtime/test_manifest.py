@@ -1,6 +1,7 @@
-"""A bundle that is incomplete, altered or newer is refused before anything of it is used."""
+"""A bundle that is incomplete, altered, newer or absurd is refused before anything of it is used; one from a hub is opened."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from headfold.runtime import BundleError, load
+from headfold.runtime.manifest import sha256
 
 Damage = Callable[[Path], object]
 
@@ -27,10 +29,56 @@ def change_byte(path: Path) -> None:
     (path / "model.onnx.data").write_bytes(content)
 
 
-def link(path: Path) -> None:
+def link_elsewhere(path: Path) -> None:
     target = path.parent / "elsewhere.json"
-    (path / "tokenizer.json").rename(target)
+    target.write_bytes((path / "tokenizer.json").read_bytes().replace(b"fox", b"cat") + b" ")
+    (path / "tokenizer.json").unlink()
     (path / "tokenizer.json").symlink_to(target)
+
+
+def pipe(path: Path) -> None:
+    (path / "tokenizer.json").unlink()
+    os.mkfifo(path / "tokenizer.json")
+
+
+def without(name: str) -> Damage:
+    def damage(path: Path) -> None:
+        (path / name).unlink()
+        content = json.loads((path / "manifest.json").read_text())
+        del content["files"][name]
+        (path / "manifest.json").write_text(json.dumps(content))
+
+    return damage
+
+
+def with_engine(**changes: Any) -> Damage:
+    """An engine whose entry names a file, and maybe kernels, that the manifest does not vouch for."""
+
+    def damage(path: Path) -> None:
+        entry = {"flavour": "tensorrt-rtx", "version": "1", "attention": "native", "dtype": "float32"}
+        entry |= {
+            "compute_capabilities": [86],
+            "max_batch": 1,
+            "max_input": 1,
+            "capacity": 8,
+            "weight_streaming": False,
+        }
+        entry |= {"profiles": [], "inputs": [], "outputs": [], "aliases": {}, "plugin": None, "layers": {}, "tools": {}}
+        edit(format_version=2, engines=[entry | changes])(path)
+
+    return damage
+
+
+def plugin(kernels: str) -> dict[str, Any]:
+    return {"name": "x", "version": "1", "namespace": "", "kernels": kernels, "kernels_sha256": "0" * 64}
+
+
+def edit_cache(**fields: Any) -> Damage:
+    def damage(path: Path) -> None:
+        cache = json.loads((path / "manifest.json").read_text())["cache"]
+        edit(cache=cache | fields)(path)
+
+    return damage
 
 
 def link_directory(path: Path) -> None:
@@ -48,14 +96,38 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "longer": (lambda p: (p / "model.onnx").open("ab").write(b"x"), r"model\.onnx: has \d+ bytes, not the \d+"),
     "missing": (lambda p: (p / "tokenizer.json").unlink(), r"tokenizer\.json: is missing"),
     "extra": (lambda p: (p / "extra.py").write_text("x"), r"extra\.py: is not listed in the manifest"),
-    "link": (link, r"tokenizer\.json: is missing, or no regular file"),
+    "link to another file": (link_elsewhere, r"tokenizer\.json: has \d+ bytes, not the"),
+    "pipe": (pipe, r"tokenizer\.json: is missing, or no regular file"),
     "linked directory": (link_directory, r"more: is not listed in the manifest"),
     "newer": (edit(format_version=4), "format version 4, this headfold reads up to 3. Upgrade headfold"),
     "no JSON": (lambda p: (p / "manifest.json").write_bytes(b"\xff{"), "manifest.json: is not JSON"),
-    "no object": (lambda p: (p / "manifest.json").write_text("[]"), "manifest.json: manifest: Input should be"),
+    "no object": (lambda p: (p / "manifest.json").write_text("[]"), "manifest.json: is no JSON object"),
     "field missing": (drop_field, r"cache\.capacity: Field required"),
     "unknown dtype": (edit(dtype="int3"), "dtype: Input should be 'float32', 'float16' or 'bfloat16'"),
     "outside": (edit(files={"../x": {"size": 1, "sha256": "0" * 64}}), "points outside the bundle"),
+    "outside by a drive": (edit(files={"C:x": {"size": 1, "sha256": "0" * 64}}), "points outside the bundle"),
+    "no graph": (without("model.onnx"), r"model\.onnx is not among its files"),
+    "format 0": (edit(format_version=0), "format_version: Input should be greater than or equal to 1"),
+    "format -1": (edit(format_version=-1), "format_version: Input should be greater than or equal to 1"),
+    "format true": (edit(format_version=True), "format_version: Input should be a valid integer"),
+    "a number as text": (edit(vocab_size="300"), "vocab_size: Input should be a valid integer"),
+    "engine outside": (with_engine(file="../x.engine"), r"engines\.0\.file: .*points outside the bundle"),
+    "engine without SHA-256": (with_engine(file="x.engine"), r"x\.engine is not among its files"),
+    "kernels outside": (
+        with_engine(file="model.onnx", plugin=plugin("/tmp")),
+        r"plugin\.kernels: .*points outside the bundle",
+    ),
+    "kernels without SHA-256": (
+        with_engine(file="model.onnx", plugin=plugin("k")),
+        r"k/kernels\.json is not among its files",
+    ),
+    "more layers than tensors": (edit_cache(num_hidden_layers=10**9), "no two tensors for each of 1000000000 layers"),
+    "escapes": (edit(**{"\x1b[2J[bold]": 1}), "\ufffd\\[2J\\[bold\\]: Extra inputs"),
+    "nested": (lambda p: (p / "manifest.json").write_text("[" * 10**5), "manifest.json: is nested too deeply"),
+    "huge": (
+        lambda p: (p / "manifest.json").open("ab").truncate(10**8),
+        r"manifest\.json: has 100,000,000 bytes, and at most",
+    ),
     "no manifest": (lambda p: (p / "manifest.json").unlink(), "has no manifest.json"),
     "no directory": (lambda p: shutil.rmtree(p), r"no such bundle directory\. Make one: `headfold export"),
 }
@@ -70,8 +142,32 @@ def test_a_damaged_bundle_is_refused(name: str, toy, tmp_path: Path) -> None:
     damage(path)
     with pytest.raises(BundleError, match=message) as caught:
         load(path)
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable()
     assert caught.value.fix
+
+
+def test_links_are_fine_where_the_sha256_is_right(toy, tmp_path: Path) -> None:
+    """As snapshot_download leaves them: into the hub's cache of blobs, which are named by their SHA-256."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for file in toy.path.iterdir():
+        blob = Path(shutil.copy(file, blobs / sha256(file)))
+        (snapshot / file.name).symlink_to(Path("../../blobs", blob.name))
+    assert load(snapshot).generate([5], max_new_tokens=1).token_ids == toy.greedy([5], 1)
+
+
+def test_what_a_hub_adds_is_fine(toy, tmp_path: Path) -> None:
+    path = tmp_path / "bundle"
+    shutil.copytree(toy.path, path)
+    for name in (".gitattributes", "README.md", ".cache/huggingface/download/model.onnx.metadata", ".git/HEAD"):
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text("x")
+    load(path)
+    (path / "more").mkdir()
+    (path / "more" / "README.md").write_text("x")
+    with pytest.raises(BundleError, match=r"more/README\.md: is not listed"):
+        load(path)
 
 
 def test_unchecked_loading_is_possible(toy, tmp_path: Path) -> None:
@@ -100,4 +196,4 @@ def test_files_that_cannot_be_used_are_named(files, message: str, changed) -> No
 def test_a_graph_of_another_model_is_refused(toy, changed) -> None:
     inputs = json.loads((toy.path / "manifest.json").read_text())["inputs"]
     with pytest.raises(BundleError, match="its inputs are not those of the manifest"):
-        load(changed({}, inputs=inputs[:-1]))
+        load(changed({}, inputs=inputs[::-1]))

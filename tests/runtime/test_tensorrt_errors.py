@@ -84,13 +84,12 @@ def test_a_bundle_without_engines(toy) -> None:
             {"version": "2"},
             "needs the plugin headfold::GroupedQueryAttention version 2, this headfold has .* version 1",
         ),
-        ({"kernels": "elsewhere"}, r"elsewhere/kernels.json: is missing"),
         ({}, "has no kernels for compute capability 89, only for 86"),
     ],
 )
 def test_a_plugin_that_is_missing(plugin, message, with_engine, toy) -> None:
     entry = {"name": "GroupedQueryAttention", "version": "1", "namespace": "headfold", "kernels": "kernels"}
-    path = with_engine(attention="plugin", plugin=entry | {"kernels_sha256": "0" * 64} | plugin)
+    path = with_engine(attention="plugin", plugin=entry | plugin)
     error = refused(path, toy, FakeCuda(capability=89))
     assert isinstance(error, EngineError)
     assert re.search(message, str(error))

@@ -152,7 +152,7 @@ def test_generate_runs_on_it(with_engine, toy, monkeypatch) -> None:
 
 def test_the_plugins_kernels_are_loaded_and_registered(with_engine, toy, monkeypatch) -> None:
     plugin = {"name": "GroupedQueryAttention", "version": "1", "namespace": "headfold", "kernels": "kernels"}
-    path = with_engine(attention="plugin", plugin=plugin | {"kernels_sha256": "0" * 64})
+    path = with_engine(attention="plugin", plugin=plugin)
     registered = {}
     monkeypatch.setattr(tensorrt_plugin, "register", lambda trt, kernels: registered.update({trt: kernels}))
     rig = Rig(path, toy.decoder, manifest=read_kernels(path / "kernels"))
