@@ -18,11 +18,13 @@ from headfold.plugins.names import caches
 from headfold.runtime.backend import CHUNK, decode_window, prefill_chunks, widened
 from headfold.runtime.cpu import physical_cores
 from headfold.runtime.errors import BundleError, CapacityError, InputError, ProviderError
+from headfold.runtime.graph_file import check_capacity
 from headfold.runtime.huge_pages import huge_pages
 from headfold.runtime.manifest import MODEL, Manifest
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_SILENT, _WARNING = 4, 2  # severities of ONNX Runtime's logger
+_SILENT, _WARNING = 4, 2  # severities of ONNX Runtime's logger; its errors come as exceptions, too
+_AGAIN = "Export it again."
 
 
 @dataclass
@@ -65,6 +67,8 @@ class OrtSession:
         self.manifest, self.device = manifest, provider
         with huge_pages() if provider == "cpu" else nullcontext():
             self.session = _open(bundle, manifest, provider, threads or physical_cores())
+        self._path = bundle / MODEL
+        _check_graph(self.session, self._path, manifest)
         self._dtype, self._cache_type = DTYPES[manifest.dtype], DTYPES[manifest.cache_dtype].onnx
         self._all = manifest.logits == "all"
 
@@ -72,14 +76,20 @@ class OrtSession:
         """See Backend.
 
         Raises:
-            CapacityError: more tokens than the bundle's rotary tables cover.
+            CapacityError: more tokens than the bundle's rotary tables cover, or no memory for them.
         """
         if capacity > self.manifest.cache.capacity:
             raise CapacityError(
                 f"a cache of {capacity} tokens is over the bundle's capacity of {self.manifest.cache.capacity}",
                 fix="Ask for fewer tokens.",
             )
-        return OrtCache(self.manifest, batch, capacity, self.device)
+        try:
+            return OrtCache(self.manifest, batch, capacity, self.device)
+        except (MemoryError, RuntimeError) as error:  # of numpy, of ONNX Runtime
+            raise CapacityError(
+                f"there is no memory for a cache of {batch} x {capacity} tokens",
+                fix="Ask for fewer tokens, or fewer prompts at a time.",
+            ) from error
 
     def prefill(
         self, cache: OrtCache, row: int, ids: NDArray[np.int64], all_logits: bool = False, chunk: int = CHUNK
@@ -136,7 +146,10 @@ class OrtSession:
     def _run(self, binding: Any, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> None:
         binding.bind_cpu_input("input_ids", ids)  # [b, s]
         binding.bind_cpu_input("attention_mask", mask)  # [b, T]
-        self.session.run_with_iobinding(binding)
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as error:  # its exceptions have no other base
+            raise BundleError(f"ONNX Runtime cannot run it: {error}", where=self._path, fix=_AGAIN) from error
 
 
 def _open(bundle: Path, manifest: Manifest, provider: str, threads: int) -> Any:
@@ -164,15 +177,13 @@ def _open(bundle: Path, manifest: Manifest, provider: str, threads: int) -> Any:
         )
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 3  # errors
+    options.log_severity_level = _SILENT
     if provider != "cpu":  # why it cannot start is logged on many lines, which no option of a session silences
         ort.set_default_logger_severity(_SILENT)
     try:
         session = ort.InferenceSession(bundle / MODEL, options, providers=[name], enable_fallback=0)
     except Exception as error:  # its exceptions have no other base
-        raise BundleError(
-            f"ONNX Runtime cannot load it: {str(error)[:300]}", where=bundle / MODEL, fix="Export it again."
-        ) from error
+        raise BundleError(f"ONNX Runtime cannot load it: {error}", where=bundle / MODEL, fix=_AGAIN) from error
     finally:
         if provider != "cpu":
             ort.set_default_logger_severity(_WARNING)  # its default
@@ -182,7 +193,31 @@ def _open(bundle: Path, manifest: Manifest, provider: str, threads: int) -> Any:
             where=f"provider {provider!r}",
             fix="Install them, or use provider 'cpu'.",
         )
-    for kind, values in (("inputs", session.get_inputs()), ("outputs", session.get_outputs())):
-        if [value.name for value in values] != [spec.name for spec in getattr(manifest, kind)]:
-            raise BundleError(f"its {kind} are not those of the manifest", where=bundle / MODEL, fix="Export it again.")
     return session
+
+
+def _check_graph(session: Any, path: Path, manifest: Manifest) -> None:
+    """Hold what the manifest says of the graph to the graph itself, before any memory is taken by it. Raises BundleError."""
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    for kind, values in (("inputs", inputs), ("outputs", outputs)):
+        if [value.name for value in values] != [spec.name for spec in getattr(manifest, kind)]:
+            raise BundleError(f"its {kind} are not those of the manifest", where=path, fix=_AGAIN)
+    cache = manifest.cache
+    facts = {"logits": (manifest.dtype, {2: manifest.vocab_size})} | {
+        name: (manifest.cache_dtype, {1: cache.num_key_value_heads, 3: cache.head_dim})
+        for names in caches(cache.num_hidden_layers).items()
+        for name in names
+    }
+    graph = {value.name: value for value in (*inputs, *outputs)}
+    for name, (dtype, sizes) in facts.items():
+        value = graph.get(name)
+        kind = f"tensor({DTYPES[dtype].onnxruntime})"
+        if value is None or value.type != kind or any(value.shape[axis : axis + 1] != [n] for axis, n in sizes.items()):
+            found = "there is none" if value is None else f"it is a {value.type} {value.shape}"
+            wanted = ", ".join(f"{size} on axis {axis}" for axis, size in sizes.items())
+            raise BundleError(f"{name} is not the manifest's {kind} with {wanted}: {found}", where=path, fix=_AGAIN)
+    if (graph["logits"].shape[1] == 1) != (manifest.logits == "last"):
+        raise BundleError(
+            f"its logits are not those of {manifest.logits} tokens, as its manifest says", where=path, fix=_AGAIN
+        )
+    check_capacity(path, cache.capacity)

@@ -35,6 +35,7 @@ from headfold.plugins.names import (
     is_cache_input,
     is_cache_output,
 )
+from headfold.runtime.errors import BundleError
 
 Feed = dict[str, NDArray[np.int64]]
 Outputs = OrderedDict[str, NDArray[Any]]
@@ -212,7 +213,17 @@ def open_session(path: Path, precision: Precision, expose: bool = False) -> ort.
 
     ONNX Runtime has no bfloat16 matrix product on CPUs, so a bfloat16 graph runs in float32, with exactly its weights; and no float8
     cache, so its numbers are kept in float32, and the standard body computes with them.
+
+    Raises:
+        BundleError: ONNX Runtime, or onnx, cannot load it.
     """
+    try:
+        return _open(path, precision, expose)
+    except Exception as error:  # ONNX Runtime's have no other base
+        raise BundleError(f"ONNX Runtime cannot load it: {error}", where=path, fix="Export it again.") from error
+
+
+def _open(path: Path, precision: Precision, expose: bool) -> ort.InferenceSession:
     wide = [name for name in (precision.dtype, precision.cache) if name in {"bfloat16", "float8_e4m3fn"}]
     options = ort.SessionOptions()
     options.log_severity_level = 3

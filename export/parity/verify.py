@@ -16,6 +16,7 @@ from headfold.export.parity.tolerances import Precision
 from headfold.export.progress import Reporter
 from headfold.plugins.schema import SCALES
 from headfold.runtime.errors import BundleError
+from headfold.runtime.graph_file import check_capacity
 from headfold.runtime.manifest import MODEL, Manifest, check_files, read_manifest
 
 _TEXT = (
@@ -44,6 +45,7 @@ def verify(
     manifest = read_manifest(bundle)
     with reporter.step("check the bundle's files"):
         check_files(bundle, manifest)
+        check_capacity(bundle / MODEL, manifest.cache.capacity)
     checkpoint = open_checkpoint(source)
     if checkpoint.config.to_json() != manifest.config:
         differing = [name for name, x in checkpoint.config.to_json().items() if manifest.config.get(name) != x]

@@ -7,9 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
+from headfold.export.parity.verify import verify
+from headfold.export.progress import Reporter
 from headfold.runtime import BundleError, load
+from headfold.runtime.graph_file import check_capacity, initializer_shapes
 from headfold.runtime.manifest import sha256
 
 Damage = Callable[[Path], object]
@@ -197,3 +201,47 @@ def test_a_graph_of_another_model_is_refused(toy, changed) -> None:
     inputs = json.loads((toy.path / "manifest.json").read_text())["inputs"]
     with pytest.raises(BundleError, match="its inputs are not those of the manifest"):
         load(changed({}, inputs=inputs[::-1]))
+
+
+CACHE = {"num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 16, "capacity": 64}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"vocab_size": 10**12},
+            r"logits is not the manifest's tensor\(float\) with 1000000000000 on axis 2.*1, 300\]",
+        ),
+        ({"vocab_size": 299}, "logits is not the manifest's"),
+        ({"logits": "all"}, "its logits are not those of all tokens"),
+        ({"dtype": "float16"}, r"logits is not the manifest's tensor\(float16\)"),
+        ({"cache": CACHE | {"num_key_value_heads": 1}}, r"past_key_values\.0\.key is not the manifest's"),
+        ({"cache": CACHE | {"head_dim": 2**40}}, r"past_key_values\.0\.key is not the manifest's"),
+        ({"cache": CACHE | {"capacity": 65}}, "its rotary tables cover 64 tokens, not the manifest's capacity of 65"),
+        ({"cache": CACHE | {"capacity": 2**60}}, "its rotary tables cover 64 tokens"),
+        ({"cache": CACHE | {"quantization": {"dtype": "int8", "calibration_tokens": 1, "kl": 0, "top1": 1}}}, "int8"),
+    ],
+)
+def test_what_the_manifest_says_of_the_graph_is_held_to_the_graph(fields, message, changed) -> None:
+    with pytest.raises(BundleError, match=message):
+        load(changed({}, **fields), threads=1)
+
+
+def test_shapes_of_initializers_are_those_that_onnx_reads(toy) -> None:
+    expected = onnx.load(toy.path / "model.onnx", load_external_data=False).graph.initializer
+    assert initializer_shapes(toy.path / "model.onnx") == {tensor.name: tuple(tensor.dims) for tensor in expected}
+
+
+@pytest.mark.parametrize("content", [b"\xff" * 20, b"\x3a\x7f", b"\x3b", b"\x80"])
+def test_what_is_no_graph(content, tmp_path) -> None:
+    (tmp_path / "model.onnx").write_bytes(content)
+    with pytest.raises(BundleError, match="is no ONNX graph"):
+        check_capacity(tmp_path / "model.onnx", 1)
+
+
+@pytest.mark.parametrize("content", ["no graph", ""])
+def test_verifying_a_graph_that_cannot_be_loaded_is_one_line(content, changed, toy_checkpoint, monkeypatch) -> None:
+    monkeypatch.setattr("headfold.export.parity.verify.check_capacity", lambda path, capacity: None)
+    with pytest.raises(BundleError, match=r"model\.onnx: ONNX Runtime cannot load it"):
+        verify(changed({"model.onnx": content}), toy_checkpoint, 1, Reporter(quiet=True))

@@ -175,6 +175,22 @@ def test_bfloat16_on_the_cpu_is_an_error(changed) -> None:
     assert "Export with --dtype float32" in str(error)
 
 
+def test_a_run_that_fails_is_one_line_and_nothing_else_is_printed(toy, capfd) -> None:
+    backend = OrtSession(toy.path, read_manifest(toy.path), threads=1)
+    cache = backend.new_cache(1, 8)
+    cache.row_shape = (3, 8, 16)  # heads that the graph has not
+    with pytest.raises(BundleError, match=r"model\.onnx: ONNX Runtime cannot run it: .*Expected: 2") as caught:
+        backend.prefill(cache, 0, np.array([1]))
+    assert str(caught.value).isprintable()
+    assert capfd.readouterr().err == ""
+
+
+def test_a_cache_that_does_not_fit_the_memory(toy) -> None:
+    backend = OrtSession(toy.path, read_manifest(toy.path), threads=1)
+    with pytest.raises(CapacityError, match="no memory for a cache of 1000000000000 x 64 tokens"):
+        backend.new_cache(10**12, 64)
+
+
 def test_threads(toy) -> None:
     assert isinstance(raised(toy.path, threads=0), InputError)
     assert load(toy.path, threads=1).session.get_session_options().intra_op_num_threads == 1
