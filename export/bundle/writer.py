@@ -1,74 +1,67 @@
-"""Write a bundle so that it is either complete or not there: staged beside its place, synced to disk, then renamed.
+"""Write a bundle so that it is either complete or not there, and replaces nothing but a bundle of ours.
 
 `headfold.runtime.manifest` says what a bundle is; this file only writes one.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from glob import escape
 from pathlib import Path
 from typing import Any
 
-from headfold.export.files import CANNOT_WRITE, remove_leftovers, sync, sync_tree
+from headfold.export.publishing import Complete, one_line, publish
 from headfold.runtime.errors import BundleError, HeadfoldError
-from headfold.runtime.manifest import MANIFEST, FileEntry, Manifest, sha256
+from headfold.runtime.manifest import MANIFEST, FileEntry, Manifest, read_manifest, sha256
 
-_PARTIAL = ".headfold-partial-"
+_FIX = "Free some space or choose another place with -o."
 
 
 @contextmanager
-def staged(output: Path, force: bool) -> Iterator[Path]:
+def staged(output: Path, force: bool, complete: Complete | None = None) -> Iterator[Path]:
     """A new directory beside `output` that takes its place when the block ends without an exception, and vanishes otherwise.
 
-    A directory that a killed process left is removed by the next call for the same place.
+    With `force` it replaces a bundle; `complete` is that of `publish`.
 
     Raises:
-        BundleError: `output` exists and `force` is not set, its parent is no directory, or the disk is full.
+        BundleError: `output` exists and `force` is not set, or it is no bundle of ours; its parent is no directory; the disk is full.
     """
     check_output(output, force)
-    output = output.absolute()
-    remove_leftovers(output.parent, f".{escape(output.name)}{_PARTIAL}*")
-    stage = output.parent / f".{output.name}{_PARTIAL}{os.getpid()}"
-    try:
-        stage.mkdir()
+    with one_line(BundleError, output, _FIX), publish(output, check_ours if force else None, complete) as stage:
         yield stage
-        sync_tree(stage)
-        replace(stage, output)
-    except OSError as error:
-        if error.errno not in CANNOT_WRITE:
-            raise
-        raise BundleError(
-            f"cannot write: {error.strerror or error}",
-            where=output,
-            fix="Free some space or choose another place with -o.",
-        ) from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)  # gone already after a success
 
 
 def check_output(output: Path, force: bool) -> None:
     """Refuse an output before any work is done for it; see `staged`."""
-    if output.exists() and not force:
-        raise BundleError("already exists", where=output, fix="Choose another place, or replace it with --force.")
-    if output.exists() and not (output / MANIFEST).is_file() and any(output.iterdir() if output.is_dir() else [output]):
+    with one_line(BundleError, output, "Choose another place with -o."):
+        if output.exists():
+            if not force:
+                raise BundleError(
+                    "already exists", where=output, fix="Choose another place, or replace it with --force."
+                )
+            check_ours(output)
+        parent = output.resolve().parent
+        if not parent.is_dir():
+            raise BundleError("is no directory", where=parent, fix="Create it first.")
+
+
+def check_ours(output: Path) -> None:
+    """Refuse to replace anything but a bundle, with nothing in it that its manifest does not list, or an empty directory."""
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    try:
+        manifest = read_manifest(output)
+    except BundleError as error:
         raise BundleError(
             "exists and is no bundle, so --force does not replace it", where=output, fix="Choose another place."
-        )
-    if not output.absolute().parent.is_dir():
-        raise BundleError("is no directory", where=output.absolute().parent, fix="Create it first.")
-
-
-def replace(stage: Path, output: Path) -> None:
-    """Rename `stage` to `output`; an old bundle there is moved aside first and removed last."""
-    old = output.parent / f".{output.name}{_PARTIAL}old-{os.getpid()}"
-    if output.exists():
-        output.rename(old)
-    stage.rename(output)
-    sync(output.parent)
-    shutil.rmtree(old, ignore_errors=True)
+        ) from error
+    for path in sorted(output.rglob("*")):
+        name = path.relative_to(output).as_posix()
+        if (path.is_symlink() or not path.is_dir()) and name != MANIFEST and name not in manifest.files:
+            raise BundleError(
+                f"holds {name}, which is not of the bundle, so --force does not replace it",
+                where=output,
+                fix="Move that file elsewhere, or choose another place.",
+            )
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -4,8 +4,6 @@ Strict both ways: what is read has exactly the decoder's tensors, and what is wr
 """
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +15,7 @@ from safetensors.torch import save_file
 from headfold.export.checkpoints.base import Checkpoint, TokenizerFiles, check_tensors
 from headfold.export.checkpoints.families import config_from_json, config_to_json
 from headfold.export.checkpoints.shapes import expected_shapes
-from headfold.export.files import sync_tree
+from headfold.export.publishing import one_line, publish
 from headfold.runtime.errors import CheckpointError
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -174,15 +172,20 @@ def download(name: str) -> Path:
 
 
 def save_hf(directory: Path, checkpoint: Checkpoint, dtype: torch.dtype, max_shard_bytes: int = 4 << 30) -> None:
-    """Write a checkpoint as a directory that transformers loads unchanged, complete or not at all.
-
-    One shard at a time is in memory: at most `max_shard_bytes`, or one tensor.
+    """Write a checkpoint as a directory that transformers loads unchanged, complete or not at all; see `write_hf`.
 
     Raises:
-        CheckpointError: `directory` exists.
+        CheckpointError: `directory` exists, or cannot be written.
     """
-    if directory.exists():
-        raise CheckpointError("already exists", where=directory, fix="Choose another place.")
+    with one_line(CheckpointError, directory, "Free some space, or choose another place."), publish(directory) as stage:
+        write_hf(stage, checkpoint, dtype, max_shard_bytes)
+
+
+def write_hf(stage: Path, checkpoint: Checkpoint, dtype: torch.dtype, max_shard_bytes: int = 4 << 30) -> None:
+    """Write a checkpoint's files into a directory that exists.
+
+    One shard at a time is in memory: at most `max_shard_bytes`, or one tensor.
+    """
     shards: list[list[str]] = [[]]
     size = 0
     for name, shape in checkpoint.shapes().items():
@@ -192,26 +195,19 @@ def save_hf(directory: Path, checkpoint: Checkpoint, dtype: torch.dtype, max_sha
             size = 0
         shards[-1].append(name)
         size += count
-    stage = directory.absolute().parent / f".{directory.name}.partial-{os.getpid()}"
-    stage.mkdir()
-    try:
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(shards, 1):
-            file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-            tensors = {name: checkpoint.read(name).to(dtype).contiguous() for name in names}
-            save_file(tensors, stage / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(names, file)
-        total = sum(torch.Size(shape).numel() for shape in checkpoint.shapes().values()) * dtype.itemsize
-        if len(shards) > 1:
-            _write_json(stage / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        content = config_to_json(checkpoint.config) | {"dtype": str(dtype).removeprefix("torch.")}
-        _write_json(stage / CONFIG, content)
-        for name, data in checkpoint.tokenizer.files.items():
-            (stage / name).write_bytes(data)
-        sync_tree(stage)
-        stage.rename(directory)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)  # gone already after a success
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = {name: checkpoint.read(name).to(dtype).contiguous() for name in names}
+        save_file(tensors, stage / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    total = sum(torch.Size(shape).numel() for shape in checkpoint.shapes().values()) * dtype.itemsize
+    if len(shards) > 1:
+        _write_json(stage / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    content = config_to_json(checkpoint.config) | {"dtype": str(dtype).removeprefix("torch.")}
+    _write_json(stage / CONFIG, content)
+    for name, data in checkpoint.tokenizer.files.items():
+        (stage / name).write_bytes(data)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

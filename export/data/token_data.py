@@ -20,6 +20,7 @@ from torch import Tensor
 from headfold.export.data.documents import Piece, fingerprint, pieces
 from headfold.export.model.config import ModelConfig
 from headfold.export.progress import Reporter
+from headfold.export.publishing import one_line, publish_file
 from headfold.runtime.errors import DataError
 
 _FORMAT = "1"  # of the cache: another number, another name
@@ -190,23 +191,15 @@ def _check_range(ids: NDArray[Any], vocab_size: int, where: object) -> None:
 
 def _write(path: Path, dtype: type[np.unsignedinteger[Any]], arrays: Iterator[NDArray[Any]]) -> None:
     """Complete or not at all."""
-    stage = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(stage: Path) -> None:
         with stage.open("wb") as file:
             for ids in arrays:
                 file.write(ids.astype(dtype).tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        stage.replace(path)
-    except OSError as error:
-        raise DataError(
-            f"cannot write tokens: {error.strerror or error}",
-            where=path.parent,
-            fix="Choose another place with --cache.",
-        ) from error
-    finally:
-        stage.unlink(missing_ok=True)
+
+    with one_line(DataError, path.parent, "Choose another place with --cache."):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        publish_file(path, write)
 
 
 def _dtype(vocab_size: int) -> type[np.unsignedinteger[Any]]:

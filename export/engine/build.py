@@ -73,20 +73,18 @@ def build_engine(bundle: Path, options: BuildOptions, reporter: Reporter) -> Bui
         _, parsed = lowered_network(trt, bundle, manifest, options)
         layers = report(parsed, options.attention, manifest.cache.num_hidden_layers)
     file = f"{ENGINES}/{options.target}-{options.attention}.engine"
-    with staged(bundle, force=True) as stage:
-        _link(bundle, stage, manifest, skip={file})
-        plugin, new = None, {file}
-        if options.attention == "plugin":
-            plugin, kernels = _add_kernels(stage, manifest, options, reporter)
-            new |= kernels
+
+    def take_over(old: Path, new: Path) -> None:
+        _take_over(old, new, manifest, entry)
+
+    with staged(bundle, force=True, complete=take_over) as stage:
+        plugin = _add_kernels(stage, manifest, options, reporter) if options.attention == "plugin" else None
         with reporter.step("build the engine"):
             engine = _serialize(parsed, manifest, options, reporter)
-        with reporter.step("hash and publish"):
-            (stage / ENGINES).mkdir(exist_ok=True)
-            (stage / file).write_bytes(engine)
-            entry = _entry(parsed, manifest, options, file, layers, plugin)
-            check_engine(stage, entry)
-            _write_manifest(stage, manifest, entry, new)
+        (stage / ENGINES).mkdir(exist_ok=True)
+        (stage / file).write_bytes(engine)
+        entry = _entry(parsed, manifest, options, file, layers, plugin)
+        check_engine(stage, entry)
     return BuildResult(bundle, entry, layers, len(engine))
 
 
@@ -98,10 +96,11 @@ def lowered_network(
     model = lower(path, options.attention, options.settle(manifest)[1])
     preflight(model, options.attention, path)
     parsed = parse(trt, model, path)
-    if manifest.dtype == "float32":  # no fused attention in float32: let it be several kernels
-        for layer in parsed.layers():
-            if kind(layer) == "ATTENTION_INPUT":
-                layer.attention.decomposable = True
+    for layer in parsed.layers():
+        if (
+            kind(layer) == "ATTENTION_INPUT"
+        ):  # may be several kernels: in float32, with few query heads or large ones there is no fused one
+            layer.attention.decomposable = True
     return model, parsed
 
 
@@ -232,14 +231,11 @@ def _spec(tensor: Any, master: list[TensorSpec]) -> TensorSpec:
     return TensorSpec(name=tensor.name, dtype=from_tensorrt(tensor.dtype), shape=shape)
 
 
-def _add_kernels(
-    stage: Path, manifest: Manifest, options: BuildOptions, reporter: Reporter
-) -> tuple[PluginEntry, set[str]]:
-    """Compile the plugin's kernels into the staged bundle; returns its entry and the files."""
+def _add_kernels(stage: Path, manifest: Manifest, options: BuildOptions, reporter: Reporter) -> PluginEntry:
+    """Compile the plugin's kernels into the staged bundle."""
     from headfold.export.engine.kernels import compile_kernels
 
     directory = stage / KERNELS
-    shutil.rmtree(directory, ignore_errors=True)
     others = (entry for entry in manifest.engines if entry.plugin is not None and entry.flavour != options.target)
     capabilities = {*_capabilities(options), *(sm for entry in others for sm in entry.compute_capabilities)}
     compile_kernels(
@@ -250,41 +246,43 @@ def _add_kernels(
         cache_dtype=manifest.cache_dtype,
         reporter=reporter,
     )
-    entry = PluginEntry(
+    return PluginEntry(
         name=tensorrt_plugin.NAME,
         version=tensorrt_plugin.PLUGIN_VERSION,
         namespace=tensorrt_plugin.NAMESPACE,
         kernels=KERNELS,
         kernels_sha256=sha256(directory / "kernels.json"),
     )
-    return entry, {path.relative_to(stage).as_posix() for path in directory.rglob("*") if path.is_file()}
 
 
-def _link(bundle: Path, stage: Path, manifest: Manifest, skip: set[str]) -> None:
-    """The bundle's other files, which stay what they are, as links to the same bytes; copies where the disk has no links."""
+def _take_over(bundle: Path, stage: Path, built_from: Manifest, entry: EngineEntry) -> None:
+    """Complete a stage that has the new engine: the bundle's other files, as links to the same bytes, and its manifest anew.
+
+    Another build may have added its engine meanwhile, and keeps it.
+
+    Raises:
+        BuildError: the bundle is another one than the engine was built from.
+    """
+    manifest = read_manifest(bundle)
+    if manifest.files.get(MODEL) != built_from.files[MODEL]:
+        raise BuildError("was replaced while its engine was built", where=bundle, fix="Build again.")
+    new = {path.relative_to(stage).as_posix() for path in stage.rglob("*") if path.is_file()}
     for name in manifest.files:
-        if name in skip:
+        if name in new or (entry.plugin is not None and name.startswith(f"{KERNELS}/")):
             continue
         (stage / name).parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(bundle / name, stage / name)
-        except OSError:
+        except OSError:  # a disk without links
             shutil.copy2(bundle / name, stage / name)
-
-
-def _write_manifest(stage: Path, manifest: Manifest, entry: EngineEntry, new: set[str]) -> None:
-    """The old manifest with the new engine in place of one of the same kind, and hashes of the new files alone."""
     engines = [e for e in manifest.engines if e.file != entry.file]
-    shared = entry.plugin
-    if shared is not None:  # one set of kernels serves all engines of a bundle
-        engines = [e.model_copy(update={"plugin": shared}) if e.plugin is not None else e for e in engines]
-    files = {name: file for name, file in manifest.files.items() if (stage / name).is_file()}
-    for name in new:
-        path = stage / name
-        files[name] = FileEntry(size=path.stat().st_size, sha256=sha256(path))
+    if entry.plugin is not None:  # one set of kernels serves all engines of a bundle
+        engines = [e.model_copy(update={"plugin": entry.plugin}) if e.plugin is not None else e for e in engines]
+    kept = {name: file for name, file in manifest.files.items() if (stage / name).is_file() and name not in new}
+    made = {name: FileEntry(size=(stage / name).stat().st_size, sha256=sha256(stage / name)) for name in new}
     update = {
         "format_version": max(ENGINES_VERSION, manifest.format_version),
         "engines": [*engines, entry],
-        "files": dict(sorted(files.items())),
+        "files": dict(sorted((kept | made).items())),
     }
     write_json(stage / MANIFEST, manifest.model_copy(update=update).model_dump())

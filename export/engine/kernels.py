@@ -17,14 +17,16 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from headfold.export.model.config import ModelConfig
 from headfold.export.progress import Reporter
+from headfold.export.publishing import publish_file
 from headfold.plugins.gpus import FLOAT8_SINCE, GPUS
 from headfold.plugins.kernel_contract import (
     GRIDS,
@@ -51,6 +53,13 @@ class _Job(NamedTuple):
     kernel: KernelName
     capability: int
     key: str  # of the cache
+
+
+class _Known(BaseModel):
+    """What the cache says of a kernel."""
+
+    facts: dict[str, Any]
+    sha256: str
 
 
 class _Code(NamedTuple):
@@ -207,17 +216,18 @@ def _cached(cache: Path, key: str) -> _Code | None:
     facts, cubin = cache / f"{key}.json", cache / f"{key}.cubin"
     if not (facts.is_file() and cubin.is_file()):
         return None
-    content, known = cubin.read_bytes(), json.loads(facts.read_text())
-    return _Code(content, known["facts"]) if hashlib.sha256(content).hexdigest() == known["sha256"] else None
+    try:
+        content, known = cubin.read_bytes(), _Known.model_validate_json(facts.read_bytes())
+    except ValidationError:
+        return None
+    return _Code(content, known.facts) if hashlib.sha256(content).hexdigest() == known.sha256 else None
 
 
 def _keep(cache: Path, key: str, code: _Code) -> None:
     """The cubin first: without its JSON it does not count."""
     known = {"facts": code.facts, "sha256": hashlib.sha256(code.cubin).hexdigest()}
     for suffix, content in (("cubin", code.cubin), ("json", json.dumps(known).encode())):
-        with tempfile.NamedTemporaryFile(dir=cache, delete=False) as file:
-            file.write(content)
-        Path(file.name).replace(cache / f"{key}.{suffix}")
+        publish_file(cache / f"{key}.{suffix}", partial(Path.write_bytes, data=content))
 
 
 def _entry(spec: KernelSpec, job: _Job, code: _Code) -> KernelEntry:

@@ -1,13 +1,14 @@
 """A sweep as files: report.json, and report.html, one page that needs no network."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import jinja2
 from rich.console import Console
 from rich.table import Table
 
-from headfold.export.files import sync
+from headfold.export.publishing import publish_file
 from headfold.export.studies.sweep_plots import colour, plots
 from headfold.export.studies.sweep_results import SweepReport
 
@@ -17,8 +18,9 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 def write_report(report: SweepReport, directory: Path) -> Path:
     """Write both files, each complete or not at all; returns the page's path."""
-    _write(directory / JSON, json.dumps(report.to_json(), indent=2, ensure_ascii=False) + "\n")
-    _write(directory / HTML, render_html(report))
+    contents = {JSON: json.dumps(report.to_json(), indent=2, ensure_ascii=False) + "\n", HTML: render_html(report)}
+    for name, text in contents.items():
+        publish_file(directory / name, partial(Path.write_text, data=text, encoding="utf-8"))
     return directory / HTML
 
 
@@ -61,10 +63,3 @@ def size(count: float) -> str:
             break
         count /= 1024
     return f"{count:.4g} {unit}"
-
-
-def _write(path: Path, text: str) -> None:
-    stage = path.with_name(f".{path.name}.partial")
-    stage.write_text(text, encoding="utf-8")
-    sync(stage)
-    stage.replace(path)

@@ -5,7 +5,6 @@ optimizer's state and `state.json` beside it. Nothing is a pickle.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,13 +23,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from headfold.export.checkpoints.base import Checkpoint
-from headfold.export.checkpoints.hf import HuggingFaceCheckpoint, read_json, save_hf
-from headfold.export.files import CANNOT_WRITE, remove_leftovers, sync
+from headfold.export.checkpoints.hf import HuggingFaceCheckpoint, read_json, write_hf
+from headfold.export.files import CANNOT_WRITE
 from headfold.export.model.decoder import Decoder
+from headfold.export.publishing import publish, publish_file
 from headfold.runtime.errors import CheckpointError, InputError
 
 OPTIMIZER, STATE, LOG = "optimizer.safetensors", "state.json", "log.jsonl"
-_PARTIAL = ".partial-"
 _States = dict[str, dict[str, Tensor]]  # by parameter and name
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered from all processes, on the first one
 _EVERYWHERE = StateDictOptions(full_state_dict=True)
@@ -93,24 +92,20 @@ def save_state(
         CheckpointError: the disk is full or cannot be written; the checkpoints before are as they were.
     """
     target = directory / f"step-{state.step:08}"
-    stage = directory / f".{target.name}{_PARTIAL}{os.getpid()}"
-    try:
-        with writing(target.name, directory):
-            directory.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(directory, f".*{_PARTIAL}*")
-            shutil.rmtree(target, ignore_errors=True)  # of a run that resumed from before it
-            save_hf(stage, checkpoint, torch.float32)
+    with writing(target.name, directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        with publish(target, replace=_check_ours) as stage:  # of a run that resumed from before it
+            write_hf(stage, checkpoint, torch.float32)
             save_file(dict(optimizer), stage / OPTIMIZER)
             (stage / STATE).write_text(json.dumps(vars(state), indent=1) + "\n")
-            for path in (stage / OPTIMIZER, stage / STATE, stage):
-                sync(path)
-            stage.rename(target)
-            sync(directory)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)  # gone already after a success
     for old in checkpoints(directory)[:-keep]:
         shutil.rmtree(old)
     return target
+
+
+def _check_ours(target: Path) -> None:
+    if not (target / STATE).is_file():
+        raise CheckpointError("is no checkpoint of a run", where=target, fix="Move it elsewhere.")
 
 
 @contextmanager
@@ -172,12 +167,11 @@ class StepLog:
 
     def __init__(self, directory: Path, resumed_at: int) -> None:
         self.path = directory / LOG
-        stage = self.path.with_suffix(f"{_PARTIAL}{os.getpid()}")
         with writing(LOG, directory):
             directory.mkdir(parents=True, exist_ok=True)
             kept = [line for line in read_log(self.path) if line["step"] <= resumed_at] if resumed_at else []
-            stage.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            stage.replace(self.path)
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            publish_file(self.path, lambda stage: stage.write_text(text))
             self._file = self.path.open("ab", buffering=0)
 
     def write(self, **line: Any) -> None:

@@ -1,7 +1,6 @@
 """Bundles appear whole or not at all: exceptions, kill -9, leftovers of dead processes, replacement."""
 
 import mmap
-import os
 import signal
 import subprocess
 import sys
@@ -10,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from headfold.export.bundle.writer import staged, write_json, write_manifest
+from headfold.export.bundle.writer import staged, write_manifest
+from headfold.plugins.names import caches
 from headfold.runtime import BundleError
+from headfold.runtime.manifest import Manifest, read_manifest
 
 PROGRAM = Path(sys.executable).parent / "headfold"
 
@@ -20,8 +21,17 @@ def names(path: Path) -> list[str]:
     return sorted(entry.name for entry in path.iterdir())
 
 
-def fill(stage: Path, content: int) -> None:
-    write_json(stage / "manifest.json", {"content": content})
+def fill(stage: Path, vocab_size: int) -> Manifest:
+    """The least that is a bundle."""
+    (stage / "model.onnx").write_bytes(b"graph")
+    fields = {"format_version": 1, "headfold_version": "0", "source": "s", "config": {}, "parameters": 1}
+    specs = [
+        [{"name": name, "dtype": "float32", "shape": [1]} for name in names]
+        for names in (caches(1), caches(1).values())
+    ]
+    more = {"dtype": "float32", "logits": "last", "inputs": specs[0], "outputs": specs[1], "tools": {}, "parity": None}
+    cache = {"num_hidden_layers": 1, "num_key_value_heads": 1, "head_dim": 1, "capacity": 1}
+    return write_manifest(stage, vocab_size=vocab_size, cache=cache, **fields, **more)
 
 
 def test_a_finished_block_is_published(tmp_path) -> None:
@@ -29,7 +39,7 @@ def test_a_finished_block_is_published(tmp_path) -> None:
         fill(stage, 1)
         assert not (tmp_path / "b").exists()
     assert names(tmp_path) == ["b"]
-    assert "1" in (tmp_path / "b" / "manifest.json").read_text()
+    assert read_manifest(tmp_path / "b").vocab_size == 1
 
 
 def test_an_exception_leaves_nothing_and_keeps_what_was_there(tmp_path) -> None:
@@ -38,7 +48,7 @@ def test_an_exception_leaves_nothing_and_keeps_what_was_there(tmp_path) -> None:
     with pytest.raises(ZeroDivisionError), staged(tmp_path / "b", force=True) as stage:
         fill(stage, 2 // 0)
     assert names(tmp_path) == ["b"]
-    assert "1" in (tmp_path / "b" / "manifest.json").read_text()
+    assert read_manifest(tmp_path / "b").vocab_size == 1
 
 
 def test_force_replaces_a_bundle(tmp_path) -> None:
@@ -46,24 +56,54 @@ def test_force_replaces_a_bundle(tmp_path) -> None:
         with staged(tmp_path / "b", force=content == 2) as stage:
             fill(stage, content)
     assert names(tmp_path) == ["b"]
-    assert "2" in (tmp_path / "b" / "manifest.json").read_text()
+    assert read_manifest(tmp_path / "b").vocab_size == 2
 
 
-def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path) -> None:
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    (tmp_path / f".b.headfold-partial-{dead.pid}").mkdir()
-    (tmp_path / f".b.headfold-partial-{os.getppid()}").mkdir()
-    with staged(tmp_path / "b", force=False) as stage:
+def web_app(directory: Path) -> None:
+    directory.mkdir()
+    (directory / "manifest.json").write_text('{"name": "my app", "icons": []}')
+
+
+def bundle_with_notes(directory: Path) -> None:
+    with staged(directory, force=False) as stage:
         fill(stage, 1)
-    assert names(tmp_path) == [f".b.headfold-partial-{os.getppid()}", "b"]
+    (directory / "notes.txt").write_text("mine")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (web_app, "exists and is no bundle, so --force does not replace it"),
+        (bundle_with_notes, "holds notes.txt, which is not of the bundle, so --force does not replace it"),
+        (lambda path: path.write_text("a file"), "exists and is no bundle"),
+    ],
+    ids=["a web app", "notes in a bundle", "a file"],
+)
+def test_force_replaces_nothing_else(make, message, tmp_path) -> None:
+    make(tmp_path / "b")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(BundleError, match=message), staged(tmp_path / "b", force=True) as stage:
+        fill(stage, 2)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_directory_that_appears_meanwhile_is_not_touched(tmp_path) -> None:
+    def export() -> None:
+        with staged(tmp_path / "b", force=False) as stage:
+            fill(stage, 1)
+            web_app(tmp_path / "b")
+
+    with pytest.raises(BundleError, match="already exists"):
+        export()
+    assert names(tmp_path) == ["b"]
+    assert names(tmp_path / "b") == ["manifest.json"]
 
 
 def test_permission_is_one_line(tmp_path, monkeypatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("headfold.export.bundle.writer.sync_tree", refuse)
+    monkeypatch.setattr("headfold.export.publishing.sync_tree", refuse)
     with pytest.raises(BundleError, match="cannot write: Permission denied"), staged(tmp_path / "b", False) as stage:
         fill(stage, 1)
     assert names(tmp_path) == []
@@ -72,18 +112,8 @@ def test_permission_is_one_line(tmp_path, monkeypatch) -> None:
 def test_manifest_lists_every_file_with_its_hash(tmp_path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "f").write_bytes(b"abc")
-    fields = {
-        "format_version": 1,
-        "headfold_version": "0",
-        "source": "s",
-        "config": {},
-        "vocab_size": 1,
-        "parameters": 1,
-    }
-    more = {"dtype": "float32", "logits": "last", "inputs": [], "outputs": [], "tools": {}, "parity": None}
-    cache = {"num_hidden_layers": 1, "num_key_value_heads": 1, "head_dim": 1, "capacity": 1}
-    manifest = write_manifest(tmp_path, cache=cache, **fields, **more)
-    assert list(manifest.files) == ["sub/f"]
+    manifest = fill(tmp_path, 1)
+    assert list(manifest.files) == ["model.onnx", "sub/f"]
     # the SHA-256 of "abc", FIPS 180-2 appendix B.1
     assert manifest.files["sub/f"].sha256 == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
@@ -91,7 +121,7 @@ def test_manifest_lists_every_file_with_its_hash(tmp_path) -> None:
 def test_kill_9_in_the_middle_leaves_nothing_that_looks_finished(toy_checkpoint, tmp_path) -> None:
     command = [PROGRAM, "export", toy_checkpoint, "-o", tmp_path / "b", "-q", "--no-verify"]
     process = subprocess.Popen(command)
-    while not list(tmp_path.glob(".b.headfold-partial-*")):  # until it has begun to write
+    while not list(tmp_path.glob(".headfold-stage-*")):  # until it has begun to write
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

@@ -1,0 +1,199 @@
+"""Old or new, whole, whatever happens: a kill at every step of publishing, races, leftovers of processes that are all number 1."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from headfold.export import publishing
+from headfold.export.files import exchange, lock, rename_without_replacing
+from headfold.export.publishing import publish, publish_file
+
+# Publishes version 2 over version 1, and dies like a killed process before the N-th call that changes the disk.
+_DYING = """
+import os, sys
+from pathlib import Path
+from headfold.export import files, publishing
+target, step, exchanging = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True"
+calls = 0
+def counted(function):
+    def call(*arguments, **options):
+        global calls
+        calls += 1
+        if calls == step:
+            os._exit(137)
+        return function(*arguments, **options)
+    return call
+if not exchanging:
+    files._rename = lambda *_: 38  # ENOSYS: a system that can neither exchange nor refuse to replace
+files._rename = counted(files._rename)
+for name in ("mkdir", "rename", "unlink", "rmdir", "fsync", "open"):
+    setattr(os, name, counted(getattr(os, name)))
+with publishing.publish(target, replace=lambda old: None) as stage:
+    (stage / "a").write_text("2")
+    (stage / "b").write_text("2")
+"""
+
+
+def versions(target: Path) -> set[str]:
+    return {path.read_text() for path in target.iterdir()}
+
+
+def first(target: Path) -> None:
+    with publish(target) as stage:
+        (stage / "a").write_text("1")
+        (stage / "b").write_text("1")
+
+
+@pytest.mark.parametrize("exchanging", [True, False])
+def test_a_kill_before_any_step_leaves_the_old_or_the_new_and_the_next_run_succeeds(exchanging, tmp_path) -> None:
+    finished = False
+    for step in range(1, 60):
+        target = tmp_path / str(step) / "bundle"
+        target.parent.mkdir()
+        first(target)
+        command = [sys.executable, "-c", _DYING, target, str(step), str(exchanging)]
+        code = subprocess.run([str(part) for part in command], check=False).returncode
+        if exchanging:
+            assert versions(target) in ({"1"}, {"2"}), step  # at every moment
+        publishing.recover(target)
+        assert versions(target) in ({"1"}, {"2"}), step
+        with publish(target, replace=lambda old: None) as stage:
+            (stage / "a").write_text("3")
+        assert versions(target) == {"3"}
+        assert [path.name for path in target.parent.iterdir()] == ["bundle"], step
+        if code == 0:
+            finished = True
+            break
+    assert finished
+
+
+def test_what_appears_meanwhile_is_not_touched(tmp_path) -> None:
+    target = tmp_path / "b"
+
+    def late() -> None:
+        with publish(target) as stage:
+            (stage / "a").write_text("1")
+            target.mkdir()
+            (target / "theirs").write_text("x")
+
+    with pytest.raises(FileExistsError):
+        late()
+    assert (target / "theirs").read_text() == "x"
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_what_somebody_puts_into_the_old_one_at_the_last_moment_brings_it_back(tmp_path) -> None:
+    target = tmp_path / "b"
+    first(target)
+
+    def check(old: Path) -> None:
+        if (old / "theirs").exists():
+            raise PermissionError("not ours")
+
+    def late(old: Path, new: Path) -> None:
+        (old / "theirs").write_text("x")
+
+    with pytest.raises(PermissionError), publish(target, replace=check, complete=late) as stage:
+        (stage / "a").write_text("2")
+    assert versions(target) == {"1", "x"}
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_stage_whose_process_lives_stays_and_one_whose_process_died_goes(tmp_path) -> None:
+    target = tmp_path / "b"
+    abandoned, _held = publishing._new_stage(target)
+    _held.close()
+    living, held = publishing._new_stage(target)
+    first(target)
+    assert not abandoned.exists()
+    assert living.exists()
+    held.close()
+
+
+def test_processes_that_are_all_number_1_do_not_take_each_other_for_dead(tmp_path) -> None:
+    inside = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if not shutil.which("unshare") or subprocess.run([*inside, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("no namespaces of process ids here")
+    source = "from pathlib import Path; from headfold.export.publishing import publish, _new_stage\n"
+    source += f"t = Path({str(tmp_path / 'b')!r})\n"
+    killed = source + "import os; _new_stage(t); assert os.getpid() < 3; os._exit(137)"
+    works = source + "\nwith publish(t) as stage: (stage / 'a').write_text('1')"
+    subprocess.run([*inside, sys.executable, "-c", killed], check=False)
+    assert len(list(tmp_path.iterdir())) == 1
+    subprocess.run([*inside, sys.executable, "-c", works], check=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_two_at_once_make_two_that_are_whole_one_after_the_other(tmp_path) -> None:
+    target = tmp_path / "b"
+    first(target)
+    begun = threading.Barrier(2)
+
+    def replace(text: str) -> None:
+        with publish(target, replace=lambda old: None) as stage:
+            begun.wait()
+            (stage / "a").write_text(text)
+            (stage / "b").write_text(text)
+
+    threads = [threading.Thread(target=replace, args=(text,)) for text in "23"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert versions(target) in ({"2"}, {"3"})
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_link_is_followed_and_long_names_fit(tmp_path) -> None:
+    real = tmp_path / "real"
+    (tmp_path / "link").symlink_to(real)
+    first(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert versions(real) == {"1"}
+    first(tmp_path / ("n" * 255))
+    with pytest.raises(OSError, match="too long"):
+        first(tmp_path / ("n" * 256))
+
+
+def test_the_umask_is_the_users(tmp_path) -> None:
+    old = os.umask(0o027)
+    try:
+        first(tmp_path / "b")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "b").stat().st_mode & 0o777 == 0o750
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path) -> None:
+    path = tmp_path / "f"
+    path.write_text("1")
+
+    def fail(stage: Path) -> None:
+        stage.write_text("half")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        publish_file(path, fail)
+    assert path.read_text() == "1"
+    publish_file(path, lambda stage: stage.write_text("2"))
+    assert path.read_text() == "2"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["f"]
+
+
+def test_the_systems_renames_do_what_they_say(tmp_path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "is").write_text(name)
+    with pytest.raises(FileExistsError):
+        rename_without_replacing(tmp_path / "a", tmp_path / "b")
+    if exchange(tmp_path / "a", tmp_path / "b"):
+        assert (tmp_path / "a" / "is").read_text() == "b"
+    rename_without_replacing(tmp_path / "a", tmp_path / "c")
+    assert not (tmp_path / "a").exists()
+    with lock(tmp_path / "b"), pytest.raises(OSError, match="unavailable"), lock(tmp_path / "b", wait=False):
+        pass
