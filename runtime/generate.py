@@ -1,5 +1,6 @@
 """A loaded bundle and what people do with it: generate, chat, score."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -11,15 +12,19 @@ from numpy.typing import ArrayLike, NDArray
 from tokenizers import Tokenizer
 
 from headfold.runtime.backend import Backend
-from headfold.runtime.errors import CapacityError, InputError
+from headfold.runtime.errors import BundleError, CapacityError, InputError, printable
+from headfold.runtime.generation_settings import FILE, read_generation_settings
 from headfold.runtime.manifest import Manifest
-from headfold.runtime.sampling import Sampler, SamplingParameters
-from headfold.runtime.text import Detokenizer, Messages, Text, read_json
+from headfold.runtime.restrictions import Forbidden
+from headfold.runtime.sampling import SAMPLING, Sampler, SamplingParameters, check_parameter
+from headfold.runtime.text import Detokenizer, Messages, Text
 
 FinishReason = Literal["stop", "length"]
 Ids = NDArray[np.int64]
 _DEFAULT_NEW_TOKENS = 256
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_logger = logging.getLogger(
+    "headfold"
+)  # unless configured otherwise, Python prints warnings as they are on standard error
 _NO_PROMPT = "Give text, token ids, messages, or a list of them."
 
 
@@ -49,13 +54,13 @@ class Delta:
 class Options(TypedDict, total=False):
     """Options of `Model.generate`; None is the same as not given."""
 
-    max_new_tokens: int | None  # per answer; by default 256, or what fits the cache
+    max_new_tokens: int | None  # per answer; by default the bundle's, or 256, or what fits the cache
     temperature: float | None  # 0 is greedy; for this and the next four see SamplingParameters
     top_k: int | None  # this and the next two do nothing where it is greedy
     top_p: float | None
     min_p: float | None
     repetition_penalty: float | None
-    stop: str | Sequence[str]  # end before any of these texts
+    stop: str | Sequence[str] | None  # end before any of these texts; by default the bundle's
     seed: int | None  # makes sampling repeatable; a row draws the same whatever is beside it
     ignore_eos: bool  # go on after an end-of-sequence token
 
@@ -67,10 +72,12 @@ class Model:
         self.bundle, self.manifest, self.backend = bundle, manifest, backend
         self.session = backend.session
         self._text = Text(bundle)
-        self._defaults = read_json(bundle / "generation_config.json")
-        eos = self._defaults.get("eos_token_id")
-        eos = manifest.config.get("eos_token_id") if eos is None else eos
-        self.eos_token_ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        self._settings = read_generation_settings(bundle)
+        ends = self._settings.eos_token_ids
+        self.eos_token_ids = frozenset(_config_ends(manifest.config) if ends is None else ends)
+        if self._settings.ignored:
+            names = printable(", ".join(self._settings.ignored))
+            _logger.warning("%s: headfold does not do what these ask for: %s.", bundle / FILE, names)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -166,7 +173,7 @@ class Model:
         prompts: list[Ids],
         *,
         max_new_tokens: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         seed: int | None = None,
         ignore_eos: bool = False,
         **sampling: float | None,
@@ -174,7 +181,7 @@ class Model:
         """Check everything now; generate when iterated."""
         parameters = self._parameters(sampling, seed)
         budgets = [self._budget(index, len(ids), max_new_tokens) for index, ids in enumerate(prompts)]
-        stops = [stop] if isinstance(stop, str) else list(stop)
+        stops = [stop] if isinstance(stop, str) else list(stop or self._settings.stops)
         if not all(isinstance(text, str) and text for text in stops):
             raise InputError("a stop string is empty, or no text", fix="Give texts of at least one character.")
         if stops:
@@ -193,7 +200,11 @@ class Model:
         ends = frozenset() if ignore_eos else self.eos_token_ids
         capacity = max(len(ids) + budget for ids, budget in zip(prompts, budgets, strict=True))
         cache = self.backend.new_cache(batch, capacity)
-        samplers = [Sampler(parameters, vocab, ids, row) for row, ids in enumerate(prompts)]
+        rules = self._settings.restrictions
+        samplers = [
+            Sampler(parameters, vocab, ids, row, Forbidden(rules, ids, self.eos_token_ids, vocab) if rules else None)
+            for row, ids in enumerate(prompts)
+        ]
         writers: list[Detokenizer] = []
         if self._text.has_tokenizer:
             writers = [Detokenizer(self.tokenizer, stop, int(ids[-1])) for ids in prompts]
@@ -203,6 +214,8 @@ class Model:
         active, tokens = np.ones(batch, np.bool_), np.zeros(batch, np.int64)
         for step in range(1, max(budgets) + 1):
             for row in map(int, np.flatnonzero(active)):
+                if not np.isfinite(logits[row].max()):  # NaN, if there is any
+                    raise self._not_finite(row, step, len(prompts[row]))
                 tokens[row] = token = samplers[row](logits[row])
                 ended, text = token in ends, ""
                 if writers:
@@ -258,19 +271,42 @@ class Model:
                 where=f"prompt {index}",
                 fix="Shorten it, ask for fewer new tokens, or export with a larger --capacity.",
             )
-        return asked or min(_DEFAULT_NEW_TOKENS, capacity - length)
+        return asked or min(self._wanted(length), capacity - length)
+
+    def _wanted(self, length: int) -> int:
+        """How many tokens the bundle generates for a prompt of `length` tokens, if nobody says otherwise."""
+        if self._settings.max_new_tokens is not None:
+            return self._settings.max_new_tokens
+        most = self._settings.max_length
+        return _DEFAULT_NEW_TOKENS if most is None else max(1, most - length)
+
+    def _not_finite(self, row: int, step: int, length: int) -> BundleError:
+        return BundleError(
+            f"the logits of token {step} of answer {row} are NaN or infinite, {length + step - 1} tokens in",
+            where=self.bundle,
+            fix="Its weights hold such numbers, or its dtype is too narrow: export with --dtype float32.",
+        )
 
     def _parameters(self, given: Mapping[str, float | None], seed: int | None) -> SamplingParameters:
         """Given values first, then the bundle's, then what turns each off."""
-        if unknown := set(given) - set(_SAMPLING):
+        if unknown := set(given) - set(SAMPLING):
             raise TypeError(f"generate() has no option {min(unknown)!r}")
-        values: dict[str, Any] = {
-            name: self._defaults[name] for name in _SAMPLING if self._defaults.get(name) is not None
-        }
-        if not self._defaults.get("do_sample"):
-            values["temperature"] = 0.0
-        values = {"temperature": 1.0} | values | {name: value for name, value in given.items() if value is not None}
+        defaults = self._settings.sampling
+        values = defaults | {name: value for name, value in given.items() if value is not None}
+        for name in defaults.keys() - {name for name, value in given.items() if value is not None}:
+            if (wrong := check_parameter(name, values[name])) is not None:
+                raise BundleError(
+                    f"{name} is {values[name]!r}, and must be {wrong}",
+                    where=self.bundle / FILE,
+                    fix=f"Give {name}, or correct the checkpoint's file and export again.",
+                )
         return SamplingParameters(**values, seed=seed)
+
+
+def _config_ends(config: Mapping[str, Any]) -> list[int]:
+    """The tokens that end an answer by the model's own configuration."""
+    ends = config.get("eos_token_id")
+    return [end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)]
 
 
 def _is_one(prompt: Any) -> bool:

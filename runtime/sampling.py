@@ -3,16 +3,40 @@
 One `Sampler` serves one sequence; what it draws depends on its seed and its own logits only, never on its neighbours in a batch.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from headfold.runtime.errors import InputError
+from headfold.runtime.restrictions import Forbidden
 
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _COLDEST = 1e-6  # below it float32 logits divided by the temperature overflow
+_LARGEST = float(np.finfo(np.float32).max)
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": (lambda x: x == 0 or _COLDEST <= x < np.inf, f"0 (greedy) or at least {_COLDEST}"),
+    "top_k": (lambda x: x >= 0, "0 (off) or more"),
+    "top_p": (lambda x: 0 < x <= 1, "more than 0 and at most 1 (off)"),
+    "min_p": (lambda x: 0 <= x <= 1, "between 0 (off) and 1"),
+    "repetition_penalty": (lambda x: 0 < x < np.inf, "more than 0; 1 is off"),
+    "seed": (lambda x: x >= 0, "0 or more"),
+}
+
+
+def check_parameter(name: str, value: Any) -> str | None:
+    """What a sampling parameter must be, where `value` is not that."""
+    kind: Any = Integral if name in ("top_k", "seed") else Real
+    if not isinstance(value, kind) or isinstance(value, bool):
+        return "a number, and whole for top_k and seed"
+    within, text = _RANGES[name]
+    try:
+        return None if within(value if kind is Integral else float(value)) else text
+    except OverflowError:  # of a number that no float is
+        return text
 
 
 @dataclass(frozen=True)
@@ -31,49 +55,53 @@ class SamplingParameters:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name, kind in (("top_k", Integral), ("seed", Integral), *((name, Real) for name in _REALS)):
+        for name in (*SAMPLING, "seed"):
             value = getattr(self, name)
-            if (not isinstance(value, kind) or isinstance(value, bool)) and (name, value) != ("seed", None):
-                raise InputError(f"{name} is {value!r}", fix="It must be a number, and whole for top_k and seed.")
-        ranges = {
-            "temperature": (
-                self.temperature == 0 or _COLDEST <= self.temperature < np.inf,
-                f"0 (greedy) or at least {_COLDEST}",
-            ),
-            "top_k": (self.top_k >= 0, "0 (off) or more"),
-            "top_p": (0 < self.top_p <= 1, "more than 0 and at most 1 (off)"),
-            "min_p": (0 <= self.min_p <= 1, "between 0 (off) and 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < np.inf, "more than 0; 1 is off"),
-            "seed": (self.seed is None or self.seed >= 0, "0 or more"),
-        }
-        for name, (good, text) in ranges.items():
-            if not good:
-                raise InputError(f"{name} is {getattr(self, name)}", fix=f"It must be {text}.")
-
-
-_REALS = ("temperature", "top_p", "min_p", "repetition_penalty")
+            if (name, value) != ("seed", None) and (wrong := check_parameter(name, value)) is not None:
+                raise InputError(f"{name} is {value!r}", fix=f"It must be {wrong}.")
 
 
 class Sampler:
-    """Picks the tokens of one sequence; `row` is its number in the batch."""
+    """Picks the tokens of one sequence; `row` is its number in the batch, `forbidden` what may not be picked."""
 
-    def __init__(self, parameters: SamplingParameters, vocab_size: int, prompt: Iterable[int], row: int = 0) -> None:
+    def __init__(
+        self,
+        parameters: SamplingParameters,
+        vocab_size: int,
+        prompt: Iterable[int],
+        row: int = 0,
+        forbidden: Forbidden | None = None,
+    ) -> None:
         self.parameters = parameters
         seed = parameters.seed
         self._generator = np.random.default_rng(None if seed is None else [seed, row])
+        self._forbidden = forbidden
         self._seen: NDArray[np.bool_] | None = None
         if parameters.repetition_penalty != 1:
             self._seen = np.zeros(vocab_size, np.bool_)
             self._seen[list(prompt)] = True
 
     def __call__(self, logits: NDArray[np.float32]) -> int:
-        """The next token, from logits [V], which are left as they are."""
+        """The next token, from finite logits [V], which are left as they are.
+
+        Raises:
+            InputError: every token is forbidden.
+        """
         p = self.parameters
         if self._seen is not None:
             logits = penalized(logits, self._seen, p.repetition_penalty)
+        if self._forbidden is not None:
+            logits = logits.copy()
+            logits[self._forbidden.tokens()] = -np.inf
+            if logits.max() == -np.inf:
+                raise InputError(
+                    "the bundle's generation_config.json forbids every token", fix="Export it with another one."
+                )
         token = int(logits.argmax()) if p.temperature == 0 else self._draw(logits)
         if self._seen is not None:
             self._seen[token] = True
+        if self._forbidden is not None:
+            self._forbidden.push(token)
         return token
 
     def _draw(self, logits: NDArray[np.float32]) -> int:
@@ -85,9 +113,10 @@ class Sampler:
 
 def penalized(logits: NDArray[np.float32], seen: NDArray[np.bool_], penalty: float) -> NDArray[np.float32]:
     """Logits [V] with those of the tokens `seen` [V] made less likely. Source: Keskar et al. 2019 (CTRL), section 4.1."""
-    result = logits.copy()
-    scores = result[seen]
-    result[seen] = np.where(scores > 0, scores / penalty, scores * penalty)
+    result, scores = logits.copy(), logits[seen].astype(np.float64)
+    with np.errstate(over="ignore"):
+        scores = np.where(scores > 0, scores / float(penalty), scores * float(penalty))
+    result[seen] = scores.clip(-_LARGEST, _LARGEST)
     return result
 
 
@@ -101,7 +130,8 @@ def candidates(logits: NDArray[np.float32], p: SamplingParameters) -> tuple[NDAr
         kth = np.partition(logits, -p.top_k)[-p.top_k]
         tokens = np.flatnonzero(logits >= kth)  # ties with the k-th stay, as in transformers
     scores = logits[tokens]
-    probabilities = np.exp((scores - scores.max()) / p.temperature)
+    with np.errstate(over="ignore"):  # what is so far below the largest is never drawn
+        probabilities = np.exp((scores - scores.max()) / min(float(p.temperature), _LARGEST))
     probabilities /= probabilities.sum()
     if p.top_p < 1:
         # All tokens this unlikely weigh at most 1 - top_p together, so none belongs to the nucleus: only the others are sorted.

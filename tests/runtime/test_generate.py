@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from headfold.runtime import CapacityError, Delta, Generation, HeadfoldError, InputError, Model, load
+from headfold.runtime import BundleError, CapacityError, Delta, Generation, HeadfoldError, InputError, Model, load
 from headfold.runtime import session as session_module
 
 PROMPTS = [[5, 17, 200, 33], [7], [250, 9, 9, 31, 77, 120, 64, 2, 299]]
@@ -216,6 +216,28 @@ def test_a_bundle_without_a_tokenizer_takes_token_ids(changed, toy) -> None:
     ]:
         with pytest.raises(InputError, match=message):
             model.generate(prompt, **options)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_logits_that_are_no_numbers_are_an_error_that_names_the_step(bad, temperature, model, monkeypatch) -> None:
+    decode, steps = model.backend.decode, []
+
+    def broken(*arguments):
+        logits = decode(*arguments)
+        steps.append(1)
+        if len(steps) == 3:
+            logits[1, :] = bad
+        return logits
+
+    monkeypatch.setattr(model.backend, "decode", broken)
+    with pytest.raises(BundleError, match="the logits of token 4 of answer 1 are NaN or infinite, 4 tokens in"):
+        model.generate(PROMPTS, ignore_eos=True, temperature=temperature)
+
+
+def test_none_is_the_same_as_not_given(model) -> None:
+    nothing = dict.fromkeys(("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "seed"))
+    assert model.generate(PROMPTS[0], **nothing) == model.generate(PROMPTS[0])
 
 
 @pytest.mark.parametrize("all_logits", [False, True])

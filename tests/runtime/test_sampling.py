@@ -1,5 +1,7 @@
 """Sampling against transformers' logits processors, draws against their probabilities, and ranges of parameters."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -88,6 +90,31 @@ def test_the_penalty_applies_to_greedy_and_to_what_was_generated() -> None:
     np.testing.assert_array_equal(logits, kept)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("spread", [1.0, 1e30, 3e38])
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"temperature": 1e308},
+        {"temperature": np.float64(1e200)},
+        {"temperature": Fraction(1, 3)},
+        {"temperature": 1e-6},
+        {"repetition_penalty": 1e-300},
+        {"repetition_penalty": 1e300},
+        {"top_p": 5e-324},
+        {"min_p": 5e-324},
+        {"top_k": 10**30, "seed": 10**50},
+    ],
+)
+def test_extreme_parameters_still_draw_a_token(extreme, spread) -> None:
+    logits = np.linspace(-spread, spread, VOCAB, dtype=np.float32)
+    sampler = Sampler(SamplingParameters(**{"temperature": 1.0} | extreme), VOCAB, range(0, VOCAB, 2))
+    assert all(0 <= sampler(logits) < VOCAB for _ in range(5))
+    tokens, probabilities = candidates(logits, sampler.parameters)
+    assert len(tokens) == len(probabilities) >= 1
+    np.testing.assert_allclose(probabilities.sum(), 1, atol=1e-5)  # float32
+
+
 def test_seeds() -> None:
     logits = np.zeros(1000, np.float32)
 
@@ -107,6 +134,8 @@ def test_seeds() -> None:
         {"temperature": float("inf")},
         {"temperature": 1e-9},
         {"temperature": "hot"},
+        {"temperature": 10**400},
+        {"repetition_penalty": 10**400},
         {"top_k": -1},
         {"top_k": 1.5},
         {"top_p": 0},
