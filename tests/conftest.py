@@ -138,7 +138,7 @@ def tensorrt_toy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Te
         own = {"model_type": "headfold", "num_hidden_layers": 2}
         directory = tmp_path_factory.mktemp("tensorrt")
         save_hf(directory / "hf", random_checkpoint(replace(CONFIG, **own, **TENSORRT_TOYS[dtype])), torch.float32)
-        options = ExportOptions(dtype, capacity=TENSORRT_CAPACITY, all_logits=True, verify=False)
+        options = ExportOptions(dtype=dtype, capacity=TENSORRT_CAPACITY, all_logits=True, verify=False)
         result = export_bundle(directory / "hf", directory / "bundle", options, Reporter(quiet=True))
         decoder = load_decoder(open_checkpoint(directory / "hf"), getattr(torch, dtype), TENSORRT_CAPACITY).float()
         made[dtype] = TensorRTToy(directory / "bundle", decoder, result.manifest)

@@ -14,7 +14,7 @@ import torch
 
 from headfold.export.bundle.cache_scales import cache_scales, quantization_cost
 from headfold.export.bundle.genai import genai_config
-from headfold.export.bundle.writer import check_output, staged, write_file, write_json, write_manifest
+from headfold.export.bundle.writer import check_output, file_entry, manifest_of, staged, write_file, write_json
 from headfold.export.checkpoints.base import Checkpoint
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
 from headfold.export.data.calibration import TOKENS as CALIBRATION_TOKENS
@@ -29,6 +29,7 @@ from headfold.plugins.dtypes import DType, Quantized
 from headfold.runtime.errors import ConfigError, VerificationError
 from headfold.runtime.manifest import (
     FORMAT_VERSION,
+    MANIFEST,
     MODEL,
     QUANTIZED_VERSION,
     CacheSpec,
@@ -42,6 +43,15 @@ _TOOLS = ("headfold", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime-gpu
 
 
 @dataclass(frozen=True)
+class CacheCalibration:
+    """A quantized KV cache, and what its scales are found on."""
+
+    dtype: Quantized
+    data: tuple[str, ...] = ()  # sources of text; the model writes its own if there is none
+    tokens: int = CALIBRATION_TOKENS
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportOptions:
     """What a bundle should be. `capacity` is in tokens, by default all that the model was made for."""
 
@@ -52,9 +62,7 @@ class ExportOptions:
     verify: bool = True
     decode_steps: int = 16
     force: bool = False
-    kv_cache: Quantized | None = None  # dtype of a quantized cache; None for `dtype`
-    calibration_data: tuple[str, ...] = ()  # text for the cache's scales; the model's own if there is none
-    calibration_tokens: int = CALIBRATION_TOKENS
+    cache: CacheCalibration | None = None  # of a quantized cache; None for one in `dtype`
 
 
 @dataclass(frozen=True)
@@ -66,11 +74,6 @@ class ExportResult:
     parity: ParityReport | None
     weight_bytes: int
     peak_bytes: int  # resident memory that graph and weights added at their peak; calibration and parity not included
-
-    @property
-    def peak_ratio(self) -> float:
-        """Peak memory in units of the weights' size."""
-        return self.peak_bytes / self.weight_bytes
 
 
 def export_bundle(source: Path, output: Path, options: ExportOptions, reporter: Reporter) -> ExportResult:
@@ -92,11 +95,15 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, reporter: 
         )
     dtype = getattr(torch, options.dtype)
     with staged(output, options.force) as stage:
-        scales, quantization = _calibrate(checkpoint, capacity, options, reporter) if options.kv_cache else ([], None)
+        scales, quantization = (
+            _calibrate(checkpoint, capacity, options.cache, reporter) if options.cache else ([], None)
+        )
         _forget_peak_memory()
         before = psutil.Process().memory_info().rss
         with reporter.step("trace the graph"):
-            model = export_graph(config, dtype, capacity, options.all_logits, options.kv_cache)
+            model = export_graph(
+                config, dtype, capacity, options.all_logits, options.cache.dtype if options.cache else None
+            )
             weight_bytes = attach_weights(model, checkpoint, dtype, capacity, options.allow_nan, scales)
         with reporter.step(f"write {weight_bytes / 2**20:,.0f} MiB of weights", weight_bytes) as advance:
             save_model(model, stage / MODEL, lambda _, size: advance(size))
@@ -125,46 +132,43 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, reporter: 
             ),
             "tools": _tools(),
         }
+        with reporter.step("hash"):
+            manifest = manifest_of(stage, parity=None, **fields)
         report = None
         if options.verify:
-            report = verify_bundle(
-                stage, checkpoint, write_manifest(stage, parity=None, **fields), options.decode_steps, reporter
-            )
+            report = verify_bundle(stage, checkpoint, manifest, options.decode_steps, reporter)
             if not report.passed:
                 raise VerificationError(
                     report.failure(), where=source, fix="No bundle was written; --no-verify publishes it anyway."
                 )
-            (stage / "manifest.json").unlink()
             write_json(stage / PARITY, report.to_json())
-        with reporter.step("hash and publish"):
-            manifest = write_manifest(stage, parity=report.summary() if report else None, **fields)
+            files = manifest.files | {PARITY: file_entry(stage / PARITY)}
+            manifest = manifest.model_copy(update={"files": files, "parity": report.summary()})
+        write_json(stage / MANIFEST, manifest.model_dump())
     return ExportResult(output, manifest, report, weight_bytes, peak)
 
 
 def _calibrate(
-    checkpoint: Checkpoint, capacity: int, options: ExportOptions, reporter: Reporter
+    checkpoint: Checkpoint, capacity: int, options: CacheCalibration, reporter: Reporter
 ) -> tuple[list[Scales], QuantizationSpec]:
     """The cache's scales, and what they cost; the decoder that this takes is gone afterwards."""
-    assert options.kv_cache is not None
-    stored = getattr(torch, options.kv_cache)
+    stored = getattr(torch, options.dtype)
     with reporter.step("read the checkpoint"):
         decoder = load_decoder(checkpoint, torch.float32, capacity).eval()
     tokens = calibration_tokens(
         checkpoint.tokenizer.definition,
         decoder,
-        options.calibration_data,
-        options.calibration_tokens,
+        options.data,
+        options.tokens,
         reporter=reporter,
     )
-    with reporter.step(f"calibrate the {options.kv_cache} cache"):
+    with reporter.step(f"calibrate the {options.dtype} cache"):
         scales = cache_scales(decoder, tokens, stored)
         cost = quantization_cost(decoder, tokens, stored, scales)
     reporter.note(
-        f"{options.kv_cache} cache on {tokens.numel():,} tokens: KL {cost.kl:.2g} nats, same likeliest token {cost.top1:.1%}"
+        f"{options.dtype} cache on {tokens.numel():,} tokens: KL {cost.kl:.2g} nats, same likeliest token {cost.top1:.1%}"
     )
-    return scales, QuantizationSpec(
-        dtype=options.kv_cache, calibration_tokens=tokens.numel(), kl=cost.kl, top1=cost.top1
-    )
+    return scales, QuantizationSpec(dtype=options.dtype, calibration_tokens=tokens.numel(), kl=cost.kl, top1=cost.top1)
 
 
 def _capacity(asked: int | None, trained: int) -> int:

@@ -77,10 +77,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_file(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def write_manifest(directory: Path, **fields: Any) -> Manifest:
-    """Write the manifest of a staged bundle, with size and SHA-256 of every file in it; `fields` are all its other fields."""
+def manifest_of(directory: Path, **fields: Any) -> Manifest:
+    """The manifest of a staged bundle, with size and SHA-256 of every file in it; `fields` are all its other fields."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
-    files = {p.relative_to(directory).as_posix(): FileEntry(size=p.stat().st_size, sha256=sha256(p)) for p in paths}
-    manifest = Manifest(files=files, **fields)
-    write_json(directory / MANIFEST, manifest.model_dump())
-    return manifest
+    return Manifest(files={p.relative_to(directory).as_posix(): file_entry(p) for p in paths}, **fields)
+
+
+def file_entry(path: Path) -> FileEntry:
+    """What a manifest says of a file."""
+    return FileEntry(size=path.stat().st_size, sha256=sha256(path))

@@ -1,4 +1,4 @@
-"""The command that converts: fewer key/value heads, a gated feed-forward. Thin, as in cli.py."""
+"""`headfold convert`: fewer key/value heads, a gated feed-forward."""
 
 import json
 from pathlib import Path
@@ -6,44 +6,39 @@ from typing import Literal
 
 import rich_click as click
 
+from headfold.export.cli.shared import HF_OUTPUT, INIT, JSON, QUIET, SOURCE, dtype_of, print_json, reporter_for
 from headfold.runtime.errors import CheckpointError
 
 
 @click.command()
-@click.argument("source", metavar="CHECKPOINT")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Hugging Face directory to make.")
+@SOURCE
+@HF_OUTPUT
 @click.option(
     "--kv-heads", type=int, help="Key/value heads to end with: a divisor of the query heads; 1 is multi-query."
 )
-@click.option(
-    "--init",
-    default="svd",
-    show_default=True,
-    metavar="[svd|procrustes|mean|first|random]",
-    help="How a group's key/value head starts. mean, first, random: Ainslie et al. 2023.",
-)
+@INIT
 @click.option(
     "--grouping",
+    type=click.Choice(["contiguous", "cluster"]),
     default="contiguous",
     show_default=True,
-    metavar="[contiguous|cluster]",
     help="Which query heads share one; cluster reorders them.",
 )
-@click.option("--ffn", help="Turn a plain feed-forward into this gated one: swiglu, reglu, geglu.")
+@click.option(
+    "--ffn", type=click.Choice(["swiglu", "reglu", "geglu"]), help="Turn a plain feed-forward into this gated one."
+)
 @click.option(
     "--data",
     multiple=True,
     help="Text to calibrate on: file, directory or data set. [default: the model writes its own]",
 )
-@click.option("--calibration-tokens", type=int, default=8192, show_default=True)
+@click.option("--calibration-tokens", type=int, default=8192, show_default=True, help="How many in all.")
 @click.option("--calibration-length", type=int, default=256, show_default=True, help="Tokens of a sequence.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the model's own text, and of random.")
-@click.option(
-    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the output. [default: the source's]"
-)
+@dtype_of("source")
 @click.option("--report", type=click.Path(path_type=Path), help="Write the error of each layer here, as JSON.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress on standard error.")
+@JSON
+@QUIET
 def convert(
     source: str,
     output: Path,
@@ -74,11 +69,10 @@ def convert(
 
     from headfold.export.conversion.checkpoint import Calibration, convert_file, render
     from headfold.export.conversion.layers import ConvertOptions
-    from headfold.export.progress import Reporter
 
     options = ConvertOptions(kv_heads, init, grouping, seed) if kv_heads is not None else None
     calibration = Calibration(data, calibration_tokens, calibration_length)
-    reporter = Reporter(quiet=quiet)
+    reporter = reporter_for(quiet)
     target = getattr(torch, dtype) if dtype else None
     if report is not None and not report.absolute().parent.is_dir():
         raise CheckpointError("is no directory", where=report.absolute().parent, fix="Create it first.")
@@ -87,11 +81,8 @@ def convert(
     if report is not None:
         report.write_text(json.dumps(content, indent=2) + "\n")
     if as_json:
-        click.echo(json.dumps({"checkpoint": str(output)} | content, indent=2))
+        print_json({"checkpoint": str(output)} | content)
         return
     if conversion is not None and not quiet:
         render(conversion, reporter.console)
     click.echo(f"wrote {output}")
-
-
-COMMANDS = (convert,)

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
+from click.core import ParameterSource
 
 if TYPE_CHECKING:
     from headfold.export.engine.options import BuildOptions
     from headfold.export.progress import Reporter
 
 TARGETS = ["tensorrt-rtx", "tensorrt"]
+_OPTIONS = ("attention", "sm", "max_batch", "max_input", "weight_streaming", "workspace", "timing_cache")
 
 
 def _capabilities(_: click.Context, __: click.Parameter, value: str) -> tuple[int, ...]:
@@ -25,7 +27,13 @@ def engine_options(command: Callable[..., None]) -> Callable[..., None]:
     """What an engine should be."""
     for option in reversed(
         (
-            click.option("--attention", type=click.Choice(["native", "plugin"]), default="native", show_default=True),
+            click.option(
+                "--attention",
+                type=click.Choice(["native", "plugin"]),
+                default="native",
+                show_default=True,
+                help="TensorRT's own layers, or headfold's plugin with its kernels.",
+            ),
             click.option("--sm", default="", callback=_capabilities, metavar="86,89,...", help="GPUs to build for."),
             click.option("--max-batch", type=int, default=4, show_default=True, help="Most sequences at a time."),
             click.option(
@@ -50,6 +58,14 @@ def make_options(target: str, sm: tuple[int, ...], workspace: int | None, **othe
 
     scratch = None if workspace is None else workspace << 20
     return BuildOptions(target=target, compute_capabilities=sm, workspace=scratch, **others)  # type: ignore[arg-type]
+
+
+def idle_option() -> str | None:
+    """The first of these options that was given on this command line, where there is nothing to build."""
+    context = click.get_current_context()
+    assert context is not None
+    names = [name for name in _OPTIONS if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    return f"--{names[0].replace('_', '-')}" if names else None
 
 
 def check_early(options: "BuildOptions", dtype: str, kv_cache: str | None) -> None:

@@ -1,28 +1,31 @@
-"""The commands that train: uptrain, sweep, study. Thin, as in cli.py."""
+"""The commands that train: `headfold uptrain`, `sweep` and `study`."""
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import rich_click as click
 
+from headfold.export.cli.shared import (
+    HF_OUTPUT,
+    INIT,
+    JSON,
+    QUIET,
+    SOURCE,
+    Command,
+    dtype_of,
+    options,
+    print_json,
+    reporter_for,
+)
+from headfold.plugins.dtypes import FLOATS, DType
 from headfold.runtime.errors import InputError
 
-QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress on standard error.")
-JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 
-
-def _options(command: Callable[..., None], *options: Callable[..., Any]) -> Callable[..., None]:
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def corpus_options(command: Callable[..., None]) -> Callable[..., None]:
+def corpus_options(command: Command) -> Command:
     """What text to train on."""
-    return _options(
+    return options(
         command,
         click.option(
             "--data",
@@ -37,9 +40,9 @@ def corpus_options(command: Callable[..., None]) -> Callable[..., None]:
     )
 
 
-def training_options(command: Callable[..., None]) -> Callable[..., None]:
+def training_options(command: Command) -> Command:
     """How to train."""
-    return _options(
+    return options(
         command,
         click.option("--loss", type=click.Choice(["ce", "kl", "kl+ce"]), help="[default: kl with a teacher, else ce]"),
         click.option("--ce-weight", type=float, default=0.5, show_default=True, help="Share of ce in kl+ce."),
@@ -50,7 +53,7 @@ def training_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--sequence", type=int, default=512, show_default=True, help="Tokens."),
         click.option("--learning-rate", type=float, default=3e-4, show_default=True, help="At its peak."),
         click.option("--warmup", type=float, default=0.05, show_default=True, help="Share of the steps."),
-        click.option("--weight-decay", type=float, default=0.1, show_default=True),
+        click.option("--weight-decay", type=float, default=0.1, show_default=True, help="Of AdamW, on matrices."),
         click.option("--clip", type=float, default=1.0, show_default=True, help="Largest norm of the gradient."),
         click.option("--seed", type=int, default=0, show_default=True, help="Of the order of the data."),
         click.option("--bf16", is_flag=True, help="Compute in bfloat16; weights stay float32."),
@@ -64,7 +67,7 @@ def training_options(command: Callable[..., None]) -> Callable[..., None]:
 
 @click.command()
 @click.argument("student", metavar="STUDENT")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Hugging Face directory to make.")
+@HF_OUTPUT
 @click.option("--teacher", metavar="CHECKPOINT", help="What the student was converted from.")
 @click.option("--tokens", type=int, help="How many to train on.")
 @click.option("--alpha", type=float, help="How many, as a share of --pretrain-tokens; the paper's is 0.05.")
@@ -75,9 +78,7 @@ def training_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--checkpoint-every", type=int, default=500, show_default=True, help="Steps; 0: only at the end.")
 @click.option("--keep", type=int, default=2, show_default=True, help="Checkpoints.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in OUTPUT.training, if there is one.")
-@click.option(
-    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the output. [default: the student's]"
-)
+@dtype_of("student")
 @click.option("--tensorboard", type=click.Path(path_type=Path), help="Directory for its logs.")
 @JSON
 @QUIET
@@ -89,7 +90,7 @@ def uptrain(
     alpha: float | None,
     pretrain_tokens: float | None,
     resume: bool,
-    dtype: Literal["float32", "float16", "bfloat16"] | None,
+    dtype: DType | None,
     as_json: bool,
     quiet: bool,
     **rest: Any,
@@ -107,7 +108,6 @@ def uptrain(
     import torch
     from accelerate import PartialState
 
-    from headfold.export.progress import Reporter
     from headfold.export.training.uptrain import Budget, run_directory
     from headfold.export.training.uptrain import uptrain as run
 
@@ -119,7 +119,7 @@ def uptrain(
         corpus,
         options,
         budget,
-        Reporter(quiet=quiet),
+        reporter_for(quiet),
         teacher=Path(teacher) if teacher else None,
         dtype=getattr(torch, dtype) if dtype else None,
         resume=resume,
@@ -129,7 +129,7 @@ def uptrain(
     evaluations = [vars(evaluation) for evaluation in result.evaluations]
     if as_json:
         content = {"output": str(output), "training": str(run_directory(output)), "tokens": result.tokens}
-        click.echo(json.dumps(content | {"evaluations": evaluations}, indent=2))
+        print_json(content | {"evaluations": evaluations})
         return
     if evaluations:
         click.echo(f"validation loss {evaluations[0]['loss']:.4f} -> {evaluations[-1]['loss']:.4f} nats per token")
@@ -137,7 +137,7 @@ def uptrain(
 
 
 @click.command()
-@click.argument("source", metavar="CHECKPOINT")
+@SOURCE
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory to make.")
 @click.option(
     "--kv-heads",
@@ -145,14 +145,14 @@ def uptrain(
     metavar="N,N,…",
     help="Numbers of key/value heads to try; the checkpoint's own always is.",
 )
-@click.option("--init", default="svd", show_default=True, help="See `headfold convert`.")
+@INIT
 @click.option("--tokens", type=int, help="How many to train each on.")
 @click.option("--alpha", type=float, help="How many, as a share of --pretrain-tokens; the paper's is 0.05.")
 @click.option("--pretrain-tokens", type=float, help="How many the model was pretrained on.")
 @corpus_options
 @training_options
 @click.option("--evaluate-every", type=int, default=0, help="Steps. [default: an eighth of all]")
-@click.option("--evaluate-sequences", type=int, default=64, show_default=True)
+@click.option("--evaluate-sequences", type=int, default=64, show_default=True, help="To validate on.")
 @click.option("--control/--no-control", default=True, show_default=True, help="Also train the original on, as long.")
 @click.option(
     "--baseline", is_flag=True, help="Also the paper's recipe: mean pooling and ce, 5 % of --pretrain-tokens."
@@ -162,7 +162,11 @@ def uptrain(
     "--contexts", metavar="N,N,…", help="Tokens before the ones that are timed. [default: 512,2048,8192 or what fits]"
 )
 @click.option(
-    "--cache-dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True
+    "--cache-dtype",
+    type=click.Choice(FLOATS),
+    default="float32",
+    show_default=True,
+    help="Of weights and cache, when they are timed and counted.",
 )
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Of timing.")
 @click.option("--threads", type=click.IntRange(1), help="Of timing. [default: physical cores]")
@@ -183,7 +187,7 @@ def sweep(
     baseline: bool,
     memory: str,
     contexts: str | None,
-    cache_dtype: Literal["float32", "float16", "bfloat16"],
+    cache_dtype: DType,
     rounds: int,
     threads: int | None,
     budget_kv_bytes: int | None,
@@ -204,7 +208,6 @@ def sweep(
     """
     from rich.console import Console
 
-    from headfold.export.progress import Reporter
     from headfold.export.studies.sweep import SweepOptions, unpicked
     from headfold.export.studies.sweep import sweep as run
     from headfold.export.studies.sweep_report import render_table, write_report
@@ -214,23 +217,23 @@ def sweep(
     corpus, training = _split(rest, taught=True)
     budget = Budget(tokens, alpha, None if pretrain_tokens is None else round(pretrain_tokens))
     options = SweepOptions(
-        _numbers("--kv-heads", kv_heads),
-        init,
-        _numbers("--contexts", contexts) if contexts else (),
-        _bytes(memory),
-        cache_dtype,
-        control,
-        baseline,
-        budget_kv_bytes,
-        max_loss,
-        rounds,
+        kv_heads=_numbers("--kv-heads", kv_heads),
+        init=init,
+        contexts=_numbers("--contexts", contexts) if contexts else (),
+        memory=_bytes(memory),
+        dtype=cache_dtype,
+        control=control,
+        baseline=baseline,
+        budget_kv_bytes=budget_kv_bytes,
+        max_loss=max_loss,
+        rounds=rounds,
         threads=threads,
     )
-    reporter = Reporter(quiet=quiet)
+    reporter = reporter_for(quiet)
     report = run(Path(source), output, corpus, training, budget, options, reporter, resume)
     page = write_report(report, output)
     if as_json:
-        click.echo(json.dumps(report.to_json(), indent=2))
+        print_json(report.to_json())
     else:
         render_table(report, Console(highlight=False))
         click.echo(f"wrote {page}")
@@ -286,21 +289,27 @@ def study() -> None:
 @study.command()
 @click.option("--data", multiple=True, required=True, help="Text, JSONL or parquet files, directories, data sets.")
 @click.option("--validation", multiple=True, help="Data to validate on. [default: the end of --data]")
-@click.option("--holdout", type=click.FloatRange(0, 1, max_open=True), default=0.05, show_default=True)
+@click.option(
+    "--holdout",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.05,
+    show_default=True,
+    help="Share of --data to validate on.",
+)
 @click.option("--text-field", default="text", show_default=True, help="Column that holds the text.")
-@click.option("--steps", type=int, default=1000, show_default=True)
-@click.option("--seeds", type=int, default=3, show_default=True)
-@click.option("--batch", type=int, default=16, show_default=True)
+@click.option("--steps", type=int, default=1000, show_default=True, help="To train each for.")
+@click.option("--seeds", type=int, default=3, show_default=True, help="Runs of each variant.")
+@click.option("--batch", type=int, default=16, show_default=True, help="Sequences per step.")
 @click.option("--sequence", type=int, default=128, show_default=True, help="Bytes.")
-@click.option("--learning-rate", type=float, default=3e-3, show_default=True)
-@click.option("--hidden-size", type=int, default=64, show_default=True)
+@click.option("--learning-rate", type=float, default=3e-3, show_default=True, help="At its peak.")
+@click.option("--hidden-size", type=int, default=64, show_default=True, help="Width of the model.")
 @click.option(
     "--d-ff", type=int, default=384, show_default=True, help="Of plain feed-forwards; gated ones have 2/3 of it."
 )
-@click.option("--layers", type=int, default=2, show_default=True)
-@click.option("--heads", type=int, default=4, show_default=True)
+@click.option("--layers", type=int, default=2, show_default=True, help="Of the model.")
+@click.option("--heads", type=int, default=4, show_default=True, help="Of each layer.")
 @click.option("--variants", help="Some of them only, with commas between. [default: all eight]")
-@click.option("--evaluate-sequences", type=int, default=128, show_default=True)
+@click.option("--evaluate-sequences", type=int, default=128, show_default=True, help="To validate on.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Also write the table here, as JSON.")
 @JSON
 @QUIET
@@ -331,7 +340,6 @@ def glu(
     from rich.console import Console
 
     from headfold.export.model.config import FEED_FORWARDS
-    from headfold.export.progress import Reporter
     from headfold.export.studies.glu import GluOptions, byte_tokens, render, study_glu
     from headfold.export.training.options import TrainOptions
 
@@ -340,7 +348,7 @@ def glu(
     training = TrainOptions(steps, batch, sequence, learning_rate, evaluate_sequences=evaluate_sequences)
     tokens = byte_tokens(data, text_field)
     train_on, validate_on = (tokens, byte_tokens(validation, text_field)) if validation else tokens.split(holdout)
-    result = study_glu(train_on, validate_on, training, options, Reporter(quiet=quiet))
+    result = study_glu(train_on, validate_on, training, options, reporter_for(quiet))
     text = json.dumps(result.to_json(), indent=2, default=str)
     if output is not None:
         output.write_text(text + "\n")
@@ -348,6 +356,3 @@ def glu(
         click.echo(text)
     else:
         render(result, Console(highlight=False))
-
-
-COMMANDS = (uptrain, sweep, study)

@@ -17,7 +17,7 @@ import polygraphy.config
 import torch
 from polygraphy.exception import PolygraphyException
 
-from headfold.export.bundle.writer import staged, write_json
+from headfold.export.bundle.writer import file_entry, staged, write_json
 from headfold.export.engine.lowering import lower
 from headfold.export.engine.network_report import AttentionLayers, ParsedNetwork, kind, open_flavour, parse, report
 from headfold.export.engine.options import BuildOptions, check_options, profiles
@@ -34,7 +34,6 @@ from headfold.runtime.manifest import (
     MODEL,
     EngineEntry,
     EngineProfile,
-    FileEntry,
     Manifest,
     PluginEntry,
     TensorSpec,
@@ -279,7 +278,7 @@ def _take_over(bundle: Path, stage: Path, built_from: Manifest, entry: EngineEnt
     if entry.plugin is not None:  # one set of kernels serves all engines of a bundle
         engines = [e.model_copy(update={"plugin": entry.plugin}) if e.plugin is not None else e for e in engines]
     kept = {name: file for name, file in manifest.files.items() if (stage / name).is_file() and name not in new}
-    made = {name: FileEntry(size=(stage / name).stat().st_size, sha256=sha256(stage / name)) for name in new}
+    made = {name: file_entry(stage / name) for name in new}
     update = {
         "format_version": max(ENGINES_VERSION, manifest.format_version),
         "engines": [*engines, entry],

@@ -7,7 +7,7 @@ from pathlib import Path
 from fake_cuda import FakeCuda, write_kernels
 from fake_tensorrt import FakeTensorRT
 
-from headfold.export.bundle.writer import write_manifest
+from headfold.export.bundle.writer import manifest_of, write_json
 from headfold.plugins.gpus import RTX_CAPABILITIES
 from headfold.plugins.kernel_contract import KernelSpec
 from headfold.runtime.engine_file import _FIELDS
@@ -66,7 +66,8 @@ def copy_with_engine(source: Path, path: Path, content: bytes | None = None, **c
         (path / "kernels").mkdir()
         write_kernels(path / "kernels", SPEC, capabilities=(86,))
         entry["plugin"] = {"kernels_sha256": sha256(path / "kernels" / "kernels.json"), **entry["plugin"]}
-    write_manifest(path, **manifest | {"format_version": 2, "engines": [entry]})
+    made = manifest_of(path, **manifest | {"format_version": 2, "engines": [entry]})
+    write_json(path / "manifest.json", made.model_dump())
     return path
 
 

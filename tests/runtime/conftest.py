@@ -12,7 +12,7 @@ import torch
 from tensorrt_rig import Rig, copy_with_engine
 
 from headfold.export.bundle.pipeline import ExportOptions, export_bundle
-from headfold.export.bundle.writer import write_manifest
+from headfold.export.bundle.writer import manifest_of, write_json
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
 from headfold.export.model.config import ModelConfig
 from headfold.export.model.decoder import Decoder
@@ -47,7 +47,7 @@ def make_toy(tmp_path_factory: pytest.TempPathFactory, toy_checkpoint: Path) -> 
     def make(all_logits: bool = False, dtype: Any = "float32") -> Toy:
         if (all_logits, dtype) not in made:
             path = tmp_path_factory.mktemp("bundle") / "toy"
-            options = ExportOptions(dtype, all_logits=all_logits, verify=False)
+            options = ExportOptions(dtype=dtype, all_logits=all_logits, verify=False)
             export_bundle(toy_checkpoint, path, options, Reporter(quiet=True))
             decoder = load_decoder(open_checkpoint(toy_checkpoint))
             made[all_logits, dtype] = Toy(path, decoder, decoder.config)
@@ -84,7 +84,7 @@ def changed(toy: Toy, tmp_path: Path) -> Callable[..., Path]:
         manifest = json.loads((toy.path / "manifest.json").read_text()) | fields
         (path / "manifest.json").unlink(missing_ok=True)
         del manifest["files"]
-        write_manifest(path, **manifest)
+        write_json(path / "manifest.json", manifest_of(path, **manifest).model_dump())
         return path
 
     return change

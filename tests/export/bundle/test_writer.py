@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from headfold.export.bundle.writer import staged, write_manifest
+from headfold.export.bundle.writer import manifest_of, staged, write_json
 from headfold.plugins.names import caches
 from headfold.runtime import BundleError
 from headfold.runtime.manifest import Manifest, read_manifest
@@ -31,7 +31,9 @@ def fill(stage: Path, vocab_size: int) -> Manifest:
     ]
     more = {"dtype": "float32", "logits": "last", "inputs": specs[0], "outputs": specs[1], "tools": {}, "parity": None}
     cache = {"num_hidden_layers": 1, "num_key_value_heads": 1, "head_dim": 1, "capacity": 1}
-    return write_manifest(stage, vocab_size=vocab_size, cache=cache, **fields, **more)
+    manifest = manifest_of(stage, vocab_size=vocab_size, cache=cache, **fields, **more)
+    write_json(stage / "manifest.json", manifest.model_dump())
+    return manifest
 
 
 def test_a_finished_block_is_published(tmp_path) -> None:

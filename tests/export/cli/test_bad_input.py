@@ -200,7 +200,11 @@ PROMPTS: dict[str, tuple[list[str], str, str]] = {
     "prompt and answer over capacity": (["the fox", "-n", "1000"], "", "over the bundle's capacity of 64"),
     "negative temperature": (["the fox", "--temperature", "-1"], "", "temperature is -1"),
     "top-p of 2": (["the fox", "--top-p", "2"], "", "top_p is 2"),
-    "unknown provider": (["the fox", "--provider", "tpu"], "", "provider 'tpu' is unknown"),
+    "unknown provider": (
+        ["the fox", "--provider", "tpu"],
+        "",
+        "Invalid value for '--provider': 'tpu' is not one of 'cpu', 'cuda'.",
+    ),
 }
 
 

@@ -212,9 +212,12 @@ def test_the_command_prints_each_layers_error(source: Path, run: Callable[..., A
         (("--kv-heads", 12), "more than the 6 that there are"),
         (
             ("--kv-heads", 2, "--init", "median"),
-            "--init: 'median' is unknown. Choose random, first, mean, procrustes, svd.",
+            "Invalid value for '--init': 'median' is not one of 'svd', 'procrustes', 'mean', 'first', 'random'.",
         ),
-        (("--kv-heads", 2, "--grouping", "odd"), "--grouping: 'odd' is unknown. Choose contiguous, cluster."),
+        (
+            ("--kv-heads", 2, "--grouping", "odd"),
+            "Invalid value for '--grouping': 'odd' is not one of 'contiguous', 'cluster'.",
+        ),
         ((), "nothing to convert. Give --kv-heads, --ffn, or both."),
         (("--kv-heads", 2, "--calibration-tokens", 0), "calibration tokens is 0"),
         (("--kv-heads", 2, "--calibration-length", 1), "calibration length is 1"),

@@ -1,0 +1,109 @@
+"""`headfold export`: the main job."""
+
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+
+from headfold.export.cli.engine import TARGETS, build_and_tell, check_early, engine_options, idle_option, make_options
+from headfold.export.cli.shared import JSON, QUIET, SOURCE, STEPS, print_json, reporter_for
+from headfold.plugins.dtypes import FLOATS, QUANTIZED, DType, Quantized
+from headfold.runtime.errors import InputError
+
+
+@click.command()
+@SOURCE
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the bundle to make.")
+@click.option(
+    "--dtype", type=click.Choice(FLOATS), default="float32", show_default=True, help="Of weights, cache and logits."
+)
+@click.option(
+    "--kv-cache",
+    type=click.Choice(list(QUANTIZED)),
+    help="Store keys and values in one byte each, with a scale per head. [default: in --dtype]",
+)
+@click.option("--data", multiple=True, help="Text to find these scales on. [default: the model writes its own]")
+@click.option("--calibration-tokens", type=click.IntRange(min=1), help="How much of it. [default: 8192]")
+@click.option(
+    "--capacity",
+    type=int,
+    help="Most tokens of a sequence. [default: what the model was made for]",
+)
+@click.option("--all-logits", is_flag=True, help="Logits of every token, for scoring; not only of the last one.")
+@click.option("--allow-nan", is_flag=True, help="Export weights that hold NaN or infinity.")
+@click.option("--verify/--no-verify", default=True, show_default=True, help="Compare with PyTorch before publishing.")
+@STEPS
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--target", type=click.Choice(TARGETS), help="Build an engine into the bundle, too; see `build`.")
+@engine_options
+@JSON
+@QUIET
+def export(
+    source: str,
+    output: Path,
+    dtype: DType,
+    kv_cache: Quantized | None,
+    data: tuple[str, ...],
+    calibration_tokens: int | None,
+    capacity: int | None,
+    all_logits: bool,
+    allow_nan: bool,
+    verify: bool,
+    decode_steps: int,
+    force: bool,
+    target: str | None,
+    as_json: bool,
+    quiet: bool,
+    **engine: Any,
+) -> None:
+    """Export CHECKPOINT to a bundle, and prove it equal to PyTorch.
+
+    CHECKPOINT is a Hugging Face directory or hub name (config.json and safetensors), or a GGUF file. A bundle that fails the
+    comparison is not written.
+
+    **Examples**
+
+    `headfold export ./SmolLM2-135M-Instruct -o smol`
+
+    `headfold export model.Q4_1.gguf -o smol-fp16 --dtype float16 --capacity 4096`
+
+    `headfold export model.Q4_1.gguf -o smol-fp16 --dtype float16 --target tensorrt-rtx --sm 86,89,120`
+
+    `headfold export model.Q4_1.gguf -o smol-int8 --kv-cache int8 --data corpus.txt`
+    """
+    from headfold.export.bundle.pipeline import CacheCalibration, ExportOptions, export_bundle
+    from headfold.export.data.calibration import TOKENS
+    from headfold.export.parity.rendering import render
+
+    if kv_cache is None and (data or calibration_tokens):
+        option = "--data" if data else "--calibration-tokens"
+        raise InputError("is for calibrating a quantized cache", where=option, fix="Add --kv-cache int8.")
+    if target is None and (idle := idle_option()):
+        raise InputError("is for building an engine", where=idle, fix="Add --target tensorrt-rtx, or leave it out.")
+    calibration = None
+    if kv_cache is not None:
+        calibration = CacheCalibration(kv_cache, data, calibration_tokens or TOKENS)
+    options = ExportOptions(
+        dtype=dtype,
+        capacity=capacity,
+        all_logits=all_logits,
+        allow_nan=allow_nan,
+        verify=verify,
+        decode_steps=decode_steps,
+        force=force,
+        cache=calibration,
+    )
+    reporter = reporter_for(quiet)
+    build = make_options(target, **engine) if target is not None else None
+    if build is not None:
+        check_early(build, dtype, kv_cache)
+    result = export_bundle(Path(source), output, options, reporter)
+    facts = build_and_tell(output, build, reporter) if build is not None else None
+    if as_json:
+        peak = {"weight_bytes": result.weight_bytes, "peak_bytes": result.peak_bytes}
+        built = {"build": facts} if facts is not None else {}
+        print_json({"bundle": str(output), **peak, "manifest": result.manifest.model_dump(), **built})
+        return
+    if result.parity is not None and not quiet:
+        render(result.parity, reporter.console)
+    click.echo(f"wrote {output}")

@@ -1,0 +1,135 @@
+"""`headfold generate` and `headfold chat`: a bundle at work."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import rich_click as click
+
+from headfold.export.cli.shared import BUNDLE, JSON, Command, options, print_json
+from headfold.runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from headfold.runtime import Model
+
+
+def _sampling(command: Command) -> Command:
+    """The options that `generate` and `chat` share."""
+    return options(
+        command,
+        click.option("-n", "--max-new-tokens", type=click.IntRange(1), help="[default: 256, or what fits]"),
+        click.option("--temperature", type=float, help="0 is greedy. [default: the bundle's]"),
+        click.option("--top-k", type=int, help="Sample from that many likeliest tokens."),
+        click.option(
+            "--top-p", type=float, help="Sample from the likeliest tokens that have this probability together."
+        ),
+        click.option("--min-p", type=float, help="Sample from tokens at least this share as likely as the likeliest."),
+        click.option("--repetition-penalty", type=float, help="Above 1: tokens that were there become less likely."),
+        click.option("--seed", type=int, help="Makes sampling repeatable."),
+        click.option(
+            "--backend",
+            type=click.Choice(["onnxruntime", "tensorrt"]),
+            default="onnxruntime",
+            show_default=True,
+            help="TensorRT runs an engine that `headfold build` put into the bundle.",
+        ),
+        click.option(
+            "--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Of ONNX Runtime."
+        ),
+        click.option("--threads", type=click.IntRange(1), help="[default: physical cores]"),
+    )
+
+
+def _load(bundle: Path, backend: Literal["onnxruntime", "tensorrt"], provider: str, threads: int | None) -> "Model":
+    from headfold.runtime import load
+    from headfold.runtime.manifest import MANIFEST
+
+    if not (bundle / MANIFEST).exists() and (bundle.is_file() or (bundle / "config.json").exists()):
+        raise InputError(
+            "is a checkpoint, not a bundle", where=bundle, fix=f"Export it first: headfold export {bundle} -o BUNDLE."
+        )
+    return load(bundle, backend=backend, provider=provider, threads=threads)
+
+
+@click.command()
+@BUNDLE
+@click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
+@click.option("--chat", is_flag=True, help="Wrap each prompt in the chat template as a user's message.")
+@click.option("--system", help="System message; implies --chat.")
+@click.option("--stop", multiple=True, help="Stop before this text; may be repeated.")
+@_sampling
+@JSON
+def generate(
+    bundle: Path,
+    prompts: tuple[str, ...],
+    chat: bool,
+    system: str | None,
+    stop: tuple[str, ...],
+    backend: Literal["onnxruntime", "tensorrt"],
+    provider: str,
+    threads: int | None,
+    as_json: bool,
+    **sampling: Any,
+) -> None:
+    """Continue each PROMPT, or answer it with --chat; `-` or none reads one prompt from standard input.
+
+    **Examples**
+
+    `headfold generate smol "The capital of France is" -n 20`
+
+    `headfold generate smol --chat "Why is the sky blue?" --temperature 0.7 --seed 1`
+    """
+    model = _load(bundle, backend, provider, threads)
+    texts = [sys.stdin.read() if text == "-" else text for text in prompts or ("-",)]
+    if any(not text for text in texts):
+        raise InputError("the prompt is empty", fix="Give some text.")
+    batch: list[Any] = list(texts)
+    if chat or system:
+        head = [{"role": "system", "content": system}] if system else []
+        batch = [[*head, {"role": "user", "content": text}] for text in texts]
+    arguments = {"stop": stop, **sampling}
+    if as_json:
+        print_json([vars(generation) for generation in model.generate(batch, **arguments)])
+    elif len(batch) == 1:
+        for delta in model.generate(batch[0], stream=True, **arguments):
+            click.echo(delta.text, nl=False)
+            sys.stdout.flush()
+        click.echo()
+    else:
+        for text, generation in zip(texts, model.generate(batch, **arguments), strict=True):
+            click.echo(f"> {text}\n{generation.text}\n")
+
+
+@click.command()
+@BUNDLE
+@click.option("--system", help="System message.")
+@_sampling
+def chat(
+    bundle: Path,
+    system: str | None,
+    backend: Literal["onnxruntime", "tensorrt"],
+    provider: str,
+    threads: int | None,
+    **sampling: Any,
+) -> None:
+    """Talk with the model; an empty line or Ctrl-D ends it.
+
+    **Example**: `headfold chat smol --system "Answer in one sentence." --temperature 0.7`
+    """
+    model = _load(bundle, backend, provider, threads)
+    messages = [{"role": "system", "content": system}] if system else []
+    while True:
+        try:
+            question = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if not question.strip():
+            return
+        messages.append({"role": "user", "content": question})
+        answer = ""
+        for delta in model.generate(messages, stream=True, **sampling):
+            answer += delta.text
+            click.echo(delta.text, nl=False)
+            sys.stdout.flush()
+        click.echo()
+        messages.append({"role": "assistant", "content": answer})

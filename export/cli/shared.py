@@ -1,0 +1,61 @@
+"""Arguments, options and output that the commands share: the same names for the same things."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rich_click as click
+
+from headfold.plugins.dtypes import FLOATS
+
+if TYPE_CHECKING:
+    from headfold.export.progress import Reporter
+
+Command = Callable[..., None]
+
+SOURCE = click.argument("source", metavar="CHECKPOINT")
+BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress on standard error.")
+STEPS = click.option(
+    "--decode-steps",
+    type=click.IntRange(1, 512),
+    default=16,
+    show_default=True,
+    help="Tokens decoded in the comparison.",
+)
+HF_OUTPUT = click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Hugging Face directory to make."
+)
+INIT = click.option(
+    "--init",
+    type=click.Choice(["svd", "procrustes", "mean", "first", "random"]),
+    default="svd",
+    show_default=True,
+    help="How a group's key/value head starts. mean, first, random: Ainslie et al. 2023.",
+)
+
+
+def dtype_of(what: str) -> Callable[[Command], Command]:
+    """`--dtype` of a checkpoint that is written; by default that of `what`."""
+    return click.option("--dtype", type=click.Choice(FLOATS), help=f"Of the output. [default: the {what}'s]")
+
+
+def options(command: Command, *added: Callable[..., Any]) -> Command:
+    """The command with these options, in this order."""
+    for option in reversed(added):
+        command = option(command)
+    return command
+
+
+def reporter_for(quiet: bool) -> "Reporter":
+    """What tells a person how far a command is."""
+    from headfold.export.progress import Reporter
+
+    return Reporter(quiet=quiet)
+
+
+def print_json(content: object) -> None:
+    """One JSON object on standard output."""
+    click.echo(json.dumps(content, indent=2, ensure_ascii=False, default=str))

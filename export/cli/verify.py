@@ -1,0 +1,74 @@
+"""`headfold verify`: a bundle against its checkpoint."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import rich_click as click
+
+from headfold.export.cli.shared import BUNDLE, JSON, QUIET, STEPS, print_json, reporter_for
+from headfold.plugins.schema import Attention
+from headfold.runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from headfold.export.parity.compare import Candidate
+    from headfold.runtime.manifest import Manifest
+
+
+@click.command()
+@BUNDLE
+@click.option("--against", "source", required=True, metavar="CHECKPOINT", help="What the bundle was exported from.")
+@click.option(
+    "--backend",
+    type=click.Choice(["onnxruntime", "tensorrt-network"]),
+    default="onnxruntime",
+    show_default=True,
+    help="tensorrt-network runs the network that TensorRT parsed, on the CPU.",
+)
+@click.option(
+    "--attention",
+    type=click.Choice(["native", "plugin"]),
+    help="Of the TensorRT network. [default: native]",
+)
+@STEPS
+@JSON
+@QUIET
+def verify(
+    bundle: Path,
+    source: str,
+    backend: str,
+    attention: Attention | None,
+    decode_steps: int,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Compare BUNDLE with its checkpoint in PyTorch. Exit code 1 if they differ by more than the tolerance.
+
+    **Examples**
+
+    `headfold verify smol --against ./SmolLM2-135M-Instruct`
+
+    `headfold verify smol --against ./SmolLM2-135M-Instruct --backend tensorrt-network --attention plugin`
+    """
+    from headfold.export.parity.rendering import render
+    from headfold.export.parity.verify import verify as verify_against
+
+    candidate = None
+    if attention is not None and backend == "onnxruntime":
+        raise InputError("is of TensorRT networks", where="--attention", fix="Add --backend tensorrt-network.")
+    if backend == "tensorrt-network":
+        from headfold.export.engine.network_runner import network_candidate
+        from headfold.export.engine.options import BuildOptions
+
+        def candidate(manifest: "Manifest") -> "Candidate":
+            return network_candidate(bundle, manifest, BuildOptions(attention=attention or "native"))
+
+    reporter = reporter_for(quiet)
+    report = verify_against(bundle, Path(source), decode_steps, reporter, candidate)
+    if as_json:
+        print_json(report.to_json())
+    elif not quiet:
+        render(report, reporter.console)
+    if not report.passed:
+        click.echo(f"headfold: error: {bundle}: {report.failure()}", err=True)
+        sys.exit(1)

@@ -1,0 +1,117 @@
+"""Usage of the command line: one line for every mistake, the right exit code, help for every option, pipes and interrupts."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from headfold.export.cli import main
+
+PROGRAM = Path(sys.executable).parent / "headfold"
+
+
+def commands(group: click.Group, prefix: str = "") -> list[tuple[str, click.Command]]:
+    found: list[tuple[str, click.Command]] = []
+    for name, command in group.commands.items():
+        found += (
+            commands(command, f"{prefix}{name} ") if isinstance(command, click.Group) else [(prefix + name, command)]
+        )
+    return found
+
+
+COMMANDS = dict(commands(main))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_has_help_and_every_command_an_example(name) -> None:
+    options = [option for option in COMMANDS[name].params if isinstance(option, click.Option)]
+    assert [option.name for option in options if not option.help] == []
+    assert f"headfold {name}" in (COMMANDS[name].help or "")
+
+
+def test_the_root_has_an_example_and_tells_the_commands_without_arguments() -> None:
+    assert "headfold export ./SmolLM2-135M-Instruct -o smol" in (main.help or "")
+    result = CliRunner().invoke(main, [])
+    assert result.exit_code == 2
+    assert "export" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["export"], "Missing argument 'CHECKPOINT'."),
+        (["export", "x", "-o", "y", "--dtype", "float8"], "Invalid value for '--dtype'"),
+        (["no-such-command"], "No such command 'no-such-command'."),
+        (["export", "x", "-o", "y", "--sm", "86"], "--sm: is for building an engine. Add --target tensorrt-rtx"),
+        (["export", "x", "-o", "y", "--calibration-tokens", "9"], "--calibration-tokens: is for calibrating"),
+        (["verify", "x", "--against", "y", "--attention", "plugin"], "--attention: is of TensorRT networks."),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, message) -> None:
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_generating_from_a_checkpoint_says_export_it_first(toy_checkpoint) -> None:
+    result = CliRunner().invoke(main, ["generate", str(toy_checkpoint), "the"])
+    assert result.exit_code == 2
+    assert "is a checkpoint, not a bundle. Export it first: headfold export" in result.stderr
+
+
+def test_a_package_that_is_missing_names_its_extra(monkeypatch, tmp_path) -> None:
+    for module in [name for name in sys.modules if name.partition(".")[0] == "onnxruntime"]:
+        monkeypatch.delitem(sys.modules, module)
+    code = (
+        "import sys; sys.modules['{0}'] = None\n"
+        "from headfold.export.cli import main\nsys.argv = ['headfold', *sys.argv[1:]]\nmain()"
+    )
+    for package, extra, arguments in (
+        ("torch", "export", ["export", ".", "-o", str(tmp_path / "b")]),
+        ("safetensors", "export", ["inspect", str(tmp_path)]),
+        ("accelerate", "train", ["uptrain", "x", "-o", str(tmp_path / "b"), "--data", "y"]),
+    ):
+        run = subprocess.run(
+            [sys.executable, "-c", code.format(package), *arguments], capture_output=True, text=True, check=False
+        )
+        assert run.returncode == 2, run.stderr
+        assert f'{package} is not installed. Install it: pip install "headfold[{extra}]".' in run.stderr
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(toy_checkpoint) -> None:
+    process = subprocess.Popen(
+        [PROGRAM, "inspect", toy_checkpoint, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait() in (141, -signal.SIGPIPE)
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+
+
+def test_an_interrupt_is_130_and_leaves_nothing(toy_checkpoint, tmp_path) -> None:
+    process = subprocess.Popen(
+        [PROGRAM, "export", toy_checkpoint, "-o", tmp_path / "b", "-q"], stderr=subprocess.PIPE, text=True
+    )
+    while not list(tmp_path.glob(".headfold-stage-*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate()
+    assert process.returncode == 130
+    assert stderr == "headfold: interrupted\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_encoding_without_some_characters_shows_others(toy_checkpoint) -> None:
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    run = subprocess.run([PROGRAM, "inspect", "☃"], env=environment, capture_output=True, check=False)
+    assert run.returncode == 2
+    assert b"no such file or directory" in run.stderr
