@@ -111,7 +111,8 @@ def one_line(kind: type[HeadfoldError], where: Path, fix: str) -> Iterator[None]
 def publish_file(target: Path, write: Callable[[Path], object]) -> None:
     """Have `write` make a file beside `target`, which then takes its place. Raises OSError."""
     target = Path(os.path.realpath(target))
-    with _file_stage(target) as stage:
+    with scratch(target) as directory:
+        stage = directory / "file"
         write(stage)
         sync(stage)
         stage.replace(target)
@@ -119,11 +120,12 @@ def publish_file(target: Path, write: Callable[[Path], object]) -> None:
 
 
 @contextmanager
-def _file_stage(target: Path) -> Iterator[Path]:
+def scratch(target: Path) -> Iterator[Path]:
+    """A directory beside `target` that is gone afterwards; one that a killed process left goes with the next."""
     recover(target)
     directory, held = _new_stage(target)
     try:
-        yield directory / "file"
+        yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
         held.close()

@@ -6,26 +6,28 @@ Deterministic for a given number of threads; cached: a second call finds it fini
 
 import argparse
 import json
-import math
 import sys
-import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from headfold.export.checkpoints.base import MemoryCheckpoint, TokenizerFiles
 from headfold.export.checkpoints.hf import save_hf
+from headfold.export.data.token_data import TokenData
 from headfold.export.model.config import ModelConfig
 from headfold.export.model.decoder import Decoder
+from headfold.export.model.initialize import new_decoder
+from headfold.export.progress import Reporter
+from headfold.export.training.loop import train
+from headfold.export.training.options import TrainOptions
 
 sys.path.insert(0, str(Path(__file__).parent))
 from corpus import corpus
 
 ROOT = Path(__file__).resolve().parents[1]
 SUBJECT, CORPUS = ROOT / "models" / "subject", ROOT / "models" / "corpus"
-BATCH, STEPS, RATE, WARMUP, END = 16, 4000, 3e-3, 100, 0.1
+BATCH, STEPS, RATE, WARMUP = 16, 4000, 3e-3, 100
 CONTEXT = 128
 CONFIG = ModelConfig(
     model_type="llama",
@@ -60,68 +62,30 @@ def tokenizer_files() -> TokenizerFiles:
     return TokenizerFiles({name: text.encode() for name, text in files.items()})
 
 
-def tokens(path: Path) -> torch.Tensor:
-    """The text's tokens, int64 [N]."""
+def tokens(path: Path) -> TokenData:
+    """The text's tokens."""
     lines = path.read_text().splitlines(keepends=True)
-    return torch.tensor([i for line in tokenizer().encode_batch(lines) for i in line.ids])
+    return TokenData.from_ids([i for line in tokenizer().encode_batch(lines) for i in line.ids])
 
 
-def batch(data: torch.Tensor, generator: torch.Generator, size: int, length: int = CONTEXT) -> torch.Tensor:
-    """Random windows, int64 [size, length + 1]."""
-    starts = torch.randint(len(data) - length - 1, (size, 1), generator=generator)
-    return data[starts + torch.arange(length + 1)]
-
-
-def cross_entropy(decoder: Decoder, rows: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(decoder(rows[:, :-1]).logits.flatten(0, 1), rows[:, 1:].flatten())
-
-
-@torch.no_grad()
-def evaluate(decoder: Decoder, data: torch.Tensor) -> float:
-    """Mean loss in nats over the same 256 windows every time."""
-    generator = torch.Generator().manual_seed(123)
-    return sum(cross_entropy(decoder, batch(data, generator, 64)).item() for _ in range(4)) / 4
-
-
-def schedule(step: int, steps: int, warmup: int, end: float) -> float:
-    """Share of the peak learning rate: linear warm-up, then a cosine down to `end`."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def initialised(config: ModelConfig) -> Decoder:
-    """Weights of standard deviation 0.02, those that write to the residual stream smaller (Radford et al. 2019)."""
-    decoder = Decoder(config)
-    for name, parameter in decoder.named_parameters():
-        if parameter.dim() > 1:
-            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            torch.nn.init.normal_(parameter, 0, 0.02 / (math.sqrt(2 * config.num_hidden_layers) if residual else 1))
-    return decoder
-
-
-def train(steps: int, log: int = 200) -> Decoder:
+def pretrain(steps: int) -> Decoder:
     text, held_out, about = corpus(CORPUS)
     data, validation = tokens(text), tokens(held_out)
     print(f"{about}: {len(data):,} tokens to train on, {len(validation):,} held out", flush=True)
-    torch.manual_seed(0)
-    decoder, generator, start = initialised(CONFIG), torch.Generator().manual_seed(1), time.time()
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = RATE * schedule(step, steps, WARMUP, END)
-        loss = cross_entropy(decoder, batch(data, generator, BATCH))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-        optimizer.step()
-        if (step + 1) % log == 0 or step + 1 == steps:
-            held = evaluate(decoder, validation) if (step + 1) % (5 * log) == 0 or step + 1 == steps else math.nan
-            line = (
-                f"step {step + 1}/{steps}: loss {loss.item():.4f}, validation {held:.4f}, {time.time() - start:.0f} s"
-            )
-            print(line, flush=True)
-    return decoder
+    options = TrainOptions(
+        steps=steps,
+        batch=BATCH,
+        sequence=CONTEXT,
+        learning_rate=RATE,
+        warmup=WARMUP / steps,
+        evaluate_every=1000,
+        evaluate_sequences=256,
+        cpu=True,
+    )
+    result = train(new_decoder(CONFIG, seed=0), data, options, validation=validation, reporter=Reporter())
+    for evaluation in result.evaluations:
+        print(f"step {evaluation.step}: validation loss {evaluation.loss:.4f}", flush=True)
+    return result.decoder
 
 
 def main() -> None:
@@ -134,7 +98,7 @@ def main() -> None:
     if options.output.exists():
         print(f"{options.output} is there already")
         return
-    decoder = train(options.steps)
+    decoder = pretrain(options.steps)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     checkpoint = MemoryCheckpoint(options.output, CONFIG, decoder.state_dict(), tokenizer_files())
     save_hf(options.output, checkpoint, torch.float32)

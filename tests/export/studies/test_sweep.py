@@ -255,12 +255,8 @@ def test_resuming_repeats_no_training_and_a_choice_that_fails_is_exit_code_1(swe
     _, output, arguments = swept
     before = json.loads((output / "report.json").read_text())
     monkeypatch.setattr("headfold.export.training.loop._Run._step", None)  # would fail if it were called
-    monkeypatch.setattr(
-        "headfold.export.studies.sweep._bundle", lambda *_: None
-    )  # exporting takes the longest, and was tested above
-    monkeypatch.setattr(
-        "headfold.export.studies.sweep.time_decoding", lambda *_: {2: {8: 1.0, 32: 1.0}, 4: {8: 1.0, 32: 1.0}}
-    )
+    times = {2: {8: 1.0, 32: 1.0}, 4: {8: 1.0, 32: 1.0}}  # exporting and timing take the longest, and were tested above
+    monkeypatch.setattr("headfold.export.studies.sweep._times", lambda *_: times)
     again = [*arguments, "--resume", "--kv-heads", "2", "--max-loss", "0.5"]
     done = CliRunner().invoke(main, [str(argument) for argument in again])
     assert done.exit_code == 1, done.stderr
