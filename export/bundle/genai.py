@@ -4,23 +4,24 @@ from typing import Any
 
 from headfold.export.model.config import ModelConfig
 from headfold.plugins.names import cache_input, cache_output
+from headfold.runtime.generation_settings import GenerationSettings
 
 
-def genai_config(config: ModelConfig, capacity: int) -> dict[str, Any]:
+def genai_config(config: ModelConfig, capacity: int, settings: GenerationSettings) -> dict[str, Any]:
     """The configuration of onnxruntime-genai 0.18 for a bundle whose cache holds `capacity` tokens; greedy unless told otherwise.
 
     Its model type only picks defaults for decoders like ours, so a model no Hugging Face family can express goes as a llama.
+    As in transformers, the tokens that begin, end and pad are those of the generation settings, and of the model where they name none.
     """
-    eos: int | list[int] | None = list(config.eos_token_id) if len(config.eos_token_id) > 1 else None
-    if eos is None:
-        eos = config.eos_token_id[0] if config.eos_token_id else 0
-    pad = config.pad_token_id if config.pad_token_id is not None else (config.eos_token_id or (0,))[0]
+    ends = config.eos_token_id if settings.eos_token_ids is None else settings.eos_token_ids
+    pads = settings.pad_token_ids or (() if config.pad_token_id is None else (config.pad_token_id,))
+    bos = config.bos_token_id if settings.bos_token_id is None else settings.bos_token_id
     return {
         "model": {
             "type": "llama" if config.model_type == "headfold" else config.model_type,
-            "bos_token_id": config.bos_token_id if config.bos_token_id is not None else 0,
-            "eos_token_id": eos,
-            "pad_token_id": pad,
+            "bos_token_id": bos or 0,
+            "eos_token_id": list(ends) if len(ends) > 1 else (*ends, 0)[0],
+            "pad_token_id": (*pads, *ends, 0)[0],
             "context_length": capacity,
             "vocab_size": config.vocab_size,
             "decoder": {

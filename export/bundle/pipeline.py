@@ -27,6 +27,7 @@ from headfold.export.parity.verify import verify_bundle
 from headfold.export.progress import Reporter
 from headfold.plugins.dtypes import DType, Quantized
 from headfold.runtime.errors import ConfigError, VerificationError
+from headfold.runtime.generation_settings import read_generation_settings
 from headfold.runtime.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -192,7 +193,7 @@ def _write_side_files(stage: Path, checkpoint: Checkpoint, capacity: int) -> Non
         eos = list(config.eos_token_id)
         ids = {"bos_token_id": config.bos_token_id, "eos_token_id": eos or None, "pad_token_id": config.pad_token_id}
         write_json(stage / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
-    write_json(stage / "genai_config.json", genai_config(config, capacity))
+    write_json(stage / "genai_config.json", genai_config(config, capacity, read_generation_settings(stage)))
 
 
 def _spec(value: ir.Value) -> TensorSpec:
