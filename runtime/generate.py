@@ -12,12 +12,13 @@ from numpy.typing import ArrayLike, NDArray
 from tokenizers import Tokenizer
 
 from headfold.runtime.backend import Backend
+from headfold.runtime.chat_template import Messages
 from headfold.runtime.errors import BundleError, CapacityError, InputError, printable
 from headfold.runtime.generation_settings import FILE, read_generation_settings
 from headfold.runtime.manifest import Manifest
 from headfold.runtime.restrictions import Forbidden
 from headfold.runtime.sampling import SAMPLING, Sampler, SamplingParameters, check_parameter
-from headfold.runtime.text import Detokenizer, Messages, Text
+from headfold.runtime.text import Detokenizer, Text, Tools
 
 FinishReason = Literal["stop", "length"]
 Ids = NDArray[np.int64]
@@ -63,6 +64,8 @@ class Options(TypedDict, total=False):
     stop: str | Sequence[str] | None  # end before any of these texts; by default the bundle's
     seed: int | None  # makes sampling repeatable; a row draws the same whatever is beside it
     ignore_eos: bool  # go on after an end-of-sequence token
+    tools: Tools  # JSON schemas of functions, for the chat template; this and the next are for messages only
+    template_variables: Mapping[str, Any] | None  # of the chat template, as {"enable_thinking": False}
 
 
 class Model:
@@ -84,16 +87,23 @@ class Model:
         """The bundle's tokenizer; InputError if it has none."""
         return self._text.tokenizer
 
-    def chat_prompt(self, messages: Messages, add_generation_prompt: bool = True) -> str:
+    def chat_prompt(
+        self,
+        messages: Messages,
+        add_generation_prompt: bool = True,
+        *,
+        tools: Tools = None,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """The conversation as text, by the bundle's chat template; InputError if it has none or refuses."""
-        return self._text.chat_prompt(messages, add_generation_prompt)
+        return self._text.chat_prompt(messages, add_generation_prompt, tools, template_variables)
 
     @overload
     def generate(self, prompt: Any, *, stream: Literal[True], **options: Unpack[Options]) -> Iterator[Delta]: ...
     @overload
     def generate(
         self,
-        prompt: str | list[int] | list[dict[str, str]],
+        prompt: str | list[int] | list[dict[str, Any]],
         *,
         stream: Literal[False] = False,
         **options: Unpack[Options],
@@ -101,7 +111,7 @@ class Model:
     @overload
     def generate(
         self,
-        prompt: list[str] | list[list[int]] | list[list[dict[str, str]]],
+        prompt: list[str] | list[list[int]] | list[list[dict[str, Any]]],
         *,
         stream: Literal[False] = False,
         **options: Unpack[Options],
@@ -115,7 +125,7 @@ class Model:
         What is not given comes from the bundle's generation_config.json; greedy, unless that or a given temperature samples.
 
         Args:
-            prompt: text; token ids; messages `[{"role": ..., "content": ...}]`; or a list of these, which gives a list.
+            prompt: text; token ids; messages `[{"role": ..., "content": text or parts}]`; or a list of these, which gives a list.
             stream: return an iterator of Deltas; otherwise a Generation, or a list of them for a list of prompts.
             options: see `Options`.
 
@@ -123,9 +133,9 @@ class Model:
             InputError: an empty prompt, malformed messages, a token that does not exist, or a parameter out of range; also a
                 text without a tokenizer or messages without a chat template in the bundle.
             CapacityError: prompt and answer do not fit the bundle's cache.
+            BundleError: the chat template breaks its bounds, or the model computes NaN.
         """
-        prompts, single = self._prompts(prompt)
-        deltas = self._deltas(prompts, **options)  # has checked everything
+        prompts, single, deltas = self._begin(prompt, **options)
         if stream:
             return deltas
         answers: list[list[Delta]] = [[] for _ in prompts]
@@ -168,17 +178,20 @@ class Model:
             result[index] = self.backend.prefill(self.backend.new_cache(1, length), 0, row, all_logits=True)
         return result[0] if array.ndim == 1 else result
 
-    def _deltas(
+    def _begin(
         self,
-        prompts: list[Ids],
+        prompt: Any,
         *,
+        tools: Tools = None,
+        template_variables: Mapping[str, Any] | None = None,
         max_new_tokens: int | None = None,
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
         ignore_eos: bool = False,
         **sampling: float | None,
-    ) -> Iterator[Delta]:
-        """Check everything now; generate when iterated."""
+    ) -> tuple[list[Ids], bool, Iterator[Delta]]:
+        """Check everything now; the iterator generates. The first two as of `_prompts`."""
+        prompts, single = self._prompts(prompt, tools, template_variables)
         parameters = self._parameters(sampling, seed)
         budgets = [self._budget(index, len(ids), max_new_tokens) for index, ids in enumerate(prompts)]
         stops = [stop] if isinstance(stop, str) else list(stop or self._settings.stops)
@@ -186,7 +199,7 @@ class Model:
             raise InputError("a stop string is empty, or no text", fix="Give texts of at least one character.")
         if stops:
             _ = self.tokenizer  # stop strings need one
-        return self._stream(prompts, parameters, budgets, stops, ignore_eos)
+        return prompts, single, self._stream(prompts, parameters, budgets, stops, ignore_eos)
 
     def _stream(
         self,
@@ -230,22 +243,22 @@ class Model:
                 return
             logits = self.backend.decode(cache, tokens, active)
 
-    def _prompts(self, prompt: Any) -> tuple[list[Ids], bool]:
+    def _prompts(self, prompt: Any, tools: Tools, variables: Mapping[str, Any] | None) -> tuple[list[Ids], bool]:
         """Token ids of each prompt, and whether there was only one, not in a list."""
         if _is_one(prompt):
-            return [self._encode(prompt)], True
+            return [self._encode(prompt, tools, variables)], True
         if not isinstance(prompt, Sequence | np.ndarray):
             raise InputError(f"a prompt cannot be a {type(prompt).__name__}", fix=_NO_PROMPT)
         if not len(prompt):
             raise InputError("the prompt is empty", fix=_NO_PROMPT)
-        return [self._encode(one) for one in prompt], False
+        return [self._encode(one, tools, variables) for one in prompt], False
 
-    def _encode(self, prompt: Any) -> Ids:
-        if isinstance(prompt, str):
-            return self._checked(self._text.encode(prompt))
-        if isinstance(prompt, Sequence) and any(isinstance(item, Mapping) for item in prompt):
-            return self._checked(self._text.encode_chat(prompt))
-        return self._checked(prompt)
+    def _encode(self, prompt: Any, tools: Tools, variables: Mapping[str, Any] | None) -> Ids:
+        if not isinstance(prompt, str) and isinstance(prompt, Sequence) and any(isinstance(x, Mapping) for x in prompt):
+            return self._checked(self._text.encode_chat(prompt, tools, variables))
+        if tools is not None or variables is not None:
+            raise InputError("tools and template_variables are for messages", fix="Give messages, or leave them out.")
+        return self._checked(self._text.encode(prompt) if isinstance(prompt, str) else prompt)
 
     def _checked(self, ids: ArrayLike) -> Ids:
         """Token ids [S] of one sequence, S >= 1, all in the vocabulary."""

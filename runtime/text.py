@@ -1,20 +1,16 @@
 """Text in and out: the bundle's tokenizer and chat template, and turning tokens into text one by one."""
 
-import datetime
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 from tokenizers import Tokenizer
 
+from headfold.runtime.chat_template import ChatTemplate, Messages
 from headfold.runtime.errors import BundleError, InputError
+from headfold.runtime.json_file import SETTINGS_BYTES, read_object
 
-Messages = Sequence[Mapping[str, str]]
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+Tools = Sequence[Mapping[str, Any]] | None
 _UNFINISHED = "\ufffd"  # what a tokenizer decodes the bytes of half a character to
 _SETTLE = 32  # tokens decoded anew with every further one, at most; but see Detokenizer
 
@@ -24,7 +20,7 @@ class Text:
 
     def __init__(self, bundle: Path) -> None:
         self.bundle = bundle
-        self.settings = read_json(bundle / "tokenizer_config.json")
+        self.settings = _read_json(bundle / "tokenizer_config.json")
         self._tokenizer = _read_tokenizer(bundle / "tokenizer.json")
         self._template = self._read_template()
 
@@ -52,9 +48,12 @@ class Text:
         """Token ids of a plain prompt. tokenizer.json says which special tokens go around it, as in transformers 5."""
         return self._encode(text, add_special_tokens=True)
 
-    def encode_chat(self, messages: Messages) -> list[int]:
+    def encode_chat(
+        self, messages: Messages, tools: Tools = None, variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """Token ids of a conversation; the template writes the special tokens itself."""
-        return self._encode(self.chat_prompt(messages), add_special_tokens=False)
+        prompt = self.chat_prompt(messages, tools=tools, variables=variables)
+        return self._encode(prompt, add_special_tokens=False)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         tokenizer = self.tokenizer
@@ -62,64 +61,55 @@ class Text:
             return list(tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
         except TypeError as error:  # of a str that has no UTF-8
             raise InputError("the text holds half a surrogate pair", fix="Decode it as UTF-8.") from error
+        except Exception as error:  # tokenizers raises plain Exception
+            raise InputError(
+                f"the tokenizer refuses the text: {error}", where=self.bundle, fix="Give other text."
+            ) from error
 
-    def chat_prompt(self, messages: Messages, add_generation_prompt: bool = True) -> str:
-        """The conversation as the text the model was trained on.
+    def chat_prompt(
+        self,
+        messages: Messages,
+        add_generation_prompt: bool = True,
+        tools: Tools = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The conversation as the text the model was trained on. `variables` are the template's own, as `enable_thinking`.
 
         Raises:
-            InputError: no template, malformed messages, or the template refuses them.
+            InputError: no template, malformed messages or tools, or the template refuses them.
+            BundleError: the template takes too much time or memory.
         """
         if self._template is None:
             raise InputError("the bundle has no chat template", where=self.bundle, fix="Give a plain prompt.")
-        for index, message in enumerate(messages):
-            if not isinstance(message, Mapping) or any(
-                not isinstance(message.get(key), str) for key in ("role", "content")
-            ):
-                raise InputError(
-                    f"message {index} is malformed",
-                    fix='A message is {"role": "system", "user" or "assistant", "content": text}.',
-                )
-        special = {name: token for name in _SPECIAL if (token := _content(self.settings.get(name))) is not None}
-        absent = {"tools": None, "documents": None}  # as transformers passes them
-        try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **absent, **special
-            )
-        except Exception as error:  # a template is a program and can fail like one
-            raise InputError(
-                f"the chat template refuses the messages: {error}", where=self.bundle, fix="Correct the messages."
-            ) from error
+        return self._template.render(messages, add_generation_prompt, tools, variables or {})
 
-    def _read_template(self) -> jinja2.Template | None:
+    def _read_template(self) -> ChatTemplate | None:
         file, source = self.bundle / "chat_template.jinja", self.settings.get("chat_template")
         if file.is_file():
-            source = file.read_text(encoding="utf-8")
-        if isinstance(source, list):  # several, by name
-            source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
-        if source is None:
-            return None
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-        )
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-        environment.filters["tojson"] = _to_json
-        try:
-            return environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise BundleError(
-                f"its chat template is broken: {error}", where=self.bundle, fix="Export the bundle again."
-            ) from error
+            source = file.read_bytes().decode(errors="replace")
+        entries = source if isinstance(source, list) else [{"name": "default", "template": source}]
+        named: dict[str, str] = {}
+        for entry in entries:
+            match entry:
+                case {"name": str(name), "template": str(template)}:
+                    named[name] = template
+                case {"template": None}:
+                    pass
+                case _:
+                    raise BundleError("its chat template is no text", where=self.bundle, fix="Export the bundle again.")
+        return ChatTemplate(named, self._special_tokens(), self.bundle) if named else None
 
+    def _special_tokens(self) -> dict[str, str]:
+        """Special tokens by name, as transformers 5 finds them: `bos_token`, and whatever else ends in `_token` and is text.
 
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks what an assistant says, for training; here it is only text."""
-
-    tags = {"generation"}  # noqa: RUF012 jinja's own way
-
-    def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        Older checkpoints have some in special_tokens_map.json alone, which comes first where no list of added tokens tells otherwise.
+        """
+        older = _read_json(self.bundle / "special_tokens_map.json")
+        sources = [older, self.settings] if "added_tokens_decoder" in self.settings else [self.settings, older]
+        own = self.settings.get("extra_special_tokens")
+        sources += [own] if isinstance(own, dict) else []
+        tokens = {name: _content(token) for source in sources for name, token in source.items() if token}
+        return {name: token for name, token in tokens.items() if isinstance(token, str) and name.endswith("_token")}
 
 
 class Detokenizer:
@@ -170,21 +160,9 @@ class Detokenizer:
         return bool(text) and _UNFINISHED not in text
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of the bundle, empty if there is no such file.
-
-    Raises:
-        BundleError: it is something else.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise BundleError(f"is not JSON: {error}", where=path, fix="Export the bundle again.") from error
-    if not isinstance(content, dict):
-        raise BundleError("is no JSON object", where=path, fix="Export the bundle again.")
-    return content
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of the bundle, empty if there is no such file. Raises BundleError: it is something else."""
+    return read_object(path, SETTINGS_BYTES, BundleError, "Export the bundle again.") if path.is_file() else {}
 
 
 def _read_tokenizer(path: Path) -> Tokenizer | None:
@@ -199,21 +177,6 @@ def _read_tokenizer(path: Path) -> Tokenizer | None:
     return tokenizer
 
 
-def _content(token: Any) -> str | None:
+def _content(token: Any) -> Any:
     """A special token is a string, or an object that has it as `content`."""
     return token.get("content") if isinstance(token, dict) else token
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Unlike jinja's own, escapes nothing for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
