@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from headfold.export.model.config import Activation, ModelConfig, RopeConfig
+from headfold.export.model.config import MOST_LAYERS, Activation, ModelConfig, RopeConfig
 from headfold.runtime.errors import ConfigError
 
 Json = Mapping[str, Any]
 T = TypeVar("T")
+_MOST_ENDS = 64  # end tokens
 
 ACTIVATIONS: dict[str, Activation] = {  # transformers' names
     "silu": "silu",
@@ -23,13 +24,21 @@ ACTIVATIONS: dict[str, Activation] = {  # transformers' names
     "sigmoid": "sigmoid",
     "linear": "linear",
 }
-ROPE_FIELDS: dict[str, tuple[str, ...]] = {  # what each type must have, and what it may have beside it
+ROPE_FIELDS: dict[str, tuple[str, ...]] = {  # what a config.json of ours says of each type
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "original_max_position_embeddings"),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+        "attention_factor",
+    ),
 }
-ROPE_OPTIONAL = {"yarn": ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "attention_factor")}
 
 
 @dataclass(frozen=True)
@@ -38,73 +47,127 @@ class Family:
 
     architecture: str  # transformers' class
     gguf: str | None  # architecture name in GGUF files
+    defaults: Mapping[str, Any]  # of transformers' configuration class, where they are not those of `_DEFAULTS`
     qkv_bias: bool | str = False
     output_bias: bool | str = False
     mlp_bias: bool | str = False
     qk_norm: bool = False
     sliding_window: bool = False  # all layers have it, if sliding_window is not null
     layer_types: bool = False  # Qwen: use_sliding_window, max_window_layers, layer_types
+    never_null: str = ""  # of num_key_value_heads and head_dim the one that must be a number
     gguf_permuted: bool = False  # llama.cpp stores query and key rows for interleaved RoPE
 
 
+# What a field is where config.json does not have it; null is something else. From transformers 5's configuration classes.
+_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+_QWEN: dict[str, Any] = {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+}
+_LLAMA: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2}
 FAMILIES: dict[str, Family] = {
-    "llama": Family("LlamaForCausalLM", "llama", "attention_bias", "attention_bias", "mlp_bias", gguf_permuted=True),
-    "mistral": Family("MistralForCausalLM", None, sliding_window=True),  # its GGUF files say llama
-    "qwen2": Family("Qwen2ForCausalLM", "qwen2", qkv_bias=True, layer_types=True),
-    "qwen3": Family("Qwen3ForCausalLM", "qwen3", "attention_bias", "attention_bias", qk_norm=True, layer_types=True),
+    "llama": Family(
+        "LlamaForCausalLM",
+        "llama",
+        _LLAMA | {"intermediate_size": 11008, "max_position_embeddings": 2048},
+        "attention_bias",
+        "attention_bias",
+        "mlp_bias",
+        gguf_permuted=True,
+    ),
+    "mistral": Family(  # its GGUF files say llama
+        "MistralForCausalLM",
+        None,
+        _LLAMA | {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072},
+        sliding_window=True,
+        never_null="num_key_value_heads",
+    ),
+    "qwen2": Family("Qwen2ForCausalLM", "qwen2", _QWEN, qkv_bias=True, layer_types=True),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        "qwen3",
+        _QWEN | {"head_dim": 128},
+        "attention_bias",
+        "attention_bias",
+        qk_norm=True,
+        layer_types=True,
+        never_null="head_dim",
+    ),
 }
 OWN = "headfold"  # the model type of models that no family can express: its config.json is ModelConfig itself
+_TYPES = {"full_attention", "sliding_attention"}
 
 
 def config_from_json(content: Json, where: object) -> ModelConfig:
-    """Read a Hugging Face `config.json`, of transformers 4 or 5; `where` is named in errors.
+    """Read a Hugging Face `config.json` as transformers 5 does; `where` is named in errors.
 
     Raises:
-        ConfigError: a field is missing or of the wrong type, or asks for something headfold does not implement.
+        ConfigError: a field is of the wrong type, or asks for something headfold does not implement.
     """
     try:
-        return _config_from_json(_Fields(content))
+        return _config_from_json(content)
     except ConfigError as error:
         raise ConfigError(error.what, where=error.where or where, fix=error.fix) from error
 
 
 class _Fields:
-    """Typed access to a JSON object: a missing or wrong field is an error that names it."""
+    """Typed access to a JSON object: a field that is absent has its default, a wrong one is an error that names it."""
 
-    def __init__(self, content: Json, prefix: str = "") -> None:
-        self.content, self.prefix = content, prefix
+    def __init__(self, content: Json, defaults: Json, prefix: str = "") -> None:
+        self.content, self.defaults, self.prefix = content, defaults, prefix
 
-    def get(self, name: str, kind: type[T], default: T | None = None) -> T:
-        value = self.content.get(name)
+    def get(self, name: str, kind: type[T]) -> T:
+        """A field that cannot be null."""
+        value = self.optional(name, kind)
         if value is None:
-            if default is None:
-                raise ConfigError(
-                    f"{self.prefix}{name} is missing", fix="Take the config.json that belongs to the weights."
-                )
-            return default
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            said = "null" if name in self.content else "missing"
+            raise ConfigError(f"{self.prefix}{name} is {said}", fix="Take the config.json that belongs to the weights.")
+        return value
+
+    def optional(self, name: str, kind: type[T]) -> T | None:
+        """A field that can be null, or absent without a default."""
+        value: Any = self.content[name] if name in self.content else self.defaults.get(name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and kind is float:
             value = float(value)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        elif number and kind is int and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
             raise ConfigError(f"{self.prefix}{name} is {value!r}", fix=f"It must be of type {kind.__name__}.")
         return value
 
 
-def _config_from_json(fields: _Fields) -> ModelConfig:
-    model_type = fields.get("model_type", str)
+def _config_from_json(content: Json) -> ModelConfig:
+    model_type = content.get("model_type")
     if model_type == OWN:
-        return ModelConfig.from_json(fields.content)
-    if model_type not in FAMILIES:
+        return ModelConfig.from_json(content)
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(f"model_type {model_type!r} is unknown", fix=f"headfold knows {', '.join(FAMILIES)}.")
-    family, content = FAMILIES[model_type], fields.content
-    if content.get("quantization_config"):
-        raise ConfigError("quantization_config: quantized checkpoints are not read", fix="Take the unquantized one.")
-    if content.get("pretraining_tp", 1) != 1:
-        raise ConfigError("pretraining_tp is not 1", fix="headfold does not split matrices as it asks.")
+    family = FAMILIES[model_type]
+    fields = _Fields(content, {**_DEFAULTS, **family.defaults})
     heads, hidden, layers = (fields.get(n, int) for n in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
-    if not content.get("head_dim") and hidden % max(heads, 1):
+    head_dim, kv_heads = (fields.optional(name, int) for name in ("head_dim", "num_key_value_heads"))
+    if family.never_null:
+        fields.get(family.never_null, int)
+    if head_dim is None and hidden % max(heads, 1):
         raise ConfigError(f"hidden_size {hidden} is not divisible by num_attention_heads {heads}", fix="Set head_dim.")
     window, windowed = _sliding(fields, family, layers)
-    eos = content.get("eos_token_id")
+    positions = fields.get("max_position_embeddings", int)
     return ModelConfig(
         model_type=model_type,
         vocab_size=fields.get("vocab_size", int),
@@ -112,23 +175,38 @@ def _config_from_json(fields: _Fields) -> ModelConfig:
         intermediate_size=fields.get("intermediate_size", int),
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=fields.get("num_key_value_heads", int, heads),
-        head_dim=fields.get("head_dim", int, hidden // max(heads, 1)),
-        max_position_embeddings=fields.get("max_position_embeddings", int),
-        norm_eps=fields.get("rms_norm_eps", float, 1e-6),
+        num_key_value_heads=_or(kv_heads, heads),
+        head_dim=_or(head_dim, hidden // max(heads, 1)),
+        max_position_embeddings=positions,
+        norm_eps=fields.get("rms_norm_eps", float),
         hidden_act=activation(fields.get("hidden_act", str)),
-        rope=_rope(fields),
+        rope=_rope(content, positions),
         qkv_bias=_flag(family.qkv_bias, fields),
         output_bias=_flag(family.output_bias, fields),
         mlp_bias=_flag(family.mlp_bias, fields),
         qk_norm=family.qk_norm,
         sliding_window=window,
         sliding_layers=windowed,
-        tie_word_embeddings=fields.get("tie_word_embeddings", bool, False),
-        bos_token_id=content.get("bos_token_id"),
-        eos_token_id=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-        pad_token_id=content.get("pad_token_id"),
+        tie_word_embeddings=fields.get("tie_word_embeddings", bool),
+        bos_token_id=fields.optional("bos_token_id", int),
+        eos_token_id=_ends(fields),
+        pad_token_id=fields.optional("pad_token_id", int),
     )
+
+
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+def _ends(fields: _Fields) -> tuple[int, ...]:
+    value = fields.content.get("eos_token_id")
+    if not isinstance(value, list):
+        single = fields.optional("eos_token_id", int)
+        return () if single is None else (single,)
+    if len(value) > _MOST_ENDS:
+        raise ConfigError(f"eos_token_id has {len(value)} tokens", fix=f"It can have up to {_MOST_ENDS}.")
+    each = _Fields({f"eos_token_id[{i}]": token for i, token in enumerate(value)}, {})
+    return tuple(each.get(name, int) for name in each.content)
 
 
 def activation(name: str) -> Activation:
@@ -139,65 +217,83 @@ def activation(name: str) -> Activation:
 
 
 def _flag(flag: bool | str, fields: _Fields) -> bool:
-    return fields.get(flag, bool, False) if isinstance(flag, str) else flag
+    return fields.get(flag, bool) if isinstance(flag, str) else flag
 
 
 def _sliding(fields: _Fields, family: Family, layers: int) -> tuple[int | None, tuple[int, ...]]:
     """The window and the layers that have it."""
-    window = fields.content.get("sliding_window")
-    if family.sliding_window and window is not None:
-        return fields.get("sliding_window", int), tuple(range(layers))
-    if not family.layer_types or not fields.get("use_sliding_window", bool, False) or window is None:
-        return None, ()
     types = fields.content.get("layer_types")
+    if family.sliding_window:
+        window = fields.optional("sliding_window", int)
+        if window is not None and types is not None and types != ["sliding_attention"] * layers:
+            raise ConfigError(
+                "layer_types names layers without the window, and transformers' Mistral has it in all of them",
+                fix="Remove layer_types, or set sliding_window to null.",
+            )
+        return window, tuple(range(layers)) if window is not None else ()
+    if not family.layer_types:
+        return None, ()
+    window = fields.optional("sliding_window", int) if fields.get("use_sliding_window", bool) else None
     if types is None:
-        first = fields.get("max_window_layers", int, layers)
-        types = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
-    unknown = set(types) - {"full_attention", "sliding_attention"}
-    if unknown or len(types) != layers:
+        first = fields.get("max_window_layers", int)
+        return window, tuple(range(max(first, 0), min(layers, MOST_LAYERS))) if window is not None else ()
+    if not isinstance(types, list) or len(types) != layers or not all(kind in _TYPES for kind in types):
         raise ConfigError(
-            f"layer_types {sorted(unknown) or len(types)}",
-            fix=f"It must name full or sliding attention {layers} times.",
+            f"layer_types is {types!r}", fix=f"It must name {' or '.join(sorted(_TYPES))} {layers} times."
         )
-    return fields.get("sliding_window", int), tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
+    sliding = tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
+    if sliding and window is None:
+        raise ConfigError(
+            "layer_types names sliding layers, and there is no window", fix="Set use_sliding_window and sliding_window."
+        )
+    return window if sliding else None, sliding
 
 
-def _rope(fields: _Fields) -> RopeConfig:
-    """`rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` of transformers 4."""
-    content = fields.content
-    parameters = content.get("rope_parameters") or content.get("rope_scaling") or {}
-    if not isinstance(parameters, Mapping):
-        raise ConfigError(f"rope parameters are {parameters!r}", fix="They must be an object.")
-    merged = {k: content[k] for k in ("rope_theta", "partial_rotary_factor") if content.get(k) is not None} | dict(
-        parameters
-    )
-    kind: Any = merged.get("rope_type") or merged.get("type") or "default"
-    if kind not in ROPE_FIELDS:
+def _rope(content: Json, positions: int) -> RopeConfig:
+    """`rope_scaling` of transformers 4, which people also add to newer files by hand, before `rope_parameters` of transformers 5."""
+    parameters = content.get("rope_scaling") or content.get("rope_parameters") or {}
+    if not isinstance(parameters, Mapping) or any(isinstance(value, Mapping) for value in parameters.values()):
+        raise ConfigError(f"rope parameters are {parameters!r}", fix="They must be an object of numbers.")
+    top = {k: content[k] for k in ("rope_theta", "partial_rotary_factor") if content.get(k) is not None}
+    merged = top | dict(parameters)
+    kind: Any = merged.get("rope_type", merged.get("type", "default"))
+    if kind not in (*ROPE_FIELDS,):
         raise ConfigError(f"rope_type {kind!r} is not implemented", fix=f"headfold knows {', '.join(ROPE_FIELDS)}.")
-    given = _Fields(merged, "rope: ")
+    if content.get("original_max_position_embeddings") is not None:  # beside the object, it wins
+        merged["original_max_position_embeddings"] = content["original_max_position_embeddings"]
+    given = _Fields(merged, {"rope_theta": 10000.0, "original_max_position_embeddings": positions}, "rope: ")
+    partial = given.optional("partial_rotary_factor", float)
+    if partial not in (None, 1.0):
+        raise ConfigError(
+            f"partial_rotary_factor is {partial}: transformers ignores it or fails in this family, vLLM heeds it",
+            fix="Say which is meant: remove it, or take a model type that has it.",
+        )
     values: dict[str, Any] = {}
-    for name in ROPE_FIELDS[kind]:
-        values[name] = given.get(name, int if name.endswith("embeddings") else float)
-    for name in ROPE_OPTIONAL.get(kind, ()):
-        if merged.get(name) is not None:
-            values[name] = given.get(name, bool if name == "truncate" else float)
-    return RopeConfig(
-        rope_theta=given.get("rope_theta", float, 10000.0),
-        rope_type=kind,
-        partial_rotary_factor=given.get("partial_rotary_factor", float, 1.0),
-        **values,
-    )
+    if kind in ("linear", "llama3"):
+        values["factor"] = given.get("factor", float)
+    if kind == "llama3":
+        values |= {name: given.get(name, float) for name in ("low_freq_factor", "high_freq_factor")}
+    if kind in ("llama3", "yarn"):
+        values["original_max_position_embeddings"] = original = given.get("original_max_position_embeddings", int)
+    if kind == "yarn":
+        if "factor" not in merged:
+            raise ConfigError("rope: factor is missing", fix="Take the config.json that belongs to the weights.")
+        values["factor"] = given.optional("factor", float) or positions / max(original, 1)
+        values |= {name: given.optional(name, float) or 0.0 for name in ("mscale", "mscale_all_dim")}
+        values["beta_fast"] = given.optional("beta_fast", float) or 32.0
+        values["beta_slow"] = given.optional("beta_slow", float) or 1.0
+        values["attention_factor"] = given.optional("attention_factor", float)
+        values["truncate"] = bool(merged.get("truncate", True))
+    return RopeConfig(rope_theta=given.get("rope_theta", float), rope_type=kind, **values)
 
 
 def config_to_json(config: ModelConfig) -> dict[str, Any]:
     """A `config.json` that transformers 5 loads; for a model no family can express, ModelConfig's own fields."""
     family = FAMILIES.get(config.model_type)
-    if family is None:
-        return config.to_json()
+    if family is None or config.rope.partial_rotary_factor != 1:  # which these families have not
+        return config.to_json() | {"model_type": OWN}
     rope = {"rope_type": config.rope.rope_type, "rope_theta": config.rope.rope_theta}
-    if config.rope.partial_rotary_factor != 1:
-        rope["partial_rotary_factor"] = config.rope.partial_rotary_factor
-    names = ROPE_FIELDS[config.rope.rope_type] + ROPE_OPTIONAL.get(config.rope.rope_type, ())
+    names = ROPE_FIELDS[config.rope.rope_type]
     rope |= {name: getattr(config.rope, name) for name in names if getattr(config.rope, name) is not None}
     eos: object = list(config.eos_token_id) if len(config.eos_token_id) > 1 else next(iter(config.eos_token_id), None)
     content: dict[str, Any] = {

@@ -13,6 +13,18 @@ from headfold.runtime.errors import ConfigError
 Activation = Literal["relu", "gelu", "gelu_pytorch_tanh", "silu", "sigmoid", "linear"]
 Norm = Literal["rms_norm", "layer_norm"]
 RopeType = Literal["default", "linear", "llama3", "yarn"]
+MOST_LAYERS = 1024
+_MOST = {  # of each size: nothing is reckoned or allocated for a model that nobody has
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 18,
+    "intermediate_size": 1 << 20,
+    "num_hidden_layers": MOST_LAYERS,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "head_dim": 1 << 12,
+    "max_position_embeddings": 1 << 30,
+}
+_LARGEST = 1 << 31  # windows are 32-bit attributes
 _NOT_OURS = frozenset({"architectures", "dtype", "torch_dtype"})  # beside ModelConfig in a config.json
 
 # Shazeer 2020, equations 1-6: the activation of the first projection, and whether a second one multiplies it.
@@ -82,38 +94,51 @@ class ModelConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}", fix="It must be at least 1.")
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or not 1 <= value <= most:
+                raise ConfigError(f"{name} is {value}", fix=f"It must be 1 to {most}.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads {self.num_attention_heads} is not divisible by "
                 f"num_key_value_heads {self.num_key_value_heads}",
                 fix="Every key/value head must serve the same number of query heads.",
             )
-        if self.rotary_dim % 2 or self.rotary_dim < 2:
+        if not (math.isfinite(self.norm_eps) and self.norm_eps >= 0):
+            raise ConfigError(f"norm_eps is {self.norm_eps}", fix="It must be 0 or more, and finite.")
+        self._check_rope()
+        if self.sliding_layers and self.sliding_window is None:
+            raise ConfigError("sliding-attention layers without a sliding_window", fix="Set sliding_window.")
+        if self.sliding_window is not None and not 1 <= self.sliding_window < _LARGEST:
             raise ConfigError(
-                f"head_dim {self.head_dim} x partial_rotary_factor {self.rope.partial_rotary_factor} rotates "
+                f"sliding_window is {self.sliding_window}", fix="It must be 1 or more, in 31 bits, or null."
+            )
+
+    def _check_rope(self) -> None:
+        rope = self.rope
+        for name in ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+            value = getattr(rope, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"rope: {name} is {value}", fix="It must be positive and finite.")
+        for name in ("mscale", "mscale_all_dim", "attention_factor", "partial_rotary_factor"):
+            value = getattr(rope, name)
+            if value is not None and not math.isfinite(value):
+                raise ConfigError(f"rope: {name} is {value}", fix="It must be finite.")
+        if rope.rope_type in ("llama3", "yarn") and not 1 <= rope.original_max_position_embeddings < _LARGEST:
+            raise ConfigError(
+                f"rope: original_max_position_embeddings is {rope.original_max_position_embeddings}",
+                fix="It must be 1 or more, in 31 bits.",
+            )
+        if rope.rope_type == "llama3" and rope.low_freq_factor == rope.high_freq_factor:
+            raise ConfigError("rope: low_freq_factor and high_freq_factor are equal", fix="The second must be larger.")
+        if rope.rope_type == "yarn" and rope.rope_theta == 1:
+            raise ConfigError("rope: rope_theta is 1", fix="It must be another number: YaRN divides by its logarithm.")
+        if self.rotary_dim % 2 or not 2 <= self.rotary_dim <= self.head_dim:
+            raise ConfigError(
+                f"head_dim {self.head_dim} x partial_rotary_factor {rope.partial_rotary_factor} rotates "
                 f"{self.rotary_dim} dimensions",
                 fix="RoPE rotates pairs: the number must be even and at least 2.",
             )
-        if self.sliding_layers and self.sliding_window is None:
-            raise ConfigError("sliding-attention layers without a sliding_window", fix="Set sliding_window.")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ConfigError(f"sliding_window is {self.sliding_window}", fix="It must be at least 1, or null.")
-        if self.rope.rope_type != "default" and self.rope.factor < 1:
-            raise ConfigError(f"rope factor is {self.rope.factor}", fix="It must be at least 1.")
-        if not (math.isfinite(self.rope.rope_theta) and self.rope.rope_theta > 0):
-            raise ConfigError(f"rope_theta is {self.rope.rope_theta}", fix="It must be positive and finite.")
 
     @property
     def rotary_dim(self) -> int:
