@@ -5,10 +5,11 @@ come from does not matter: a file may be a link, as in the cache of a hub, for i
 """
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from headfold.plugins.dtypes import DType, Quantized
 from headfold.plugins.names import is_cache_input, is_cache_output
@@ -18,6 +19,9 @@ from headfold.runtime.json_file import MANIFEST_BYTES, read_object
 FORMAT_VERSION = 1
 ENGINES_VERSION = 2  # of a bundle with engines, which readers of version 1 refuse
 QUANTIZED_VERSION = 3  # of a bundle with a quantized cache
+ROADS_VERSION = (
+    4  # of a bundle of a model that headfold has no table of, or whose layers have caches of different shapes
+)
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 KERNELS = "kernels.json"  # in the directory of a plugin's kernels
@@ -35,6 +39,7 @@ def _inside(name: str) -> str:
     return name
 
 
+Size = Annotated[int, Field(ge=1)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 FileName = Annotated[str, AfterValidator(_inside)]  # relative to the bundle, with slashes
 
@@ -68,14 +73,47 @@ class QuantizationSpec(_Strict):
 
 
 class CacheSpec(_Strict):
-    """The KV cache. Per layer two tensors [batch, num_key_value_heads, capacity, head_dim]; capacity is in tokens."""
+    """The KV cache. Per layer two tensors [batch, num_key_value_heads, capacity, head_dim]; capacity is in tokens.
+
+    A list has a number for each layer, a number is that of all layers.
+    """
 
     layout: Literal["batch, num_key_value_heads, capacity, head_dim"] = "batch, num_key_value_heads, capacity, head_dim"
     num_hidden_layers: int = Field(ge=1)
-    num_key_value_heads: int = Field(ge=1)
-    head_dim: int = Field(ge=1)
+    num_key_value_heads: Size | list[Size]
+    head_dim: Size | list[Size]
     capacity: int = Field(ge=1)  # the most tokens (prompt and answer) a sequence may have
     quantization: QuantizationSpec | None = None
+
+    @model_validator(mode="after")
+    def _one_for_each_layer(self) -> "CacheSpec":
+        for name, value in (("num_key_value_heads", self.num_key_value_heads), ("head_dim", self.head_dim)):
+            if isinstance(value, list) and len(value) != self.num_hidden_layers:
+                raise ValueError(f"{name} has {len(value)} numbers for {self.num_hidden_layers} layers")
+        return self
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Per layer the number of key/value heads, and their size."""
+        heads, sizes = (
+            value if isinstance(value, list) else [value] * self.num_hidden_layers
+            for value in (self.num_key_value_heads, self.head_dim)
+        )
+        return list(zip(heads, sizes, strict=True))
+
+
+def cache_spec(
+    shapes: Sequence[tuple[int, int]], capacity: int, quantization: QuantizationSpec | None = None
+) -> CacheSpec:
+    """The spec of a cache whose layers have these numbers of heads, and sizes of them."""
+    heads, sizes = zip(*shapes, strict=True)
+    return CacheSpec(
+        num_hidden_layers=len(shapes),
+        num_key_value_heads=heads[0] if len(set(heads)) == 1 else list(heads),
+        head_dim=sizes[0] if len(set(sizes)) == 1 else list(sizes),
+        capacity=capacity,
+        quantization=quantization,
+    )
 
 
 class ShapeRange(_Strict):
@@ -128,10 +166,13 @@ class EngineEntry(_Strict):
 class Manifest(_Strict):
     """Everything a user of the bundle must know before opening its graph."""
 
-    format_version: int = Field(ge=1, le=QUANTIZED_VERSION)
+    format_version: int = Field(ge=1, le=ROADS_VERSION)
     headfold_version: str
     source: str  # name of the checkpoint's file or directory, without its path
-    config: dict[str, Any]  # headfold.export.model.config.ModelConfig as JSON
+    road: Literal["headfold", "transformers", "module"] = "headfold"  # who made the model of its weights
+    config: dict[
+        str, Any
+    ]  # as JSON: ModelConfig of headfold.export.model.config, on other roads Facts of headfold.export.exportables
     vocab_size: int = Field(ge=1)
     parameters: int = Field(ge=1)
     dtype: DType  # of the weights, the logits, and the cache unless that is quantized
@@ -165,9 +206,9 @@ def read_manifest(bundle: Path) -> Manifest:
         raise BundleError("has no manifest.json", where=bundle, fix="Only a finished export has one: export again.")
     content = read_object(path, MANIFEST_BYTES, BundleError, _FIX)
     version = content.get("format_version")
-    if isinstance(version, int) and version > QUANTIZED_VERSION:
+    if isinstance(version, int) and version > ROADS_VERSION:
         raise BundleError(
-            f"has format version {version}, this headfold reads up to {QUANTIZED_VERSION}",
+            f"has format version {version}, this headfold reads up to {ROADS_VERSION}",
             where=path,
             fix="Upgrade headfold, or export the bundle with this version.",
         )

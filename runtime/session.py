@@ -4,6 +4,7 @@ Prefill goes row by row (the attention kernel takes several new tokens only for 
 decode takes one token of every row.
 """
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,13 +43,13 @@ class OrtCache:
     def __init__(self, manifest: Manifest, batch: int, capacity: int, device: str) -> None:
         spec, stored = manifest.cache, DTYPES[manifest.cache_dtype].numpy
         self.capacity, self.lengths = capacity, np.zeros(batch, np.int64)
-        self.row_shape = (spec.num_key_value_heads, capacity, spec.head_dim)
-        self.row_bytes = int(np.prod(self.row_shape)) * np.dtype(stored).itemsize
+        self.row_shapes = [(heads, capacity, head_dim) for heads, head_dim in spec.shapes]  # of each layer
+        self.itemsize = np.dtype(stored).itemsize
         self.logits = np.empty((batch, manifest.vocab_size), DTYPES[manifest.dtype].numpy)
         self.bound: _Bound | None = None
         self.values = {  # on the CPU the array's own memory; its pages are taken when they are first written
-            names: ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, *self.row_shape), stored), device, 0)
-            for names in caches(spec.num_hidden_layers).items()
+            names: ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, *self.row_shapes[i // 2]), stored), device, 0)
+            for i, names in enumerate(caches(spec.num_hidden_layers).items())  # keys and values of each
         }
 
 
@@ -133,9 +134,11 @@ class OrtSession:
 
     def _bind_cache(self, binding: Any, cache: OrtCache, first: int, end: int) -> None:
         """Bind rows of the cache as past and present: the same memory, so it is updated in place."""
-        shape = (end - first, *cache.row_shape)  # [b, Hkv, C, D]
-        for (past, present), value in cache.values.items():
-            place = (self.device, 0, self._cache_type, shape, value.data_ptr() + first * cache.row_bytes)
+        for i, ((past, present), value) in enumerate(cache.values.items()):
+            row = cache.row_shapes[i // 2]
+            shape = (end - first, *row)  # [b, Hkv, C, D]
+            address = value.data_ptr() + first * math.prod(row) * cache.itemsize
+            place = (self.device, 0, self._cache_type, shape, address)
             binding.bind_input(past, *place)
             binding.bind_output(present, *place)
 
@@ -204,8 +207,9 @@ def _check_graph(session: Any, path: Path, manifest: Manifest) -> None:
             raise BundleError(f"its {kind} are not those of the manifest", where=path, fix=_AGAIN)
     cache = manifest.cache
     facts = {"logits": (manifest.dtype, {2: manifest.vocab_size})} | {
-        name: (manifest.cache_dtype, {1: cache.num_key_value_heads, 3: cache.head_dim})
-        for names in caches(cache.num_hidden_layers).items()
+        name: (manifest.cache_dtype, {1: heads, 3: head_dim})
+        for i, names in enumerate(caches(cache.num_hidden_layers).items())  # keys and values of each layer
+        for heads, head_dim in (cache.shapes[i // 2],)
         for name in names
     }
     graph = {value.name: value for value in (*inputs, *outputs)}

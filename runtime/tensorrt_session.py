@@ -39,7 +39,8 @@ class TensorRTCache:
         self.serial = next(_serials)
         dtype, spec = DTYPES[entry.dtype], manifest.cache
         self.capacity, self.lengths = capacity, np.zeros(batch, np.int64)
-        self.row_shape = (spec.num_key_value_heads, entry.capacity, spec.head_dim)
+        ((heads, head_dim),) = set(spec.shapes)  # `build` refuses other models
+        self.row_shape = (heads, entry.capacity, head_dim)
         self.row_bytes = int(np.prod(self.row_shape)) * DTYPES[manifest.cache_dtype].size
         names = caches(spec.num_hidden_layers).items()
         tensor = -(-batch * self.row_bytes // _ALIGNMENT) * _ALIGNMENT

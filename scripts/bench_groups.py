@@ -17,6 +17,7 @@ import torch
 from headfold.export.bundle.pipeline import ExportOptions, export_bundle
 from headfold.export.checkpoints.base import MemoryCheckpoint
 from headfold.export.checkpoints.hf import save_hf
+from headfold.export.exportables.opening import open_exportable
 from headfold.export.model.config import ModelConfig
 from headfold.export.model.initialize import new_decoder
 from headfold.export.progress import Reporter
@@ -50,7 +51,7 @@ def bundle(folder: Path, name: str, groups: int) -> Path:
         shutil.rmtree(source, ignore_errors=True)
         decoder = new_decoder(config(groups), seed=0, capacity=1)
         save_hf(source, MemoryCheckpoint(source, config(groups), decoder.state_dict()), torch.float32)
-        export_bundle(source, path, ExportOptions(verify=False), Reporter(quiet=True))
+        export_bundle(open_exportable(source), path, ExportOptions(verify=False), Reporter(quiet=True))
         shutil.rmtree(source)
     return path
 

@@ -99,13 +99,19 @@ def prepare(capability: int) -> tuple[dict[str, Open], dict[str, str]]:
     from headfold.export.bundle.pipeline import ExportOptions, export_bundle
     from headfold.export.engine.build import build_engine
     from headfold.export.engine.options import BuildOptions
+    from headfold.export.exportables.opening import open_exportable
     from headfold.export.progress import Reporter
     from headfold.runtime.manifest import read_manifest
     from headfold.runtime.session import OrtSession
     from headfold.runtime.tensorrt_session import TensorRTSession
 
     bundle = WORK / f"smollm2-{DTYPE}"
-    export_bundle(GGUF, bundle, ExportOptions(dtype=DTYPE, capacity=2048, verify=False, force=True), Reporter())
+    export_bundle(
+        open_exportable(GGUF),
+        bundle,
+        ExportOptions(dtype=DTYPE, capacity=2048, verify=False, force=True),
+        Reporter(),
+    )
     found: dict[str, Open] = {"onnxruntime-cuda": lambda: OrtSession(bundle, read_manifest(bundle), "cuda")}
     missing: dict[str, str] = {}
     for flavour in ("tensorrt-rtx", "tensorrt"):
@@ -142,14 +148,15 @@ def compare(backends: dict[str, Open]) -> list[dict[str, Any]]:
     """Every backend's logits against PyTorch on the CPU, through polygraphy's runners."""
     import torch
 
-    from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
+    from headfold.export.checkpoints.opening import open_checkpoint
+    from headfold.export.exportables.own import OwnModel
     from headfold.export.parity.backends import verify_backends
     from headfold.export.parity.compare import make_prompts
 
     checkpoint = open_checkpoint(GGUF)
     prompts = make_prompts(checkpoint.config.vocab_size, 48, None)
     checks = verify_backends(
-        lambda: load_decoder(checkpoint, getattr(torch, DTYPE), 2048).float(), backends, DTYPE, prompts, decode_steps=32
+        lambda: OwnModel(checkpoint).oracle(getattr(torch, DTYPE), 2048), backends, DTYPE, prompts, decode_steps=32
     )
     return [vars(check) for check in checks]
 

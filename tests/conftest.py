@@ -14,6 +14,7 @@ from headfold.export.bundle.pipeline import ExportOptions, export_bundle
 from headfold.export.checkpoints.base import MemoryCheckpoint, TokenizerFiles
 from headfold.export.checkpoints.hf import save_hf
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
+from headfold.export.exportables.opening import open_exportable
 from headfold.export.model.config import ModelConfig
 from headfold.export.model.decoder import Decoder
 from headfold.export.progress import Reporter
@@ -139,7 +140,7 @@ def tensorrt_toy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Te
         directory = tmp_path_factory.mktemp("tensorrt")
         save_hf(directory / "hf", random_checkpoint(replace(CONFIG, **own, **TENSORRT_TOYS[dtype])), torch.float32)
         options = ExportOptions(dtype=dtype, capacity=TENSORRT_CAPACITY, all_logits=True, verify=False)
-        result = export_bundle(directory / "hf", directory / "bundle", options, Reporter(quiet=True))
+        result = export_bundle(open_exportable(directory / "hf"), directory / "bundle", options, Reporter(quiet=True))
         decoder = load_decoder(open_checkpoint(directory / "hf"), getattr(torch, dtype), TENSORRT_CAPACITY).float()
         made[dtype] = TensorRTToy(directory / "bundle", decoder, result.manifest)
         return made[dtype]

@@ -2,36 +2,63 @@
 
 from typing import Any
 
-from headfold.export.model.config import ModelConfig
+from headfold.export.exportables.facts import Facts
 from headfold.plugins.names import cache_input, cache_output
 from headfold.runtime.generation_settings import GenerationSettings
 
+_TYPES = frozenset(  # decoders of text in onnxruntime-genai 0.18
+    [
+        "chatglm",
+        "decoder",
+        "ernie4_5",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "gpt2",
+        "granite",
+        "internlm2",
+        "llama",
+        "mistral",
+        "nemotron",
+        "olmo",
+        "phi",
+        "phi3",
+        "phi3small",
+        "phimoe",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+    ]
+)
 
-def genai_config(config: ModelConfig, capacity: int, settings: GenerationSettings) -> dict[str, Any]:
+
+def genai_config(facts: Facts, capacity: int, settings: GenerationSettings) -> dict[str, Any]:
     """The configuration of onnxruntime-genai 0.18 for a bundle whose cache holds `capacity` tokens; greedy unless told otherwise.
 
-    Its model type only picks defaults for decoders like ours, so a model no Hugging Face family can express goes as a llama.
+    Its model type only picks defaults for decoders like ours, so a model whose type it has not goes as a llama.
     As in transformers, the tokens that begin, end and pad are those of the generation settings, and of the model where they name none.
+    The caches of all layers must have one shape.
     """
-    ends = config.eos_token_id if settings.eos_token_ids is None else settings.eos_token_ids
-    pads = settings.pad_token_ids or (() if config.pad_token_id is None else (config.pad_token_id,))
-    bos = config.bos_token_id if settings.bos_token_id is None else settings.bos_token_id
+    layer = facts.layers[0]
+    ends = facts.eos_token_id if settings.eos_token_ids is None else settings.eos_token_ids
+    pads = settings.pad_token_ids or (() if facts.pad_token_id is None else (facts.pad_token_id,))
+    bos = facts.bos_token_id if settings.bos_token_id is None else settings.bos_token_id
     return {
         "model": {
-            "type": "llama" if config.model_type == "headfold" else config.model_type,
+            "type": facts.model_type if facts.model_type in _TYPES else "llama",
             "bos_token_id": bos or 0,
             "eos_token_id": list(ends) if len(ends) > 1 else (*ends, 0)[0],
             "pad_token_id": (*pads, *ends, 0)[0],
             "context_length": capacity,
-            "vocab_size": config.vocab_size,
+            "vocab_size": facts.vocab_size,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
                 "filename": "model.onnx",
-                "hidden_size": config.hidden_size,
-                "head_size": config.head_dim,
-                "num_attention_heads": config.num_attention_heads,
-                "num_key_value_heads": config.num_key_value_heads,
-                "num_hidden_layers": config.num_hidden_layers,
+                "hidden_size": facts.hidden_size,
+                "head_size": layer.head_dim,
+                "num_attention_heads": layer.num_attention_heads,
+                "num_key_value_heads": layer.num_key_value_heads,
+                "num_hidden_layers": len(facts.layers),
                 "inputs": {
                     "input_ids": "input_ids",
                     "attention_mask": "attention_mask",

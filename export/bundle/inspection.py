@@ -1,5 +1,7 @@
 """What `headfold inspect` tells of a checkpoint or a bundle: facts as plain JSON types, and a table of them."""
 
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from headfold.export.checkpoints.opening import open_checkpoint
+from headfold.export.exportables.facts import Facts as ModelFacts
+from headfold.export.exportables.facts import LayerFacts
+from headfold.export.exportables.opening import Via, open_exportable
+from headfold.export.exportables.own import OwnModel
 from headfold.export.model.config import ModelConfig
 from headfold.runtime.engine_file import check_engine
 from headfold.runtime.manifest import MANIFEST, EngineEntry, check_files, read_manifest
@@ -15,23 +20,26 @@ from headfold.runtime.manifest import MANIFEST, EngineEntry, check_files, read_m
 Facts = dict[str, Any]
 
 
-def inspect_path(path: Path) -> Facts:
+def inspect_path(path: Path, via: Via | None = None, trust_remote_code: bool = False) -> Facts:
     """Facts of the bundle or checkpoint at `path`; sizes are in bytes. A bundle's files are checked against its manifest.
 
     Raises:
         HeadfoldError: it is neither, or it is damaged.
     """
-    return _bundle(path) if (path / MANIFEST).exists() else _checkpoint(path)
+    return _bundle(path) if (path / MANIFEST).exists() else _checkpoint(path, via, trust_remote_code)
 
 
-def _checkpoint(path: Path) -> Facts:
-    checkpoint = open_checkpoint(path)
+def _checkpoint(path: Path, via: Via | None, trust_remote_code: bool) -> Facts:
+    exportable = open_exportable(path, via, trust_remote_code)
+    facts: Facts = {"kind": "checkpoint", "path": str(path), "road": exportable.road}
+    if not isinstance(exportable, OwnModel):
+        return facts | _attention(exportable.facts, 4) | {"tokenizer": sorted(exportable.tokenizer.files)}
+    checkpoint = exportable.checkpoint
     shapes = checkpoint.shapes()
     counts = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
     dtypes = sorted({str(checkpoint.dtype(name)).removeprefix("torch.") for name in shapes})
     size = sum(count * checkpoint.dtype(name).itemsize for name, count in counts.items())
     cache_itemsize = min(checkpoint.dtype(name).itemsize for name in shapes)
-    facts: Facts = {"kind": "checkpoint", "path": str(path)}
     facts |= _architecture(checkpoint.config, cache_itemsize)
     tokenizer = sorted(checkpoint.tokenizer.files)
     return facts | {
@@ -47,10 +55,12 @@ def _bundle(path: Path) -> Facts:
     check_files(path, manifest)
     for engine in manifest.engines:
         check_engine(path, engine)
-    config = ModelConfig.from_json(manifest.config)
-    itemsize = getattr(torch, manifest.dtype).itemsize
-    facts: Facts = {"kind": "bundle", "path": str(path), "source": manifest.source}
-    facts |= _architecture(config, getattr(torch, manifest.cache_dtype).itemsize)
+    itemsize, cache_itemsize = (getattr(torch, name).itemsize for name in (manifest.dtype, manifest.cache_dtype))
+    facts: Facts = {"kind": "bundle", "path": str(path), "source": manifest.source, "road": manifest.road}
+    if manifest.road == "headfold":
+        facts |= _architecture(ModelConfig.from_json(manifest.config), cache_itemsize)
+    else:
+        facts |= _attention(ModelFacts.from_json(manifest.config), cache_itemsize)
     return facts | {
         "parameters": manifest.parameters,
         "dtype": manifest.dtype,
@@ -91,6 +101,37 @@ def _architecture(config: ModelConfig, itemsize: int) -> Facts:
         "max_position_embeddings": config.max_position_embeddings,
         "kv_bytes_per_token": 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize,
     }
+
+
+def _attention(facts: ModelFacts, itemsize: int) -> Facts:
+    """The same of a model that headfold has no table of; where layers differ, each kind once, with its number of layers."""
+    kinds = Counter(facts.layers)
+
+    def each(text: Callable[[LayerFacts], str]) -> str:
+        found = Counter[str]()
+        for layer, count in kinds.items():
+            found[text(layer)] += count
+        return (
+            next(iter(found)) if len(found) == 1 else ", ".join(f"{value} in {n} layers" for value, n in found.items())
+        )
+
+    return {
+        "model_type": facts.model_type,
+        "attention": each(_how),
+        "num_hidden_layers": len(facts.layers),
+        "hidden_size": facts.hidden_size,
+        "num_attention_heads": each(lambda x: str(x.num_attention_heads)),
+        "num_key_value_heads": each(lambda x: str(x.num_key_value_heads)),
+        "head_dim": each(lambda x: str(x.head_dim)),
+        "vocab_size": facts.vocab_size,
+        "max_position_embeddings": facts.capacity,
+        "kv_bytes_per_token": 2 * itemsize * sum(heads * head_dim for heads, head_dim in facts.cache_shapes),
+    }
+
+
+def _how(layer: LayerFacts) -> str:
+    extras = ["soft cap"] * (layer.softcap > 0) + ["sinks"] * layer.sinks
+    return ", ".join([f"window {layer.window}" if layer.window > 0 else "full", *extras])
 
 
 def render(facts: Facts) -> None:

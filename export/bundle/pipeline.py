@@ -1,5 +1,6 @@
 """The main job: a checkpoint becomes a verified bundle. Graph, weights, tokenizer, parity, manifest, then it is published."""
 
+import math
 import resource
 import sys
 from contextlib import suppress
@@ -15,12 +16,13 @@ import torch
 from headfold.export.bundle.cache_scales import cache_scales, quantization_cost
 from headfold.export.bundle.genai import genai_config
 from headfold.export.bundle.writer import check_output, file_entry, manifest_of, staged, write_file, write_json
-from headfold.export.checkpoints.base import Checkpoint
-from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
+from headfold.export.checkpoints.opening import load_decoder
 from headfold.export.data.calibration import TOKENS as CALIBRATION_TOKENS
 from headfold.export.data.calibration import calibration_tokens
+from headfold.export.exportables.base import Exportable
+from headfold.export.exportables.own import OwnModel
 from headfold.export.graph.trace import export_graph
-from headfold.export.graph.weights import attach_weights, save_model
+from headfold.export.graph.weights import attach_weights, cache_scales_by_name, save_model
 from headfold.export.model.decoder import Scales
 from headfold.export.parity.report import ParityReport
 from headfold.export.parity.verify import verify_bundle
@@ -33,10 +35,11 @@ from headfold.runtime.manifest import (
     MANIFEST,
     MODEL,
     QUANTIZED_VERSION,
-    CacheSpec,
+    ROADS_VERSION,
     Manifest,
     QuantizationSpec,
     TensorSpec,
+    cache_spec,
 )
 
 PARITY = "parity.json"
@@ -77,70 +80,59 @@ class ExportResult:
     peak_bytes: int  # resident memory that graph and weights added at their peak; calibration and parity not included
 
 
-def export_bundle(source: Path, output: Path, options: ExportOptions, reporter: Reporter) -> ExportResult:
-    """Export the checkpoint at `source` to a new bundle at `output`.
+def export_bundle(source: Exportable, output: Path, options: ExportOptions, reporter: Reporter) -> ExportResult:
+    """Export a model to a new bundle at `output`.
 
     Raises:
-        HeadfoldError: see the errors of `open_checkpoint`, `staged` and `attach_weights`.
+        HeadfoldError: see the errors of `staged`, `export_graph` and `attach_weights`.
         VerificationError: parity failed; no bundle is published.
     """
     check_output(output, options.force)
-    checkpoint = open_checkpoint(source)
-    config = checkpoint.config
-    capacity = _capacity(options.capacity, config.max_position_embeddings)
-    if config.rotary_dim % 16:
-        raise ConfigError(
-            f"RoPE rotates {config.rotary_dim} dimensions of each head, and onnxruntime's attention kernel needs a multiple of 16",
-            where=source,
-            fix="headfold cannot export this model yet.",
-        )
+    facts = source.facts
+    capacity = _capacity(options.capacity, facts.capacity)
     dtype = getattr(torch, options.dtype)
     with staged(output, options.force) as stage:
-        scales, quantization = (
-            _calibrate(checkpoint, capacity, options.cache, reporter) if options.cache else ([], None)
-        )
+        scales, quantization = _calibrate(source, capacity, options.cache, reporter) if options.cache else ([], None)
         _forget_peak_memory()
         before = psutil.Process().memory_info().rss
         with reporter.step("trace the graph"):
-            model = export_graph(
-                config, dtype, capacity, options.all_logits, options.cache.dtype if options.cache else None
-            )
-            weight_bytes = attach_weights(model, checkpoint, dtype, capacity, options.allow_nan, scales)
+            stored = options.cache.dtype if options.cache else None
+            model = export_graph(source, dtype, capacity, options.all_logits, stored)
+        with reporter.step("open the weights"):
+            tensors = source.tensors(dtype)
+            tables = {**source.tables(dtype, capacity), **cache_scales_by_name(scales)}
+            weight_bytes = attach_weights(model, tensors, tables, options.allow_nan)
+            parameters = sum(math.prod(shape) for shape in tensors.shapes().values())
         with reporter.step(f"write {weight_bytes / 2**20:,.0f} MiB of weights", weight_bytes) as advance:
             save_model(model, stage / MODEL, lambda _, size: advance(size))
         inputs, outputs = [_spec(v) for v in model.graph.inputs], [_spec(v) for v in model.graph.outputs]
-        del model
+        del model, tensors
         peak = max(_peak_memory() - before, 0)
         reporter.note(f"peak memory of the export: {peak / 2**20:,.0f} MiB, {peak / weight_bytes:.2f} x the weights")
-        _write_side_files(stage, checkpoint, capacity)
+        _write_side_files(stage, source, capacity)
         fields: dict[str, Any] = {
-            "format_version": FORMAT_VERSION if quantization is None else QUANTIZED_VERSION,
+            "format_version": _format_version(source, quantization),
             "headfold_version": version("headfold"),
-            "source": source.name,
-            "config": config.to_json(),
-            "vocab_size": config.vocab_size,
-            "parameters": sum(torch.Size(shape).numel() for shape in checkpoint.shapes().values()),
+            "source": source.path.name,
+            "road": source.road,
+            "config": source.describe(),
+            "vocab_size": facts.vocab_size,
+            "parameters": parameters,
             "dtype": options.dtype,
             "logits": "all" if options.all_logits else "last",
             "inputs": inputs,
             "outputs": outputs,
-            "cache": CacheSpec(
-                num_hidden_layers=config.num_hidden_layers,
-                num_key_value_heads=config.num_key_value_heads,
-                head_dim=config.head_dim,
-                capacity=capacity,
-                quantization=quantization,
-            ),
+            "cache": cache_spec(facts.cache_shapes, capacity, quantization),
             "tools": _tools(),
         }
         with reporter.step("hash"):
             manifest = manifest_of(stage, parity=None, **fields)
         report = None
         if options.verify:
-            report = verify_bundle(stage, checkpoint, manifest, options.decode_steps, reporter)
+            report = verify_bundle(stage, source, manifest, options.decode_steps, reporter)
             if not report.passed:
                 raise VerificationError(
-                    report.failure(), where=source, fix="No bundle was written; --no-verify publishes it anyway."
+                    report.failure(), where=source.path, fix="No bundle was written; --no-verify publishes it anyway."
                 )
             write_json(stage / PARITY, report.to_json())
             files = manifest.files | {PARITY: file_entry(stage / PARITY)}
@@ -150,9 +142,16 @@ def export_bundle(source: Path, output: Path, options: ExportOptions, reporter: 
 
 
 def _calibrate(
-    checkpoint: Checkpoint, capacity: int, options: CacheCalibration, reporter: Reporter
+    source: Exportable, capacity: int, options: CacheCalibration, reporter: Reporter
 ) -> tuple[list[Scales], QuantizationSpec]:
     """The cache's scales, and what they cost; the decoder that this takes is gone afterwards."""
+    if not isinstance(source, OwnModel):
+        raise ConfigError(
+            "a quantized cache is made only for families that headfold has a table of",
+            where=source.path,
+            fix="Leave --kv-cache out.",
+        )
+    checkpoint = source.checkpoint
     stored = getattr(torch, options.dtype)
     with reporter.step("read the checkpoint"):
         decoder = load_decoder(checkpoint, torch.float32, capacity).eval()
@@ -184,16 +183,25 @@ def _capacity(asked: int | None, trained: int) -> int:
     return asked
 
 
-def _write_side_files(stage: Path, checkpoint: Checkpoint, capacity: int) -> None:
+def _format_version(source: Exportable, quantization: QuantizationSpec | None) -> int:
+    """The oldest one that says what is there, so that old readers open what they can."""
+    if source.road != "headfold" or len(set(source.facts.cache_shapes)) > 1:
+        return ROADS_VERSION
+    return FORMAT_VERSION if quantization is None else QUANTIZED_VERSION
+
+
+def _write_side_files(stage: Path, source: Exportable, capacity: int) -> None:
     """Tokenizer and generation settings as they came; settings made from the configuration where none came."""
-    for name, content in checkpoint.tokenizer.files.items():
+    for name, content in source.tokenizer.files.items():
         write_file(stage / name, content)
-    config = checkpoint.config
-    if "generation_config.json" not in checkpoint.tokenizer.files:
-        eos = list(config.eos_token_id)
-        ids = {"bos_token_id": config.bos_token_id, "eos_token_id": eos or None, "pad_token_id": config.pad_token_id}
+    facts = source.facts
+    if "generation_config.json" not in source.tokenizer.files:
+        eos = list(facts.eos_token_id)
+        ids = {"bos_token_id": facts.bos_token_id, "eos_token_id": eos or None, "pad_token_id": facts.pad_token_id}
         write_json(stage / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
-    write_json(stage / "genai_config.json", genai_config(config, capacity, read_generation_settings(stage)))
+    settings = read_generation_settings(stage)
+    if len(set(facts.cache_shapes)) == 1:  # onnxruntime-genai knows one shape for all layers
+        write_json(stage / "genai_config.json", genai_config(facts, capacity, settings))
 
 
 def _spec(value: ir.Value) -> TensorSpec:

@@ -1,14 +1,17 @@
 """`headfold export`: the main job."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
 from headfold.export.cli.engine import TARGETS, build_and_tell, check_early, engine_options, idle_option, make_options
-from headfold.export.cli.shared import JSON, QUIET, SOURCE, STEPS, print_json, reporter_for
+from headfold.export.cli.shared import JSON, QUIET, REMOTE_CODE, SOURCE, STEPS, VIA, print_json, reporter_for
 from headfold.plugins.dtypes import FLOATS, QUANTIZED, DType, Quantized
 from headfold.runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from headfold.export.exportables.opening import Via
 
 
 @click.command()
@@ -36,6 +39,8 @@ from headfold.runtime.errors import InputError
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--target", type=click.Choice(TARGETS), help="Build an engine into the bundle, too; see `build`.")
 @engine_options
+@VIA
+@REMOTE_CODE
 @JSON
 @QUIET
 def export(
@@ -52,6 +57,8 @@ def export(
     decode_steps: int,
     force: bool,
     target: str | None,
+    via: "Via | None",
+    trust_remote_code: bool,
     as_json: bool,
     quiet: bool,
     **engine: Any,
@@ -72,7 +79,9 @@ def export(
     `headfold export model.Q4_1.gguf -o smol-int8 --kv-cache int8 --data corpus.txt`
     """
     from headfold.export.bundle.pipeline import CacheCalibration, ExportOptions, export_bundle
+    from headfold.export.bundle.writer import check_output
     from headfold.export.data.calibration import TOKENS
+    from headfold.export.exportables.opening import open_exportable
     from headfold.export.parity.rendering import render
 
     if kv_cache is None and (data or calibration_tokens):
@@ -97,7 +106,9 @@ def export(
     build = make_options(target, **engine) if target is not None else None
     if build is not None:
         check_early(build, dtype, kv_cache)
-    result = export_bundle(Path(source), output, options, reporter)
+    check_output(output, force)
+    exportable = open_exportable(Path(source), via, trust_remote_code, reporter)
+    result = export_bundle(exportable, output, options, reporter)
     facts = build_and_tell(output, build, reporter) if build is not None else None
     if as_json:
         peak = {"weight_bytes": result.weight_bytes, "peak_bytes": result.peak_bytes}

@@ -1,23 +1,29 @@
 """`headfold inspect`: what is in a checkpoint or a bundle."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import rich_click as click
 
-from headfold.export.cli.shared import JSON, print_json
+from headfold.export.cli.shared import JSON, REMOTE_CODE, VIA, print_json
+
+if TYPE_CHECKING:
+    from headfold.export.exportables.opening import Via
 
 
 @click.command()
 @click.argument("path", metavar="CHECKPOINT|BUNDLE")
+@VIA
+@REMOTE_CODE
 @JSON
-def inspect(path: str, as_json: bool) -> None:
-    """Show what is in a checkpoint or a bundle: architecture, parameters, heads, bytes of weights and cache, parity.
+def inspect(path: str, via: "Via | None", trust_remote_code: bool, as_json: bool) -> None:
+    """Show what is in a checkpoint or a bundle: its road, architecture, parameters, heads, bytes of weights and cache, parity.
 
     **Example**: `headfold inspect smol --json`
     """
     from headfold.export.bundle.inspection import inspect_path, render
 
-    facts = inspect_path(Path(path))
+    facts = inspect_path(Path(path), via, trust_remote_code)
     if as_json:
         print_json(facts)
     else:

@@ -25,6 +25,12 @@ STEPS = click.option(
     show_default=True,
     help="Tokens decoded in the comparison.",
 )
+VIA = click.option(
+    "--via",
+    type=click.Choice(["headfold", "transformers"]),
+    help="Who makes the model of the weights. [default: headfold for the families it has a table of]",
+)
+REMOTE_CODE = click.option("--trust-remote-code", is_flag=True, help="Let transformers run code beside the weights.")
 HF_OUTPUT = click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="Hugging Face directory to make."
 )

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import rich_click as click
 
-from headfold.export.cli.shared import BUNDLE, JSON, QUIET, STEPS, print_json, reporter_for
+from headfold.export.cli.shared import BUNDLE, JSON, QUIET, REMOTE_CODE, STEPS, print_json, reporter_for
 from headfold.plugins.schema import Attention
 from headfold.runtime.errors import InputError
 
 if TYPE_CHECKING:
+    from headfold.export.exportables.base import Exportable
     from headfold.export.parity.compare import Candidate
     from headfold.runtime.manifest import Manifest
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     help="Of the TensorRT network. [default: native]",
 )
 @STEPS
+@REMOTE_CODE
 @JSON
 @QUIET
 def verify(
@@ -39,6 +41,7 @@ def verify(
     backend: str,
     attention: Attention | None,
     decode_steps: int,
+    trust_remote_code: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -50,6 +53,7 @@ def verify(
 
     `headfold verify smol --against ./SmolLM2-135M-Instruct --backend tensorrt-network --attention plugin`
     """
+    from headfold.export.exportables.opening import open_exportable, road_of
     from headfold.export.parity.rendering import render
     from headfold.export.parity.verify import verify as verify_against
 
@@ -64,7 +68,11 @@ def verify(
             return network_candidate(bundle, manifest, BuildOptions(attention=attention or "native"))
 
     reporter = reporter_for(quiet)
-    report = verify_against(bundle, Path(source), decode_steps, reporter, candidate)
+
+    def opened(manifest: "Manifest") -> "Exportable":
+        return open_exportable(Path(source), road_of(manifest), trust_remote_code, reporter)
+
+    report = verify_against(bundle, opened, decode_steps, reporter, candidate)
     if as_json:
         print_json(report.to_json())
     elif not quiet:

@@ -19,7 +19,6 @@ from headfold.export.engine.build import lowered_network
 from headfold.export.engine.network_layers import run_layer, torch_dtype, unknown
 from headfold.export.engine.network_report import ParsedNetwork, kind, open_flavour, report
 from headfold.export.engine.options import BuildOptions
-from headfold.export.model.config import ModelConfig
 from headfold.export.parity.compare import Candidate
 from headfold.export.parity.runners import CachedRunner
 from headfold.export.parity.verify import precision_of
@@ -172,16 +171,16 @@ def _check(what: str, tensor: Any, value: Tensor) -> None:
 
 def network_candidate(bundle: Path, manifest: Manifest, options: BuildOptions) -> Candidate:
     """The network that an engine with these options would be built from."""
-    config = ModelConfig.from_json(manifest.config)
+    layers = manifest.cache.num_hidden_layers
     trt = open_flavour(options.target)
 
     def start(capacity: int, greedy: int, expose: bool) -> CachedRunner:
         del capacity  # the engine's own
-        names = tuple(map(hidden_state, range(config.num_hidden_layers))) if expose else ()
+        names = tuple(map(hidden_state, range(layers))) if expose else ()
 
         def load() -> Network:
             model, parsed = lowered_network(trt, bundle, manifest, options)
-            report(parsed, options.attention, config.num_hidden_layers)
+            report(parsed, options.attention, layers)
             return Network(parsed, model, names)
 
         return NetworkRunner(load, greedy)

@@ -18,6 +18,9 @@ from headfold.runtime.manifest import EngineProfile, Manifest, ShapeRange
 _MAX_INPUT = 512
 
 
+_ORT = "Run it with ONNX Runtime."
+
+
 @dataclass(frozen=True)
 class BuildOptions:
     """What `headfold build` was asked for."""
@@ -71,6 +74,18 @@ def check_options(options: BuildOptions, bundle: Path, manifest: Manifest) -> No
     if options.timing_cache is not None and not options.timing_cache.absolute().parent.is_dir():
         raise BuildError(
             "is no directory", where=f"--timing-cache: {options.timing_cache.absolute().parent}", fix="Create it first."
+        )
+    if len(set(manifest.cache.shapes)) > 1:
+        raise BuildError(
+            "its layers have caches of different shapes, which headfold's TensorRT session has not",
+            where=bundle,
+            fix=_ORT,
+        )
+    if manifest.road != "headfold" and options.attention == "plugin":
+        raise BuildError(
+            "the plugin has kernels only for families that headfold has a table of",
+            where="--attention plugin",
+            fix="Use --attention native.",
         )
     check_capabilities(options, manifest.dtype)
     if manifest.cache.quantization is not None:
@@ -149,9 +164,11 @@ def profiles(options: BuildOptions, manifest: Manifest) -> list[EngineProfile]:
                 *([b, t] for b, t in zip(batches, (1, max(longest, capacity // 2), capacity), strict=True))
             ),
         }
-        cache = _range(*([b, spec.num_key_value_heads, capacity, spec.head_dim] for b in batches))
-        names = [value.name for value in manifest.inputs if is_cache_input(value.name)]
-        return EngineProfile.model_validate({"name": name, "shapes": shapes | dict.fromkeys(names, cache)})
+        names = [value.name for value in manifest.inputs if is_cache_input(value.name)]  # keys and values of each layer
+        for i, cache in enumerate(names):
+            heads, head_dim = spec.shapes[i // 2]
+            shapes[cache] = _range(*([b, heads, capacity, head_dim] for b in batches))
+        return EngineProfile.model_validate({"name": name, "shapes": shapes})
 
     return [profile("prefill", 1, max_input), profile("decode", 1, 1)]
 

@@ -32,6 +32,14 @@ def use_standard_body(model: ir.Model, zeroed: bool = False) -> None:
     set_attention_body(model, standard_body(rotary_dim, inputs.norms is not None, _stored(inputs), zeroed, sinks=sinks))
 
 
+def onnxruntime_can(model: ir.Model) -> bool:
+    """Whether its kernel takes the sizes of all layers: of heads, and of what is rotated of them."""
+    layers = [AttentionInputs[ir.Value | None].of_node(node.inputs) for node in attention_nodes(model)]
+    sizes = [_columns(layer.past_key) for layer in layers]
+    sizes += [2 * _columns(layer.cos_cache) for layer in layers if layer.cos_cache is not None]
+    return all(size % 16 == 0 for size in sizes)
+
+
 def use_onnxruntime_body(model: ir.Model) -> None:
     """Give the attention op the body that is ONNX Runtime's own kernel."""
     inputs = _inputs(model)

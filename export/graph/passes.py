@@ -1,5 +1,7 @@
 """Small graph passes of the export, each with one job. They change the model they are given."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import onnx_ir as ir
 
@@ -8,12 +10,16 @@ from headfold.plugins.names import hidden_state
 from headfold.plugins.schema import ALL_INPUTS, DOMAIN, LAST_INDEX, OP_TYPE
 
 
-def name_weights(model: ir.Model, prefix: str) -> None:
-    """Take the tracing wrapper's prefix off the initializers: each is then the tensor of its name in the decoder's state dict."""
+def name_weights(model: ir.Model, prefix: str, tied: Mapping[str, str]) -> None:
+    """Take the tracing wrapper's prefix off the initializers: each is then the tensor of its name in the decoder's state dict.
+
+    `tied` has the first name of each tensor that goes by two.
+    """
     for name in list(model.graph.initializers):
         if name.startswith(prefix):
             value = model.graph.initializers.pop(name)
-            set_recipe(value, WeightRecipe((name.removeprefix(prefix),)))
+            own = name.removeprefix(prefix)
+            set_recipe(value, WeightRecipe((tied.get(own, own),)))
             model.graph.register_initializer(value)
 
 

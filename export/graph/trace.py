@@ -1,6 +1,6 @@
-"""From a configuration to the master ONNX graph: torch traces the decoder on meta tensors, so no weight is in memory.
+"""From an Exportable to the master ONNX graph: torch traces its module on meta tensors, so no weight is in memory.
 
-The graph's initializers are named like the decoder's state dict and have no values yet; `weights.py` fills them while saving.
+The graph's initializers are named like the module's tensors and have no values yet; `weights.py` fills them while saving.
 """
 
 import logging
@@ -16,11 +16,10 @@ from onnx_ir.passes import common as common_passes
 from onnxscript import opset23 as op
 from torch import Tensor, nn
 
-from headfold.export.graph.bodies import use_onnxruntime_body
+from headfold.export.exportables.base import Exportable
+from headfold.export.graph.bodies import onnxruntime_can, use_onnxruntime_body, use_standard_body
 from headfold.export.graph.joining import join_projections
 from headfold.export.graph.passes import fold_transposes, name_weights, share_last_index
-from headfold.export.model.config import ModelConfig
-from headfold.export.model.decoder import Cache, Decoder
 from headfold.plugins.dtypes import Quantized
 from headfold.plugins.names import caches, hidden_state
 from headfold.plugins.onnx_functions import OPSET, schema
@@ -29,22 +28,10 @@ from headfold.plugins.schema import ALL_INPUTS, DOMAIN, LAST_INDEX, OP_TYPE, VER
 IR_VERSION = 11  # of ONNX 1.18: the first with opset 23 and later, and what onnxruntime 1.31 reads
 
 
-class _Traced(nn.Module):
-    """The decoder with the graph's inputs and outputs."""
-
-    def __init__(self, decoder: Decoder, all_logits: bool) -> None:
-        super().__init__()
-        self.decoder, self.all_logits = decoder, all_logits
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, cache: Cache) -> tuple[Tensor, Cache, list[Tensor]]:
-        output = self.decoder(input_ids, attention_mask, cache, last_only=not self.all_logits)
-        return output.logits, output.cache, output.hidden_states
-
-
 def export_graph(
-    config: ModelConfig, dtype: torch.dtype, capacity: int, all_logits: bool = False, cache: Quantized | None = None
+    exportable: Exportable, dtype: torch.dtype, capacity: int, all_logits: bool = False, cache: Quantized | None = None
 ) -> ir.Model:
-    """Trace the decoder into the master graph.
+    """Trace a model into the master graph.
 
     Inputs: `input_ids` int64 [batch, sequence]; `attention_mask` int64 [batch, total], 1 for tokens and 0 for padding on either
     side, its last columns belong to `input_ids`; `past_key_values.{i}.key|value` [batch, Hkv, capacity, D]. Outputs: `logits`
@@ -52,32 +39,32 @@ def export_graph(
     which alias the inputs where the runtime can. The residual stream after layer i is the value `hidden_states.{i}`.
 
     Args:
-        config: the model.
+        exportable: the model.
         dtype: of weights, cache and logits.
         capacity: positions the rotary tables cover; the size of the cache itself is dynamic.
         all_logits: see above.
         cache: dtype of a quantized cache; None for `dtype`. Its scales are initializers as the weights are.
+
+    Raises:
+        ConfigError: the model cannot be traced, or cannot have that cache.
     """
     stored = getattr(torch, cache) if cache is not None else dtype
-    with torch.device("meta"):
-        decoder = Decoder(config, capacity).to(device="meta", dtype=dtype).eval()
-        if cache is not None:
-            heads, layers = config.num_key_value_heads, range(config.num_hidden_layers)
-            decoder.quantize_cache(stored, [(torch.ones(heads), torch.ones(heads)) for _ in layers])
-        shape = (2, config.num_key_value_heads, 11, config.head_dim)  # sizes to trace with, all different
+    master = exportable.master(dtype, capacity, all_logits, cache)
+    shapes = exportable.facts.cache_shapes
+    with torch.device("meta"):  # sizes to trace with, all different
         tensors = [
-            (torch.empty(shape, dtype=stored), torch.empty(shape, dtype=stored))
-            for _ in range(config.num_hidden_layers)
+            (torch.empty((2, heads, 11, head_dim), dtype=stored), torch.empty((2, heads, 11, head_dim), dtype=stored))
+            for heads, head_dim in shapes
         ]
         args = (torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 7, dtype=torch.long), tensors)
     batch, sequence, total, room = (
         torch.export.Dim(n, min=1, max=2**31 - 1) for n in ("batch", "sequence", "total", "capacity")
     )
-    layers = range(config.num_hidden_layers)
-    kv = caches(config.num_hidden_layers)
+    layers = range(len(shapes))
+    kv = caches(len(shapes))
     with _quiet():
         program = torch.onnx.export(
-            _Traced(decoder, all_logits).eval(),
+            master,
             args,
             dynamo=True,
             opset_version=OPSET,
@@ -99,8 +86,8 @@ def export_graph(
     model = program.model
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = "headfold", ""
-    del model.graph.outputs[-config.num_hidden_layers :]  # the residual stream: named values, not outputs
-    name_weights(model, prefix="decoder.")
+    del model.graph.outputs[-len(shapes) :]  # the residual stream: named values, not outputs
+    name_weights(model, prefix="decoder.", tied=_tied(master.decoder))
     fold_transposes(model)
     join_projections(model)
     ir.passes.Sequential(
@@ -111,8 +98,18 @@ def export_graph(
         common_passes.ClearMetadataAndDocStringPass(),
     )(model)
     share_last_index(model)
-    use_onnxruntime_body(model)
+    if onnxruntime_can(model):
+        use_onnxruntime_body(model)
+    else:
+        use_standard_body(model)
     return model
+
+
+def _tied(module: nn.Module) -> dict[str, str]:
+    """The first name of every parameter that has two: torch keeps whichever the graph reads first."""
+    first: dict[int, str] = {}
+    names = [(name, id(x)) for name, x in module.named_parameters(remove_duplicate=False)]
+    return {name: known for name, x in names if (known := first.setdefault(x, name)) != name}
 
 
 _LAST = ALL_INPUTS.index(LAST_INDEX)

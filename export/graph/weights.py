@@ -3,42 +3,29 @@
 So at any time about one of them is in memory, whatever the size of the model.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
-from onnx_ir.tensor_adapters import TorchTensor
+from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
+from torch import Tensor
 
-from headfold.export.checkpoints.base import Checkpoint
+from headfold.export.exportables.base import Tensors
 from headfold.export.graph.recipes import WeightRecipe, recipe_of
 from headfold.export.model.decoder import Scales
-from headfold.export.model.rope import rope_tables
 from headfold.plugins.schema import SCALES
 from headfold.runtime.errors import CheckpointError, HeadfoldError
 
 _INLINE = 1024  # bytes; smaller tensors stay in the graph, where shape inference can see them
 
 
-def attach_weights(
-    model: ir.Model,
-    checkpoint: Checkpoint,
-    dtype: torch.dtype,
-    capacity: int,
-    allow_nan: bool,
-    scales: Sequence[Scales] = (),
-) -> int:
-    """Attach the checkpoint's tensors, cast to `dtype`, and rotary tables for `capacity` positions; returns the weights' bytes.
+def attach_weights(model: ir.Model, tensors: Tensors, tables: Mapping[str, Tensor], allow_nan: bool) -> int:
+    """Attach the tensors, each cast to the dtype it was traced in, and tables as they are, by name; returns the weights' bytes.
 
-    `scales` are those of a quantized cache, of each layer.
-
-    Nothing is read before the graph is saved; reading raises CheckpointError for a value that is not finite, or that `dtype`
+    Nothing is read before the graph is saved; reading raises CheckpointError for a value that is not finite, or that the dtype
     cannot hold, unless `allow_nan`.
     """
-    tables = dict(zip(("cos_cache", "sin_cache"), rope_tables(checkpoint.config, capacity), strict=True))
-    tables = {name: table.to(dtype) for name, table in tables.items()}
-    for layer, pair in enumerate(scales):
-        tables |= {f"model.layers.{layer}.self_attn.{name}": scale for name, scale in zip(SCALES, pair, strict=True)}
     total, taken = 0, set[str]()
     for name, value in model.graph.initializers.items():
         recipe, tensor = recipe_of(value), value.const_value
@@ -46,44 +33,49 @@ def attach_weights(
             value.const_value = TorchTensor(tables[name], name=name)
         elif recipe is not None and tensor is not None:
             taken.update(recipe.sources)
-            read = _reader(checkpoint, name, recipe, dtype, allow_nan)
-            shape = ir.Shape(recipe.shape(checkpoint.shapes()))
-            value.const_value = ir.LazyTensor(read, dtype=tensor.dtype, shape=shape, name=name)
+            read = _reader(tensors, name, recipe, to_torch_dtype(tensor.dtype), allow_nan)
+            value.const_value = ir.LazyTensor(read, dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name)
             total += tensor.nbytes
-    left = [name for name in checkpoint.shapes() if name not in taken]
+    left = [name for name in tensors.shapes() if name not in taken]
     if left:
         raise RuntimeError(f"the graph takes nothing from {', '.join(left[:3])} of the checkpoint")
     return total
 
 
+def cache_scales_by_name(scales: Sequence[Scales]) -> dict[str, Tensor]:
+    """The scales of a quantized cache, of each layer, by the names they have in a graph."""
+    names = [f"model.layers.{layer}.self_attn.{name}" for layer in range(len(scales)) for name in SCALES]
+    return dict(zip(names, (scale for pair in scales for scale in pair), strict=True))
+
+
 def _reader(
-    checkpoint: Checkpoint, name: str, recipe: WeightRecipe, dtype: torch.dtype, allow_nan: bool
+    tensors: Tensors, name: str, recipe: WeightRecipe, dtype: torch.dtype, allow_nan: bool
 ) -> Callable[[], ir.TensorProtocol]:
     def read() -> ir.TensorProtocol:
-        tensor = recipe.make(lambda source: checked(checkpoint, source, dtype, allow_nan))
+        tensor = recipe.make(lambda source: checked(tensors, source, dtype, allow_nan))
         return TorchTensor(tensor, name=name)
 
     return read
 
 
-def checked(checkpoint: Checkpoint, name: str, dtype: torch.dtype, allow_nan: bool) -> torch.Tensor:
-    """One tensor of the checkpoint in `dtype`.
+def checked(tensors: Tensors, name: str, dtype: torch.dtype, allow_nan: bool) -> Tensor:
+    """One tensor in `dtype`.
 
     Raises:
         CheckpointError: it holds NaN or infinity, or a value `dtype` cannot hold, and `allow_nan` is not set.
     """
-    source = checkpoint.read(name)
+    source = tensors.read(name)
     tensor = source.to(dtype)
     if not allow_nan and not torch.isfinite(tensor).all():
         if not torch.isfinite(source).all():
             raise CheckpointError(
                 f"tensor {name} holds NaN or infinity",
-                where=checkpoint.path,
+                where=tensors.path,
                 fix="The checkpoint is damaged or training diverged; --allow-nan exports it all the same.",
             )
         raise CheckpointError(
             f"tensor {name} has values up to {source.abs().max().item():.3g}, more than {str(dtype).removeprefix('torch.')} holds",
-            where=checkpoint.path,
+            where=tensors.path,
             fix="Export with --dtype bfloat16 or float32.",
         )
     return tensor

@@ -29,6 +29,18 @@ class Layout:
     leading: Tensor  # int64 [B]: padding before the first real one
     total: int  # width of the attention mask
 
+    def real_first(self, length: int) -> Tensor:
+        """For each of a row's `length` places, which token comes there when its leading padding moves to the end: int64 [B, S]."""
+        shifted = torch.arange(length, device=self.leading.device) + self.leading[:, None]
+        return torch.where(shifted < length, shifted, shifted - length)
+
+    def wanted(self, length: int, last_only: bool) -> Tensor:
+        """The inverse of `real_first`, or with `last_only` the place of each row's last real token, [B, 1]."""
+        if last_only:
+            return (self.new_lengths - 1).clamp(min=0)[:, None]
+        shifted = torch.arange(length, device=self.leading.device) - self.leading[:, None]
+        return torch.where(shifted >= 0, shifted, shifted + length)
+
 
 def sequence_layout(input_ids: Tensor, attention_mask: Tensor) -> Layout:
     """Read the layout off a mask [B, T] whose last S columns belong to `input_ids` [B, S]; 1 is a token, 0 padding."""
@@ -239,10 +251,8 @@ class Decoder(nn.Module):
         layout = sequence_layout(input_ids, attention_mask)
         if cache is None and self.cache_dtype is not None:  # tokens are attended to as they are stored
             cache = self.new_cache(*input_ids.shape)
-        columns = torch.arange(input_ids.shape[1], device=input_ids.device)  # [S]
-        shifted = columns + layout.leading[:, None]  # [B, S]
-        aligned = torch.where(shifted < input_ids.shape[1], shifted, shifted - input_ids.shape[1])  # real tokens first
-        x = self.model.embed_tokens(input_ids.gather(1, aligned))  # [B, S, hidden]
+        length = input_ids.shape[1]
+        x = self.model.embed_tokens(input_ids.gather(1, layout.real_first(length)))  # [B, S, hidden]
         rope = (self.cos_cache.to(x.dtype), self.sin_cache.to(x.dtype))
         present: Cache = []
         hidden_states: list[Tensor] = []
@@ -251,11 +261,7 @@ class Decoder(nn.Module):
             hidden_states.append(x)
             if kv is not None:
                 present.append(kv)
-        if last_only:
-            wanted = (layout.new_lengths - 1).clamp(min=0)[:, None]  # [B, 1]
-        else:
-            shifted = columns - layout.leading[:, None]  # [B, S]: back to the order of input_ids
-            wanted = torch.where(shifted >= 0, shifted, shifted + input_ids.shape[1])
+        wanted = layout.wanted(length, last_only)  # [B, 1 or S], back in the order of input_ids
         x = x.gather(1, wanted[:, :, None].expand(-1, -1, x.shape[2]))  # [B, 1 or S, hidden]
         x = self.model.norm(x)
         head = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight  # [V, hidden]

@@ -16,7 +16,7 @@ from polygraphy.common import TensorMetadata
 from polygraphy.comparator import Comparator
 from polygraphy.datatype import DataType
 
-from headfold.export.model.decoder import Decoder
+from headfold.export.exportables.base import Oracle
 from headfold.export.parity.compare import feed_steps
 from headfold.export.parity.report import compare_logits
 from headfold.export.parity.runners import Feed, Outputs, TorchRunner
@@ -81,16 +81,16 @@ class BackendRunner(BaseRunner):  # type: ignore[misc]
 
 
 def verify_backends(
-    load: Callable[[], Decoder],
+    load: Callable[[], Oracle],
     backends: Mapping[str, Callable[[], Backend[Any]]],
     dtype: DType,
     prompts: Sequence[NDArray[np.int64]],
     decode_steps: int,
 ) -> list[BackendCheck]:
-    """Compare backends with a decoder.
+    """Compare backends with an oracle.
 
     Args:
-        load: makes the decoder, in float32 arithmetic; it is freed before the first backend is opened.
+        load: makes the oracle, in float32 arithmetic; it is freed before the first backend is opened.
         backends: what opens each backend, by name; one is open at a time.
         dtype: of the bundle: picks the tolerance.
         prompts: token ids; the first is also decoded and chunked, all of them make the ragged batch.

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from polygraphy.comparator import Comparator, CompareFunc, RunResults
 
-from headfold.export.model.config import ModelConfig
-from headfold.export.model.decoder import Decoder
+from headfold.export.exportables.base import Oracle
 from headfold.export.parity.report import (
     CheckResult,
     LayerResult,
@@ -42,11 +42,11 @@ class Candidate:
     title: str
 
 
-def onnxruntime_candidate(path: Path, precision: Precision, config: ModelConfig) -> Candidate:
+def onnxruntime_candidate(path: Path, precision: Precision) -> Candidate:
     """The graph at `path` in ONNX Runtime on the CPU."""
 
     def start(capacity: int, greedy: int, expose: bool) -> CachedRunner:
-        return OrtRunner(lambda: open_session(path, precision, expose), config, capacity, greedy)
+        return OrtRunner(lambda: open_session(path, precision, expose), capacity, greedy)
 
     return Candidate(start, precision, "ONNX Runtime")
 
@@ -60,8 +60,8 @@ def make_prompts(vocab_size: int, length: int, text: Sequence[int] | None) -> li
 
 def verify_graph(
     path: Path,
-    load: Callable[[], Decoder],
-    config: ModelConfig,
+    load: Callable[[torch.dtype], Oracle],
+    vocab_size: int,
     precision: Precision,
     all_logits: bool,
     prompts: Sequence[NDArray[np.int64]],
@@ -69,12 +69,12 @@ def verify_graph(
     reporter: Reporter,
     candidate: Candidate | None = None,
 ) -> ParityReport:
-    """Compare the graph at `path` with a decoder.
+    """Compare the graph at `path` with an oracle.
 
     Args:
         path: of the ONNX file; its weights lie beside it.
-        load: makes the decoder, in float32 arithmetic. PyTorch is done and freed before ONNX Runtime starts.
-        config: of the model.
+        load: makes the oracle, in float32 or float64 arithmetic. PyTorch is done and freed before ONNX Runtime starts.
+        vocab_size: of the model.
         precision: how the graph computes: picks the tolerance.
         all_logits: whether the graph has logits for all new tokens.
         prompts: token ids; the first is also decoded and chunked, all of them make the ragged batch.
@@ -82,14 +82,14 @@ def verify_graph(
         reporter: is told what goes on.
         candidate: what to run in place of the graph at `path` in ONNX Runtime.
     """
-    candidate = candidate or onnxruntime_candidate(path, precision, config)
+    candidate = candidate or onnxruntime_candidate(path, precision)
     precision = candidate.precision
-    steps = list(feed_steps(prompts, max(decode_steps, 0), config.vocab_size))
+    steps = list(feed_steps(prompts, max(decode_steps, 0), vocab_size))
     capacity = max(feed["attention_mask"].shape[1] for _, feed in steps) + max(decode_steps, 1)
     feeds = [inputs for _, inputs in steps]
     greedy = max(decode_steps, 1)
     with quiet_polygraphy():
-        oracle = TorchRunner(load, all_logits, greedy)
+        oracle = TorchRunner(lambda: load(torch.float32), all_logits, greedy)
         with reporter.step("run PyTorch"):
             expected = Comparator.run([oracle], data_loader=feeds, use_subprocess=False)
         with reporter.step(f"run {candidate.title}"):
@@ -99,12 +99,12 @@ def verify_graph(
             layers = Comparator.run([layered], data_loader=feeds[:1], use_subprocess=False)
         results = list(expected[0][1]), list(actual[0][1]), layers[0][1][0]
         with reporter.step("compare"):
-            report = _report(precision, [name for name, _ in steps], *results, config)
+            report = _report(precision, [name for name, _ in steps], *results)
         if not report.passed and precision.in_float32:
-            exact = TorchRunner(lambda: load().double(), all_logits, 0)
+            exact = TorchRunner(lambda: load(torch.float64), all_logits, 0)
             with reporter.step("out of tolerance: run PyTorch in float64, to see how exact its float32 is"):
                 truth = Comparator.run([exact], data_loader=feeds, use_subprocess=False)
-            report = _report(precision, [name for name, _ in steps], *results, config, list(truth[0][1]))
+            report = _report(precision, [name for name, _ in steps], *results, list(truth[0][1]))
     return report
 
 
@@ -114,7 +114,6 @@ def _report(
     expected: Sequence[Any],
     actual: Sequence[Any],
     layers: Any,
-    config: ModelConfig,
     exact: Sequence[Any] | None = None,
 ) -> ParityReport:
     """Compare the iterations, which belong to the checks `names`; `exact` are the oracle's in float64."""
@@ -126,7 +125,7 @@ def _report(
     if (tokens[0] != tokens[1]).any():
         divergent = int(np.flatnonzero(tokens[0] != tokens[1])[0])
     checks.append(_greedy_check(*tokens, divergent, precision))
-    hidden = _layers(expected[0], layers, exact[0] if exact else None, config, allowed)
+    hidden = _layers(expected[0], layers, exact[0] if exact else None, allowed)
     checks.append(_layer_check(hidden))
     return ParityReport(precision, checks, hidden, len(tokens[0]), divergent)
 
@@ -234,12 +233,9 @@ def _greedy_check(
     )
 
 
-def _layers(
-    expected: Any, actual: Any, exact: Any | None, config: ModelConfig, tolerance: Tolerance
-) -> list[LayerResult]:
-    results = []
-    for layer in range(config.num_hidden_layers):
-        name = hidden_state(layer)
+def _layers(expected: Any, actual: Any, exact: Any | None, tolerance: Tolerance) -> list[LayerResult]:
+    results: list[LayerResult] = []
+    while (name := hidden_state(layer := len(results))) in expected:
         error = float(np.abs(expected[name] - actual[name]).max())
         limit = _limit(tolerance, name, expected, exact)
         results.append(LayerResult(layer, error, limit, bool(error <= limit)))  # NaN is not

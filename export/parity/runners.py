@@ -20,16 +20,14 @@ from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.common import TensorMetadata
 from polygraphy.datatype import DataType
 
+from headfold.export.exportables.base import Oracle
 from headfold.export.graph.bodies import widen_float8_caches
 from headfold.export.graph.passes import expose_hidden_states, widen_to_float32
-from headfold.export.model.config import ModelConfig
-from headfold.export.model.decoder import Decoder
 from headfold.export.parity.tolerances import Precision
 from headfold.plugins.dtypes import DTYPES, from_onnxruntime
 from headfold.plugins.names import (
     PARTS,
     cache_output,
-    caches,
     hidden_state,
     input_of,
     is_cache_input,
@@ -57,19 +55,19 @@ def _metadata() -> TensorMetadata:
 class TorchRunner(BaseRunner):  # type: ignore[misc]
     """The oracle: every row alone, unpadded, the whole sequence anew in each iteration. So it knows nothing of caches or masks."""
 
-    def __init__(self, load: Callable[[], Decoder], all_logits: bool, greedy_tokens: int) -> None:
+    def __init__(self, load: Callable[[], Oracle], all_logits: bool, greedy_tokens: int) -> None:
         super().__init__(name="pytorch", prefix="torch")
         self._load, self._all, self._greedy_tokens = load, all_logits, greedy_tokens
 
     def activate_impl(self) -> None:
         """Load the weights."""
-        self._decoder: Decoder | None = self._load()
+        self._oracle: Oracle | None = self._load()
         self._rows: list[list[int]] = []
         self._first = True
 
     def deactivate_impl(self) -> None:
         """Free the weights, so that ONNX Runtime can have the memory."""
-        self._decoder = None
+        self._oracle = None
 
     def get_input_metadata_impl(self) -> TensorMetadata:
         """See module."""
@@ -78,8 +76,8 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
     @torch.inference_mode()
     def infer_impl(self, feed_dict: Feed) -> Outputs:
         """See module; the first call also gives greedy tokens and the residual stream after each layer."""
-        decoder = self._decoder
-        assert decoder is not None
+        oracle = self._oracle
+        assert oracle is not None
         ids, mask = feed_dict["input_ids"], feed_dict["attention_mask"]
         length = ids.shape[1]
         new = mask[:, -length:] == 1  # [B, S]
@@ -88,34 +86,35 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
         for row, tokens in enumerate(self._rows):
             tokens.extend(ids[row][new[row]].tolist())
         outputs: Outputs = OrderedDict()
-        longest, batch, config = max(map(len, self._rows)), len(ids), decoder.config
-        logits = np.zeros((batch, length if self._all else 1, config.vocab_size), np.float32)
-        shape = (batch, config.num_key_value_heads, longest, config.head_dim)
-        present = {name: np.zeros(shape, np.float32) for name in caches(config.num_hidden_layers).values()}
-        for row, tokens in enumerate(self._rows):
-            result = decoder(torch.tensor([tokens]), None, decoder.new_cache(1, len(tokens)), last_only=not self._all)
+        longest, batch = max(map(len, self._rows)), len(ids)
+        results = [oracle.compute(torch.tensor(tokens), last_only=not self._all) for tokens in self._rows]
+        logits = np.zeros((batch, length if self._all else 1, results[0].logits.shape[-1]), np.float32)
+        present: Outputs = OrderedDict()
+        for row, (tokens, result) in enumerate(zip(self._rows, results, strict=True)):
             if self._all:
-                logits[row][new[row]] = result.logits[0, -int(new[row].sum()) :].float().numpy()
+                logits[row][new[row]] = result.logits[-int(new[row].sum()) :].float().numpy()
             else:
-                logits[row] = result.logits[0].float().numpy()
-            for i, pair in enumerate(result.cache):
+                logits[row] = result.logits.float().numpy()
+            for i, pair in enumerate(result.caches):
                 for part, value in zip(PARTS, pair, strict=True):
-                    present[cache_output(i, part)][row, :, : len(tokens)] = value[0].float().numpy()
+                    shape = (batch, value.shape[0], longest, value.shape[2])
+                    whole = present.setdefault(cache_output(i, part), np.zeros(shape, np.float32))
+                    whole[row, :, : len(tokens)] = value.float().numpy()
             if self._first:
                 for i, hidden in enumerate(result.hidden_states):
-                    outputs[hidden_state(i)] = hidden.float().numpy()
+                    outputs[hidden_state(i)] = hidden[None].float().numpy()
         outputs["logits"] = logits
         outputs.update(present)
         if self._first:
-            outputs[GREEDY] = self._greedy(decoder, list(self._rows[0]))
+            outputs[GREEDY] = self._greedy(oracle, list(self._rows[0]))
             self._first = False
         self.inference_time = 0.0
         return outputs
 
-    def _greedy(self, decoder: Decoder, tokens: list[int]) -> NDArray[np.int64]:
+    def _greedy(self, oracle: Oracle, tokens: list[int]) -> NDArray[np.int64]:
         start = len(tokens)
         for _ in range(self._greedy_tokens):
-            tokens.append(int(decoder(torch.tensor([tokens]), last_only=True).logits[0, -1].argmax()))
+            tokens.append(int(oracle.compute(torch.tensor(tokens), last_only=True).logits[-1].argmax()))
         return np.array(tokens[start:])
 
 
@@ -177,12 +176,10 @@ class CachedRunner(BaseRunner):  # type: ignore[misc]
 class OrtRunner(CachedRunner):
     """The exported graph in ONNX Runtime."""
 
-    def __init__(
-        self, load: Callable[[], ort.InferenceSession], config: ModelConfig, capacity: int, greedy_tokens: int
-    ) -> None:
+    def __init__(self, load: Callable[[], ort.InferenceSession], capacity: int, greedy_tokens: int) -> None:
         super().__init__("onnxruntime", greedy_tokens)
         self._runner = OnnxrtRunner(load)
-        self._config, self._capacity = config, capacity
+        self._capacity = capacity
         self._past: Outputs = OrderedDict()
 
     def activate_impl(self) -> None:
@@ -195,11 +192,11 @@ class OrtRunner(CachedRunner):
 
     def start(self, batch: int) -> None:
         """See CachedRunner."""
-        shape = (batch, self._config.num_key_value_heads, self._capacity, self._config.head_dim)
-        inputs = [node for node in self._runner.sess.get_inputs() if is_cache_input(node.name)]
-        self._past = OrderedDict(
-            (node.name, np.zeros(shape, DTYPES[from_onnxruntime(node.type)].numpy)) for node in inputs
-        )
+        self._past = OrderedDict()
+        for node in self._runner.sess.get_inputs():
+            if is_cache_input(node.name):
+                shape = (batch, node.shape[1], self._capacity, node.shape[3])
+                self._past[node.name] = np.zeros(shape, DTYPES[from_onnxruntime(node.type)].numpy)
 
     def step(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> Outputs:
         """See CachedRunner."""

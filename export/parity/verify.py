@@ -7,9 +7,8 @@ import onnx_ir as ir
 import torch
 from tokenizers import Tokenizer
 
-from headfold.export.checkpoints.base import Checkpoint
-from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
-from headfold.export.model.decoder import Decoder, Scales
+from headfold.export.exportables.base import Exportable, Oracle, QuantizedCache
+from headfold.export.model.decoder import Scales
 from headfold.export.parity.compare import Candidate, make_prompts, verify_graph
 from headfold.export.parity.report import ParityReport
 from headfold.export.parity.tolerances import Precision
@@ -30,69 +29,68 @@ _PROMPT = 48  # tokens of the longest prompt
 
 def verify(
     bundle: Path,
-    source: Path,
+    open_: Callable[[Manifest], Exportable],
     decode_steps: int,
     reporter: Reporter,
     candidate: Callable[[Manifest], Candidate] | None = None,
 ) -> ParityReport:
-    """Compare a finished bundle with the checkpoint it should have come from.
+    """Compare a finished bundle with what it should have come from, which `open_` opens, told by the manifest how.
 
     `candidate` makes what is compared from the checked manifest; by default the bundle's graph in ONNX Runtime.
 
     Raises:
-        BundleError: the bundle is damaged, or its configuration is not that of the checkpoint.
+        BundleError: the bundle is damaged, or its configuration is not that of the source.
     """
     manifest = read_manifest(bundle)
     with reporter.step("check the bundle's files"):
         check_files(bundle, manifest)
         check_capacity(bundle / MODEL, manifest.cache.capacity)
-    checkpoint = open_checkpoint(source)
-    if checkpoint.config.to_json() != manifest.config:
-        differing = [name for name, x in checkpoint.config.to_json().items() if manifest.config.get(name) != x]
+    exportable = open_(manifest)
+    found = exportable.describe()
+    if found != manifest.config:
+        differing = [name for name, x in found.items() if manifest.config.get(name) != x]
         raise BundleError(
-            f"was made from another model than {source}: {', '.join(differing)} differ",
+            f"was made from another model than {exportable.path}: {', '.join(differing)} differ",
             where=bundle,
             fix="Name its checkpoint.",
         )
     chosen = candidate(manifest) if candidate is not None else None
-    return verify_bundle(bundle, checkpoint, manifest, decode_steps, reporter, chosen)
+    return verify_bundle(bundle, exportable, manifest, decode_steps, reporter, chosen)
 
 
 def verify_bundle(
     directory: Path,
-    checkpoint: Checkpoint,
+    exportable: Exportable,
     manifest: Manifest,
     decode_steps: int,
     reporter: Reporter,
     candidate: Candidate | None = None,
 ) -> ParityReport:
-    """Compare a bundle, finished or staged, with the checkpoint's weights in PyTorch; see `verify_graph`.
+    """Compare a bundle, finished or staged, with the oracle of what it was made from; see `verify_graph`.
 
     `candidate` is by default the bundle's graph in ONNX Runtime.
     """
-    stored = getattr(torch, manifest.dtype)
-    quantization = manifest.cache.quantization
-    layers = manifest.cache.num_hidden_layers
-    scales = stored_scales(directory / MODEL, layers) if quantization is not None else []
+    stored, capacity = getattr(torch, manifest.dtype), manifest.cache.capacity
+    cache = None
+    if manifest.cache.quantization is not None:
+        scales = stored_scales(directory / MODEL, manifest.cache.num_hidden_layers)
+        cache = QuantizedCache(manifest.cache.quantization.dtype, scales)
 
-    def load() -> Decoder:
-        decoder = load_decoder(checkpoint, stored, manifest.cache.capacity).float()  # rounded like the bundle
-        if quantization is not None:
-            decoder.quantize_cache(getattr(torch, quantization.dtype), scales)
-        return decoder  # and computed in float32
+    def load(arithmetic: torch.dtype) -> Oracle:
+        return exportable.oracle(stored, capacity, arithmetic, cache)  # rounded like the bundle
 
     tokenizer = directory / "tokenizer.json"
     text = Tokenizer.from_file(str(tokenizer)).encode(_TEXT).ids if tokenizer.is_file() else None
-    room = manifest.cache.capacity - decode_steps - 1
-    prompts = make_prompts(checkpoint.config.vocab_size, min(_PROMPT, max(room, 1)), text)
+    room = capacity - decode_steps - 1
+    prompts = make_prompts(exportable.facts.vocab_size, min(_PROMPT, max(room, 1)), text)
     return verify_graph(
         directory / MODEL,
         load,
-        checkpoint.config,
+        exportable.facts.vocab_size,
         precision_of(manifest),
         manifest.logits == "all",
         prompts,
-        min(decode_steps, manifest.cache.capacity - max(map(len, prompts)) - 1),
+        min(decode_steps, capacity - max(map(len, prompts)) - 1),
         reporter,
         candidate,
     )

@@ -13,6 +13,7 @@ from headfold.export.bundle.pipeline import ExportOptions, export_bundle
 from headfold.export.checkpoints.hf import save_hf
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
 from headfold.export.conversion.heads import Init
+from headfold.export.exportables.opening import open_exportable
 from headfold.export.model.config import ModelConfig
 from headfold.export.progress import Reporter
 from headfold.export.publishing import scratch
@@ -143,7 +144,10 @@ def _times(
             save_hf(checkpoint, student.checkpoint, getattr(torch, dtype))
             capacity = max(timing.contexts) + timing.decode_tokens
             export_bundle(
-                checkpoint, bundle, ExportOptions(dtype=dtype, capacity=capacity, verify=False), Reporter(quiet=True)
+                open_exportable(checkpoint),
+                bundle,
+                ExportOptions(dtype=dtype, capacity=capacity, verify=False),
+                Reporter(quiet=True),
             )
             shutil.rmtree(checkpoint)
             reporter.note(f"exported {student.kv_heads} key/value heads to time them")

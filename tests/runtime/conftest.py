@@ -14,6 +14,7 @@ from tensorrt_rig import Rig, copy_with_engine
 from headfold.export.bundle.pipeline import ExportOptions, export_bundle
 from headfold.export.bundle.writer import manifest_of, write_json
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
+from headfold.export.exportables.opening import open_exportable
 from headfold.export.model.config import ModelConfig
 from headfold.export.model.decoder import Decoder
 from headfold.export.progress import Reporter
@@ -48,7 +49,7 @@ def make_toy(tmp_path_factory: pytest.TempPathFactory, toy_checkpoint: Path) -> 
         if (all_logits, dtype) not in made:
             path = tmp_path_factory.mktemp("bundle") / "toy"
             options = ExportOptions(dtype=dtype, all_logits=all_logits, verify=False)
-            export_bundle(toy_checkpoint, path, options, Reporter(quiet=True))
+            export_bundle(open_exportable(toy_checkpoint), path, options, Reporter(quiet=True))
             decoder = load_decoder(open_checkpoint(toy_checkpoint))
             made[all_logits, dtype] = Toy(path, decoder, decoder.config)
         return made[all_logits, dtype]

@@ -10,6 +10,7 @@ from typing import Any
 import onnx
 import pytest
 
+from headfold.export.exportables.opening import open_exportable
 from headfold.export.parity.verify import verify
 from headfold.export.progress import Reporter
 from headfold.runtime import BundleError, load
@@ -103,7 +104,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "link to another file": (link_elsewhere, r"tokenizer\.json: has \d+ bytes, not the"),
     "pipe": (pipe, r"tokenizer\.json: is missing, or no regular file"),
     "linked directory": (link_directory, r"more: is not listed in the manifest"),
-    "newer": (edit(format_version=4), "format version 4, this headfold reads up to 3. Upgrade headfold"),
+    "newer": (edit(format_version=5), "format version 5, this headfold reads up to 4. Upgrade headfold"),
     "no JSON": (lambda p: (p / "manifest.json").write_bytes(b"\xff{"), "manifest.json: is not JSON"),
     "no object": (lambda p: (p / "manifest.json").write_text("[]"), "manifest.json: is no JSON object"),
     "field missing": (drop_field, r"cache\.capacity: Field required"),
@@ -244,4 +245,4 @@ def test_what_is_no_graph(content, tmp_path) -> None:
 def test_verifying_a_graph_that_cannot_be_loaded_is_one_line(content, changed, toy_checkpoint, monkeypatch) -> None:
     monkeypatch.setattr("headfold.export.parity.verify.check_capacity", lambda path, capacity: None)
     with pytest.raises(BundleError, match=r"model\.onnx: ONNX Runtime cannot load it"):
-        verify(changed({"model.onnx": content}), toy_checkpoint, 1, Reporter(quiet=True))
+        verify(changed({"model.onnx": content}), lambda _: open_exportable(toy_checkpoint), 1, Reporter(quiet=True))

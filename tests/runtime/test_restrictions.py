@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
 from headfold.export.bundle.genai import genai_config
+from headfold.export.exportables.own import facts_of
 from headfold.runtime import BundleError, InputError, load
 from headfold.runtime.generation_settings import GenerationSettings, read_generation_settings
 from headfold.runtime.restrictions import Forbidden, Restrictions
@@ -164,9 +165,10 @@ def test_settings_that_cannot_be_meant(content, message, tmp_path) -> None:
 
 
 def test_onnxruntime_genai_stops_where_the_settings_say(config) -> None:
-    made = genai_config(config, 64, GenerationSettings(eos_token_id=[2, 4], bos_token_id=7))["model"]
+    facts = facts_of(config)
+    made = genai_config(facts, 64, GenerationSettings(eos_token_id=[2, 4], bos_token_id=7))["model"]
     assert (made["eos_token_id"], made["pad_token_id"], made["bos_token_id"]) == ([2, 4], 2, 7)
-    made = genai_config(config, 64, GenerationSettings(eos_token_id=3.0, pad_token_id=5))["model"]
+    made = genai_config(facts, 64, GenerationSettings(eos_token_id=3.0, pad_token_id=5))["model"]
     assert (made["eos_token_id"], made["pad_token_id"]) == (3, 5)
-    made = genai_config(config, 64, GenerationSettings())["model"]
+    made = genai_config(facts, 64, GenerationSettings())["model"]
     assert (made["eos_token_id"], made["pad_token_id"]) == (0, 0)  # the model's own

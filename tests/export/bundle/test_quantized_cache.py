@@ -61,7 +61,7 @@ def test_the_cache_takes_a_byte_and_the_manifest_says_so(bundle) -> None:
     assert manifest.cache.quantization.kl < 1e-2
     assert {spec.dtype for spec in manifest.inputs if spec.name.startswith("past_key_values.")} == {"int8"}
     cache = load(bundle).backend.new_cache(2, CAPACITY)
-    assert cache.row_bytes == 2 * CAPACITY * 16
+    assert cache.itemsize == 1
     code, output = run("inspect", bundle, "--json")
     assert code == 0
     assert '"kv_bytes_per_token": 128' in output  # keys and values, 2 layers, 2 heads of 16, a byte each
@@ -82,6 +82,7 @@ def test_onnx_runtime_decodes_as_pytorch_does(bundle, toys) -> None:
 
 @pytest.mark.parametrize("name", ["key_scale", "value_scale"])
 def test_a_wrong_scale_is_caught(name, bundle, toys, tmp_path) -> None:
+    from headfold.export.exportables.own import OwnModel
     from headfold.export.parity.compare import onnxruntime_candidate
     from headfold.export.parity.tolerances import Precision
     from headfold.export.parity.verify import verify_bundle
@@ -92,10 +93,8 @@ def test_a_wrong_scale_is_caught(name, bundle, toys, tmp_path) -> None:
     value = model.graph.initializers[f"model.layers.1.self_attn.{name}"]
     value.const_value = ir.tensor(1.5 * value.const_value.numpy())
     ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
-    candidate = onnxruntime_candidate(
-        tmp_path / "model.onnx", Precision("onnxruntime", "float32", "int8"), checkpoint.config
-    )
-    report = verify_bundle(bundle, checkpoint, manifest, 4, Reporter(quiet=True), candidate)
+    candidate = onnxruntime_candidate(tmp_path / "model.onnx", Precision("onnxruntime", "float32", "int8"))
+    report = verify_bundle(bundle, OwnModel(checkpoint), manifest, 4, Reporter(quiet=True), candidate)
     assert not report.passed
 
 

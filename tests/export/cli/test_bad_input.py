@@ -16,6 +16,7 @@ from headfold.export.bundle.pipeline import ExportOptions, export_bundle
 from headfold.export.checkpoints.hf import save_hf
 from headfold.export.checkpoints.opening import open_checkpoint
 from headfold.export.cli import main
+from headfold.export.exportables.opening import open_exportable
 from headfold.export.progress import Reporter
 
 
@@ -28,7 +29,7 @@ def checkpoint(toy_checkpoint: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def good_bundle(toy_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("good") / "bundle"
-    export_bundle(toy_checkpoint, path, ExportOptions(verify=False), Reporter(quiet=True))
+    export_bundle(open_exportable(toy_checkpoint), path, ExportOptions(verify=False), Reporter(quiet=True))
     return path
 
 
@@ -121,7 +122,8 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (lambda p: (p / "config.json").unlink(), "has no config.json"),
     "config is no JSON": (truncate("config.json", 40), "is not JSON"),
     "config is a list": (lambda p: (p / "config.json").write_text("[]"), "is no JSON object"),
-    "unknown model_type": (config(model_type="mamba"), "model_type 'mamba' is unknown"),
+    "unknown model_type": (config(model_type="llamax"), "transformers cannot read its configuration"),
+    "a model with a state": (config(model_type="mamba"), "mamba has a state beside keys and values"),
     "no model_type": (config(model_type=None), "model_type is missing"),
     "unknown activation": (config(hidden_act="xielu"), "hidden_act 'xielu' is not implemented"),
     "unknown RoPE": (

@@ -18,6 +18,7 @@ from headfold.export.engine.lowering import attention_nodes, lower
 from headfold.export.engine.network_report import open_flavour, parse, report
 from headfold.export.engine.network_runner import Network, NetworkRunner, network_candidate
 from headfold.export.engine.options import BuildOptions
+from headfold.export.exportables.own import DecoderOracle
 from headfold.export.parity.compare import Candidate, make_prompts, verify_graph
 from headfold.export.parity.report import ParityReport
 from headfold.export.parity.tolerances import Precision
@@ -39,10 +40,8 @@ def trt():
 
 def verify(toy, candidate: Candidate) -> ParityReport:
     prompts = make_prompts(96, 12, None)
-    path, config = toy.bundle / MODEL, toy.decoder.config
-    return verify_graph(
-        path, lambda: toy.decoder, config, precision_of(toy.manifest), True, prompts, 4, QUIET, candidate
-    )
+    path, oracle = toy.bundle / MODEL, DecoderOracle(toy.decoder)
+    return verify_graph(path, lambda _: oracle, 96, precision_of(toy.manifest), True, prompts, 4, QUIET, candidate)
 
 
 @pytest.mark.parametrize("attention", ["native", "plugin"])

@@ -12,6 +12,7 @@ import torch
 from onnx.reference import ReferenceEvaluator
 
 from headfold.export.checkpoints.opening import load_decoder
+from headfold.export.exportables.own import OwnModel
 from headfold.export.graph.bodies import set_attention_body
 from headfold.export.graph.passes import expose_hidden_states
 from headfold.export.graph.trace import export_graph
@@ -42,8 +43,9 @@ VARIANTS = {
 
 
 def save(checkpoint, directory: Path, dtype=torch.float32, all_logits=True, standard=False, hidden=False) -> Path:
-    model = export_graph(checkpoint.config, dtype, CAPACITY, all_logits)
-    attach_weights(model, checkpoint, dtype, CAPACITY, allow_nan=False)
+    source = OwnModel(checkpoint)
+    model = export_graph(source, dtype, CAPACITY, all_logits)
+    attach_weights(model, checkpoint, source.tables(dtype, CAPACITY), allow_nan=False)
     if standard:
         set_attention_body(model, standard_body(checkpoint.config.rotary_dim, checkpoint.config.qk_norm))
     if hidden:

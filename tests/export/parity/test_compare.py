@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from headfold.export.exportables.own import DecoderOracle, OwnModel
 from headfold.export.graph.trace import export_graph
 from headfold.export.graph.weights import attach_weights, save_model
 from headfold.export.model.config import ModelConfig
@@ -40,23 +41,24 @@ def verified(memory_checkpoint, tmp_path) -> Callable[..., ParityReport]:
         changed = {name: tensor.clone() for name, tensor in checkpoint.tensors.items()}
         weights(changed)
         checkpoint = replace(checkpoint, config=exported or config, tensors=changed)
-        model = export_graph(checkpoint.config, torch_dtype, CAPACITY)
-        attach_weights(model, checkpoint, torch_dtype, CAPACITY, allow_nan=True)
+        source = OwnModel(checkpoint)
+        model = export_graph(source, torch_dtype, CAPACITY)
+        attach_weights(model, checkpoint, source.tables(torch_dtype, CAPACITY), allow_nan=True)
         graph(model)
         save_model(model, tmp_path / "model.onnx", lambda name, size: None)
 
-        def load() -> Decoder:
+        def load(arithmetic: torch.dtype) -> DecoderOracle:
             decoder = Decoder(config, CAPACITY).eval().requires_grad_(False)
             decoder.load_state_dict(rounded)
             cos, sin = decoder.cos_cache.to(torch_dtype).float(), decoder.sin_cache.to(torch_dtype).float()
             decoder.cos_cache, decoder.sin_cache = cos, sin
-            return decoder
+            return DecoderOracle(decoder.to(arithmetic))
 
         prompts, precision = make_prompts(config.vocab_size, 12, None), Precision("onnxruntime", dtype)
         return verify_graph(
             tmp_path / "model.onnx",
             load,
-            config,
+            config.vocab_size,
             precision,
             False,
             prompts,

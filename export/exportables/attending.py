@@ -1,0 +1,157 @@
+"""transformers' attention becomes our op: an attention function registered by name, and a cache that hands the new keys on to it.
+
+Any decoder of transformers that asks `AttentionInterface` for its attention then traces into the op, with its caches updated in place.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+
+from headfold.export.exportables.facts import LayerFacts
+from headfold.export.model.decoder import Cache as Caches
+from headfold.export.model.decoder import Layout
+from headfold.plugins.schema import AttentionInputs, Attributes
+from headfold.plugins.torch_op import attention
+from headfold.runtime.errors import ConfigError
+
+NAME = "headfold"  # of the attention, in `config._attn_implementation`
+_OTHER = "headfold can export this model only with another attention: see `headfold.export.export_module`."
+_current: ContextVar["OpCache"] = ContextVar("the cache of the forward pass that is running")
+
+
+class OpCache(Cache):  # type: ignore[misc]
+    """The caches of one forward pass. `update` stores nothing: it hands the new keys and values on, and remembers whose they are.
+
+    Without caches nothing is computed: it only learns how each layer attends, for `facts`.
+    """
+
+    def __init__(self, num_hidden_layers: int, layout: Layout, past: Caches | None) -> None:
+        super().__init__(layers=[])
+        self._count, self._layout, self._past = num_hidden_layers, layout, past
+        self._layer: int | None = None  # whose keys and values were last handed on
+        self.facts: dict[int, LayerFacts] = {}
+        self.present: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Attention inside the block is this cache's."""
+        token = _current.set(self)
+        try:
+            yield
+        finally:
+            _current.reset(token)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The new keys and values themselves."""
+        self._layer = layer_idx
+        return key_states, value_states
+
+    def attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, facts: LayerFacts, sinks: Tensor | None) -> Tensor:
+        """[B, S, Hq*D] of new queries [B, Hq, S, D], keys and values [B, Hkv, S, D]."""
+        layer, self._layer = self._layer, None
+        if layer is None or layer in self.facts:
+            raise ConfigError("attends to the keys of another layer", where=name, fix=_OTHER)
+        self.facts[layer] = facts
+        batch, length = q.shape[0], q.shape[2]
+        query, key, value = (x.transpose(1, 2).reshape(batch, length, x.shape[1] * x.shape[3]) for x in (q, k, v))
+        if self._past is None:
+            return torch.empty_like(query)
+        keys, values = self._past[layer]
+        inputs = AttentionInputs(
+            query=query,
+            key=key,
+            value=value,
+            past_key=keys,
+            past_value=values,
+            past_lengths=self._layout.past_lengths,
+            total_sequence_length=self._layout.total,
+            head_sink=sinks,
+        )
+        attributes = Attributes(
+            num_heads=facts.num_attention_heads,
+            kv_num_heads=facts.num_key_value_heads,
+            scale=facts.scale,
+            local_window_size=facts.window,
+            softcap=facts.softcap,
+        )
+        output, present = attention(inputs, attributes)
+        assert present is not None
+        self.present[layer] = present
+        return output
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Nothing: positions are given."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """As without a past; the op has a mask of its own."""
+        return query_length, 0
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """No limit."""
+        return -1
+
+    @property
+    def is_compileable(self) -> bool:
+        """No: it is for one pass."""
+        return False
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """No layer forgets anything."""
+        return [False] * self._count
+
+    def __len__(self) -> int:
+        return self._count
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """See transformers' AttentionInterface; `s_aux` are sinks [Hq]. Queries [B, Hq, S, D], keys and values [B, Hkv, S, D]."""
+    name = type(module).__name__
+    if value.shape[-1] != query.shape[-1]:
+        raise ConfigError(
+            f"has values of size {value.shape[-1]} and keys of size {query.shape[-1]} (multi-head latent attention?)",
+            where=name,
+            fix="headfold's attention op wants them equal.",
+        )
+    if attention_mask is not None:
+        raise ConfigError("brings an attention mask of its own", where=name, fix=_OTHER)
+    if is_causal is False or getattr(module, "is_causal", True) is False:
+        raise ConfigError("attends in both directions", where=name, fix="headfold exports decoders.")
+    facts = LayerFacts(
+        num_attention_heads=query.shape[1],
+        num_key_value_heads=key.shape[1],
+        head_dim=query.shape[3],
+        scale=float(scaling) if scaling is not None else query.shape[3] ** -0.5,
+        window=int(sliding_window) if sliding_window else -1,
+        softcap=float(softcap or 0),
+        sinks=s_aux is not None,
+    )
+    cache = _current.get(None)
+    if cache is None:
+        raise RuntimeError(f"{name} attends outside of an OpCache")
+    output = cache.attend(name, query, key, value, facts, s_aux)
+    return output.view(query.shape[0], query.shape[2], query.shape[1], query.shape[3]), None
+
+
+AttentionInterface.register(NAME, _attention)

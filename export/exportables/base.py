@@ -1,0 +1,137 @@
+"""What can be exported is to the rest of headfold: facts, a module to trace, tensors read one at a time, an oracle, tokenizer files.
+
+Three makers of it: `own.py` for families with a table, `transformers_model.py` for whatever transformers loads, `own_module.py` for
+a person's own. Behind them nobody asks which.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from headfold.export.checkpoints.base import TokenizerFiles
+from headfold.export.exportables.facts import Facts
+from headfold.export.model.decoder import Scales
+from headfold.plugins.dtypes import Quantized
+
+Road = Literal["headfold", "transformers", "module"]
+Caches = Sequence[tuple[Tensor, Tensor]]  # per layer: keys and values
+
+
+@dataclass(frozen=True)
+class QuantizedCache:
+    """The dtype of a quantized cache, and the scales of each layer's keys and values."""
+
+    dtype: Quantized
+    scales: Sequence[Scales]
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What an oracle makes of one sequence: S new tokens behind P past ones, V the vocabulary."""
+
+    logits: Tensor  # [S, V], or [1, V] of the last token
+    hidden_states: list[Tensor]  # the residual stream after each layer, [S, hidden]
+    caches: list[tuple[Tensor, Tensor]]  # per layer keys and values of all tokens, [Hkv, P + S, D], keys rotated
+
+
+class Oracle(Protocol):
+    """PyTorch, independent of what is exported: one row, no padding, no cache of its own."""
+
+    @property
+    def name(self) -> str:
+        """Who it is, for reports."""
+        ...
+
+    def compute(self, tokens: Tensor, past: Caches | None = None, last_only: bool = False) -> Computed:
+        """Run `tokens`, int64 [S], after a past of P tokens, given as the caches [Hkv, P, D] of each layer; None for none.
+
+        `last_only`: logits of the last token alone.
+        """
+        ...
+
+
+class Tensors(Protocol):
+    """The weights of a model, opened; they go when nothing holds it any more."""
+
+    @property
+    def path(self) -> Path:
+        """Where they lie, for messages."""
+        ...
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Name and shape of every tensor."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU."""
+        ...
+
+
+class Master(nn.Module):
+    """What is traced: an nn.Module whose `decoder` has the tensors, by their names.
+
+    `forward(input_ids [B, S], attention_mask [B, T], caches)` gives logits [B, 1 or S, V], the caches with the new tokens in them, and
+    the residual stream after each layer [B, S, hidden]. T - S columns of the mask are past; padding may be on either side.
+    """
+
+    decoder: nn.Module
+
+
+class Exportable(Protocol):
+    """See module."""
+
+    @property
+    def path(self) -> Path:
+        """Where it came from, for messages and the bundle's manifest."""
+        ...
+
+    @property
+    def road(self) -> Road:
+        """Who made it."""
+        ...
+
+    @property
+    def facts(self) -> Facts:
+        """Sizes and how each layer attends."""
+        ...
+
+    @property
+    def tokenizer(self) -> TokenizerFiles:
+        """The files to pass on."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What the model is, as plain JSON types: a manifest's `config`; equal for equal models."""
+        ...
+
+    def master(self, dtype: torch.dtype, capacity: int, all_logits: bool, cache: Quantized | None = None) -> Master:
+        """The module to trace, on meta tensors, weights in `dtype`; `capacity` in positions, where it has tables of them.
+
+        `cache` is the dtype of a quantized cache.
+
+        Raises:
+            ConfigError: it cannot have that cache.
+        """
+        ...
+
+    def tensors(self, dtype: torch.dtype) -> Tensors:
+        """Open the weights, for a bundle of `dtype`. They may be wider."""
+        ...
+
+    def tables(self, dtype: torch.dtype, capacity: int) -> Mapping[str, Tensor]:
+        """What the master has beside its weights, computed from the configuration, in the dtype it has there."""
+        ...
+
+    def oracle(
+        self,
+        stored: torch.dtype,
+        capacity: int,
+        arithmetic: torch.dtype = torch.float32,
+        cache: QuantizedCache | None = None,
+    ) -> Oracle:
+        """The oracle, its weights rounded to `stored` and computing in `arithmetic`."""
+        ...

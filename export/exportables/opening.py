@@ -1,0 +1,65 @@
+"""Which road a checkpoint takes: its family's own table, or transformers. Said in one line where it is not the first."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from headfold.export.checkpoints.families import FAMILIES, OWN
+from headfold.export.checkpoints.hf import CONFIG, read_json
+from headfold.export.checkpoints.opening import open_checkpoint
+from headfold.export.exportables.base import Exportable
+from headfold.export.exportables.own import OwnModel
+from headfold.export.progress import Reporter
+from headfold.runtime.errors import ConfigError
+from headfold.runtime.manifest import Manifest
+
+Via = Literal["headfold", "transformers"]
+
+
+def open_exportable(
+    path: Path, via: Via | None = None, trust_remote_code: bool = False, reporter: Reporter | None = None
+) -> Exportable:
+    """Open a checkpoint for export: a GGUF file, a Hugging Face directory, or `organisation/name` on its hub.
+
+    Args:
+        path: of the checkpoint.
+        via: the road; by default headfold's own where it has a table of the family, otherwise transformers.
+        trust_remote_code: let transformers run code that lies beside the weights.
+        reporter: is told which road it is, if that is not headfold's own.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+        ConfigError: the model is not one that can be exported.
+    """
+    model_type = read_json(path / CONFIG).get("model_type") if path.is_dir() else None
+    if via is None:
+        via = "transformers" if isinstance(model_type, str) and model_type not in {*FAMILIES, OWN} else "headfold"
+    if via == "headfold":
+        return OwnModel(open_checkpoint(path))
+    if find_spec("transformers") is None:
+        raise ConfigError(
+            f"model_type {model_type!r} is none of headfold's own ({', '.join(FAMILIES)}), and transformers is not installed",
+            where=path,
+            fix="pip install 'headfold[transformers]'",
+        )
+    from headfold.export.exportables.transformers_model import open_transformers
+
+    exportable = open_transformers(path, trust_remote_code)
+    if reporter is not None:
+        reporter.note(f"{exportable.facts.model_type}: by way of transformers")
+    return exportable
+
+
+def road_of(manifest: Manifest) -> Via:
+    """The road on which what a bundle was made from is opened again.
+
+    Raises:
+        ConfigError: it was a person's own module, which is nowhere but in their program.
+    """
+    if manifest.road == "module":
+        raise ConfigError(
+            "was made from a module in memory",
+            where=manifest.source,
+            fix="Call headfold.export.verify_module with that module.",
+        )
+    return manifest.road

@@ -1,0 +1,126 @@
+"""The road of families with a table: a checkpoint of `headfold.export.checkpoints`, and our own decoder."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headfold.export.checkpoints.base import Checkpoint, TokenizerFiles
+from headfold.export.checkpoints.opening import load_decoder
+from headfold.export.exportables.base import Caches, Computed, Master, Oracle, QuantizedCache, Road
+from headfold.export.exportables.facts import Facts, LayerFacts
+from headfold.export.model.config import ModelConfig
+from headfold.export.model.decoder import Cache, Decoder
+from headfold.export.model.rope import rope_tables
+from headfold.plugins.dtypes import Quantized
+
+
+class OwnModel:
+    """An Exportable of a checkpoint; see there."""
+
+    road: Road = "headfold"
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint, self.path, self.tokenizer = checkpoint, checkpoint.path, checkpoint.tokenizer
+        self.facts = facts_of(checkpoint.config)
+
+    path: Path
+    tokenizer: TokenizerFiles
+
+    def describe(self) -> dict[str, Any]:
+        """See Exportable."""
+        return self.checkpoint.config.to_json()
+
+    def master(self, dtype: torch.dtype, capacity: int, all_logits: bool, cache: Quantized | None = None) -> Master:
+        """See Exportable."""
+        config = self.checkpoint.config
+        with torch.device("meta"):
+            decoder = Decoder(config, capacity).to(device="meta", dtype=dtype).eval()
+            if cache is not None:
+                heads, layers = config.num_key_value_heads, range(config.num_hidden_layers)
+                decoder.quantize_cache(getattr(torch, cache), [(torch.ones(heads), torch.ones(heads)) for _ in layers])
+        return OwnMaster(decoder, all_logits).eval()
+
+    def tensors(self, dtype: torch.dtype) -> Checkpoint:
+        """See Exportable; read one at a time."""
+        return self.checkpoint
+
+    def tables(self, dtype: torch.dtype, capacity: int) -> Mapping[str, Tensor]:
+        """See Exportable."""
+        cos, sin = rope_tables(self.checkpoint.config, capacity)
+        return {"cos_cache": cos.to(dtype), "sin_cache": sin.to(dtype)}
+
+    def oracle(
+        self,
+        stored: torch.dtype,
+        capacity: int,
+        arithmetic: torch.dtype = torch.float32,
+        cache: QuantizedCache | None = None,
+    ) -> Oracle:
+        """See Exportable."""
+        decoder = load_decoder(self.checkpoint, stored, capacity).to(arithmetic)
+        if cache is not None:
+            decoder.quantize_cache(getattr(torch, cache.dtype), cache.scales)
+        return DecoderOracle(decoder)
+
+
+class OwnMaster(Master):
+    """Our decoder with the graph's inputs and outputs; see Master."""
+
+    decoder: Decoder
+
+    def __init__(self, decoder: Decoder, all_logits: bool) -> None:
+        super().__init__()
+        self.decoder, self.all_logits = decoder, all_logits
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, cache: Cache) -> tuple[Tensor, Cache, list[Tensor]]:
+        """See Master."""
+        output = self.decoder(input_ids, attention_mask, cache, last_only=not self.all_logits)
+        return output.logits, output.cache, output.hidden_states
+
+
+class DecoderOracle:
+    """Our decoder, the sequence anew in every call; see Oracle."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self.name = "headfold's decoder in PyTorch"
+
+    @torch.inference_mode()
+    def compute(self, tokens: Tensor, past: Caches | None = None, last_only: bool = False) -> Computed:
+        """See Oracle."""
+        start = past[0][0].shape[1] if past else 0
+        cache = self._decoder.new_cache(1, start + len(tokens))
+        for mine, given in zip(cache, past or [], strict=False):
+            for whole, part in zip(mine, given, strict=True):
+                whole[0, :, :start] = part
+        mask = torch.ones(1, start + len(tokens), dtype=torch.long)
+        result = self._decoder(tokens[None], mask, cache, last_only=last_only)
+        caches = [(keys[0], values[0]) for keys, values in result.cache]
+        return Computed(result.logits[0], [x[0] for x in result.hidden_states], caches)
+
+
+def facts_of(config: ModelConfig) -> Facts:
+    """What everything behind an Exportable knows of one of our decoders."""
+    layers = [
+        LayerFacts(
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            scale=config.head_dim**-0.5,
+            window=config.window(layer),
+        )
+        for layer in range(config.num_hidden_layers)
+    ]
+    return Facts(
+        model_type=config.model_type,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        capacity=config.max_position_embeddings,
+        layers=tuple(layers),
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+    )

@@ -1,0 +1,343 @@
+"""The road of whatever transformers loads: its own module traced into our op, its loader's weights, its eager attention as oracle.
+
+Only here and in `attending.py` the export imports transformers, the extra `headfold[transformers]`.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from headfold.export.checkpoints.base import TokenizerFiles
+from headfold.export.checkpoints.hf import TOKENIZER_FILES
+from headfold.export.exportables.attending import NAME, OpCache
+from headfold.export.exportables.base import Caches, Computed, Master, Oracle, QuantizedCache, Road
+from headfold.export.exportables.facts import Facts
+from headfold.export.model.decoder import Cache, sequence_layout
+from headfold.plugins.dtypes import Quantized
+from headfold.runtime.errors import CheckpointError, ConfigError
+
+Load = Callable[[torch.dtype, str], PreTrainedModel]  # in a dtype, with an attention implementation
+
+_ROAD = (
+    "headfold exports what transformers can run with another attention, every layer with keys and values of its own."
+)
+
+
+class TransformersModel:
+    """An Exportable of a transformers decoder.
+
+    Args:
+        config: of the model.
+        load: makes the model with its weights; called anew for tensors and for the oracle.
+        path: where it came from, for messages.
+        tokenizer: the files to pass on.
+
+    Raises:
+        ConfigError: its attention cannot become headfold's op; which module, and why, is named.
+    """
+
+    road: Road = "transformers"
+
+    def __init__(self, config: PreTrainedConfig, load: Load, path: Path, tokenizer: TokenizerFiles) -> None:
+        self.config, self.path, self.tokenizer = config, path, tokenizer
+        self._load = load
+        self.facts = _facts(config, path)
+
+    def describe(self) -> dict[str, Any]:
+        """See Exportable."""
+        return self.facts.to_json()
+
+    def master(self, dtype: torch.dtype, capacity: int, all_logits: bool, cache: Quantized | None = None) -> Master:
+        """See Exportable."""
+        self._refuse_quantized(cache is not None)
+        return TransformersMaster(_on_meta(self.config, dtype, self.path), len(self.facts.layers), all_logits)
+
+    def tensors(self, dtype: torch.dtype) -> "ModelTensors":
+        """See Exportable."""
+        return ModelTensors(self._load(dtype, "eager"), self.path)
+
+    def tables(self, dtype: torch.dtype, capacity: int) -> Mapping[str, Tensor]:
+        """See Exportable: none; buffers come with the weights."""
+        return {}
+
+    def oracle(
+        self,
+        stored: torch.dtype,
+        capacity: int,
+        arithmetic: torch.dtype = torch.float32,
+        cache: QuantizedCache | None = None,
+    ) -> Oracle:
+        """See Exportable."""
+        self._refuse_quantized(cache is not None)
+        return EagerOracle(self._load(stored, "eager").to(arithmetic), self.facts)
+
+    def _refuse_quantized(self, asked: bool) -> None:
+        if asked:
+            raise ConfigError(
+                "a quantized cache is made only for families that headfold has a table of",
+                where=self.path,
+                fix="Leave --kv-cache out.",
+            )
+
+
+class TransformersMaster(Master):
+    """A transformers decoder with the graph's inputs and outputs; see Master. Padding is moved to the end of each row."""
+
+    def __init__(self, model: PreTrainedModel, num_hidden_layers: int, all_logits: bool) -> None:
+        super().__init__()
+        self.decoder = model
+        self._count, self._all = num_hidden_layers, all_logits
+        self._wanted: Tensor | None = None
+        self._hidden: list[Tensor] = []
+        model.get_output_embeddings().register_forward_pre_hook(self._take)
+        for layer in decoder_layers(model, num_hidden_layers):
+            layer.register_forward_hook(self._keep)
+
+    def _take(self, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Logits are computed of the wanted tokens only, [B, 1 or S, hidden]."""
+        x, wanted = inputs[0], self._wanted
+        assert wanted is not None
+        return (x.gather(1, wanted[:, :, None].expand(-1, -1, x.shape[2])), *inputs[1:])
+
+    def _keep(self, _module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
+        self._hidden.append(output if isinstance(output, Tensor) else output[0])
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, caches: Cache | None
+    ) -> tuple[Tensor, Cache, list[Tensor]]:
+        """See Master; without caches only the facts are learned."""
+        logits, cache, hidden = self.run(input_ids, attention_mask, caches)
+        missing = [layer for layer in range(self._count) if layer not in cache.present]
+        if missing:
+            raise ConfigError(f"layer {missing[0]} does not attend through transformers' AttentionInterface", fix=_ROAD)
+        return logits, [cache.present[layer] for layer in range(self._count)], hidden
+
+    def run(
+        self, input_ids: Tensor, attention_mask: Tensor, caches: Cache | None
+    ) -> tuple[Tensor, OpCache, list[Tensor]]:
+        """One pass, and the cache it had."""
+        layout = sequence_layout(input_ids, attention_mask)
+        length = input_ids.shape[1]
+        ids = input_ids.gather(1, layout.real_first(length))
+        positions = layout.past_lengths[:, None] + torch.arange(length, device=ids.device)  # [B, S]
+        self._wanted, self._hidden = layout.wanted(length, not self._all), []
+        cache = OpCache(self._count, layout, caches)
+        with cache.running():
+            output = self.decoder(
+                input_ids=ids, attention_mask=None, position_ids=positions, past_key_values=cache, use_cache=True
+            )
+        hidden, self._hidden, self._wanted = self._hidden, [], None
+        return output.logits, cache, hidden
+
+
+class ModelTensors:
+    """The parameters and buffers of a loaded model; see Tensors. What is tied has its first name only."""
+
+    def __init__(self, model: PreTrainedModel, path: Path) -> None:
+        self.path = path
+        self._tensors = {name: x.detach() for name, x in (*model.named_parameters(), *model.named_buffers())}
+        self._parameters = {name for name, _ in model.named_parameters()}
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of the parameters: the graph must use every one of them."""
+        return {name: tuple(x.shape) for name, x in self._tensors.items() if name in self._parameters}
+
+    def read(self, name: str) -> Tensor:
+        """See Tensors; buffers too."""
+        return cast(Tensor, self._tensors[name])
+
+
+class EagerOracle:
+    """transformers itself, with its own eager attention and its own cache; see Oracle."""
+
+    def __init__(self, model: PreTrainedModel, facts: Facts) -> None:
+        self._model, self._facts = model.eval(), facts
+        self.name = f"transformers' {type(model).__name__}, eager attention"
+
+    @torch.inference_mode()
+    def compute(self, tokens: Tensor, past: Caches | None = None, last_only: bool = False) -> Computed:
+        """See Oracle."""
+        count, start = len(self._facts.layers), 0
+        cache = DynamicCache()  # of full layers, whatever the configuration says: windows are masks
+        for layer, (keys, values) in enumerate(past or []):
+            cache.update(keys[None], values[None], layer)
+            start = keys.shape[1]
+        hidden: list[Tensor] = []
+        hooks = [
+            layer.register_forward_hook(lambda _m, _i, y: hidden.append(y if isinstance(y, Tensor) else y[0]))
+            for layer in decoder_layers(self._model, count)
+        ]
+        try:
+            positions = torch.arange(start, start + len(tokens))[None]
+            output = self._model(
+                input_ids=tokens[None],
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=int(last_only),
+            )
+        finally:
+            for hook in hooks:
+                hook.remove()
+        caches = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+        return Computed(output.logits[0], [x[0] for x in hidden], caches)
+
+
+def open_transformers(path: Path, trust_remote_code: bool = False) -> TransformersModel:
+    """Open a directory that transformers loads.
+
+    Raises:
+        CheckpointError: it is incomplete, damaged, or not safetensors.
+        ConfigError: transformers does not know the model, or headfold cannot export it.
+    """
+    if not path.is_dir():
+        raise CheckpointError(
+            "is no directory", where=path, fix="The road of transformers takes Hugging Face directories."
+        )
+    if not list(path.glob("*.safetensors")):
+        raise CheckpointError(
+            "has no safetensors, and pickles are never loaded: they can run any code",
+            where=path,
+            fix="Download it again.",
+        )
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a configuration's own validation raises
+        fix = "Give --trust-remote-code if you trust it." if "trust_remote_code" in str(error) else _ROAD
+        raise ConfigError(f"transformers cannot read its configuration: {_line(error)}", where=path, fix=fix) from error
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        raise ConfigError(
+            f"its weights are quantized ({method}), which headfold does not read",
+            where=path,
+            fix="Take the unquantized one.",
+        )
+
+    def load(dtype: torch.dtype, attention: str) -> PreTrainedModel:
+        try:
+            with _quiet():
+                model, found = AutoModelForCausalLM.from_pretrained(
+                    path,
+                    config=copy.deepcopy(config),
+                    dtype=dtype,
+                    attn_implementation=attention,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    trust_remote_code=trust_remote_code,
+                    ignore_mismatched_sizes=True,  # they are refused below, by name
+                    output_loading_info=True,
+                )
+        except Exception as error:  # of its loader, of safetensors, of a model's own code
+            raise CheckpointError(
+                f"transformers cannot load it: {_line(error)}", where=path, fix="Download it again."
+            ) from error
+        for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+            if found[what]:
+                names = sorted(key if isinstance(key, str) else key[0] for key in found[what])
+                raise CheckpointError(
+                    f"{what.replace('_keys', '')} tensors: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}",
+                    where=path,
+                    fix="The checkpoint is incomplete, or config.json is another model's.",
+                )
+        return cast(PreTrainedModel, model.eval().requires_grad_(False))
+
+    tokenizer = TokenizerFiles({n: (path / n).read_bytes() for n in TOKENIZER_FILES if (path / n).is_file()})
+    return TransformersModel(config, load, path, tokenizer)
+
+
+def decoder_layers(model: PreTrainedModel, count: int) -> nn.ModuleList:
+    """The list of a decoder's layers.
+
+    Raises:
+        ConfigError: there is none of that length.
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    if not lists:
+        raise ConfigError(f"{type(model).__name__} has no list of its {count} layers", fix=_ROAD)
+    return lists[0]
+
+
+def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, path: Path) -> PreTrainedModel:
+    """The model without weights, its attention the op's."""
+    try:
+        with _quiet(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME)
+    except ValueError as error:  # of a class that has no AttentionInterface
+        raise ConfigError(
+            f"{config.model_type} cannot take another attention: {_line(error)}", where=path, fix=_ROAD
+        ) from error
+    return cast(PreTrainedModel, model.eval().requires_grad_(False))
+
+
+def _facts(config: PreTrainedConfig, path: Path) -> Facts:
+    """Learned from a pass on meta tensors, so they are what the model does, not what its configuration seems to say."""
+    text = config.get_text_config()
+    model = _on_meta(config, torch.float32, path)
+    count = int(text.num_hidden_layers)
+    if getattr(type(model), "_is_stateful", False):
+        raise ConfigError(f"{config.model_type} has a state beside keys and values", where=path, fix=_ROAD)
+    master = TransformersMaster(model, count, all_logits=True)
+    with torch.device("meta"):
+        ids = torch.zeros(1, 3, dtype=torch.long)
+        try:
+            _, cache, hidden = master.run(ids, torch.ones_like(ids), None)
+        except ConfigError as error:
+            raise ConfigError(
+                error.what, where=f"{path}: {error.where}" if error.where else path, fix=error.fix
+            ) from error
+        except Exception as error:  # whatever a model's own code raises when it finds no cache of its own kind
+            raise ConfigError(
+                f"{config.model_type} does not run with headfold's cache: {_line(error)}", where=path, fix=_ROAD
+            ) from error
+    silent = [layer for layer in range(count) if layer not in cache.facts]
+    if silent or len(hidden) != count:
+        which = silent[0] if silent else len(hidden)
+        raise ConfigError(
+            f"layer {which} of {config.model_type} does not attend through transformers' AttentionInterface",
+            where=path,
+            fix=_ROAD,
+        )
+    capacity = getattr(text, "max_position_embeddings", None)
+    if not isinstance(capacity, int) or capacity < 1:
+        raise ConfigError(
+            "config.json has no max_position_embeddings", where=path, fix="Add it: the most tokens the model can have."
+        )
+    head = model.get_output_embeddings().weight
+    eos = text.eos_token_id if text.eos_token_id is not None else ()
+    return Facts(
+        model_type=config.model_type,
+        vocab_size=head.shape[0],
+        hidden_size=head.shape[1],
+        capacity=capacity,
+        layers=tuple(cache.facts[layer] for layer in range(count)),
+        bos_token_id=text.bos_token_id,
+        eos_token_id=tuple(eos) if isinstance(eos, list | tuple) else (eos,),
+        pad_token_id=text.pad_token_id,
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers draws progress bars and warns of what is checked here anyway."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

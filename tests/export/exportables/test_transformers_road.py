@@ -1,0 +1,102 @@
+"""The road of transformers: tiny random models come out proven against its own eager attention; others are refused by name."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from random_transformers import random_model, save_random
+from safetensors.torch import load_file, save_file
+
+from headfold.export.bundle.pipeline import ExportOptions, ExportResult, export_bundle
+from headfold.export.exportables.opening import open_exportable
+from headfold.export.progress import Reporter
+from headfold.runtime import load
+from headfold.runtime.errors import HeadfoldError
+
+QUIET = Reporter(quiet=True)
+
+
+def export(directory: Path, output: Path, **options) -> ExportResult:
+    source = open_exportable(directory, "transformers")
+    return export_bundle(source, output, ExportOptions(decode_steps=4, **options), QUIET)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3_text", "phi3", "smollm3"])
+def test_is_proven_and_generates_what_transformers_does(model_type, tmp_path) -> None:
+    result = export(save_random(model_type, tmp_path / "model"), tmp_path / "bundle")
+    assert result.parity is not None
+    assert result.parity.passed
+    assert result.manifest.road == "transformers"
+    model = load(tmp_path / "bundle")
+    prompt = np.random.default_rng(0).integers(3, 300, 21)
+    cache = model.backend.new_cache(1, 32)
+    logits = model.backend.prefill(cache, 0, prompt)
+    expected = random_model(model_type)(torch.tensor(prompt)[None]).logits[0, -1]
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+def test_layers_are_what_the_model_does(tmp_path) -> None:
+    facts = open_exportable(save_random("gemma2", tmp_path / "model")).facts
+    assert [layer.window for layer in facts.layers] == [9, -1, 9]
+    assert {(layer.num_attention_heads, layer.num_key_value_heads, layer.head_dim) for layer in facts.layers} == {
+        (6, 2, 32)
+    }
+    assert {(layer.scale, layer.softcap) for layer in facts.layers} == {(24**-0.5, 50.0)}
+    assert (facts.vocab_size, facts.capacity, facts.eos_token_id) == (331, 256, (2,))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_16_bits(dtype, tmp_path) -> None:
+    result = export(save_random("gemma2", tmp_path / "model"), tmp_path / "bundle", dtype=dtype)
+    assert result.parity is not None
+    assert result.parity.passed
+
+
+def config(**changes) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        file = path / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def edit(path: Path) -> None:
+        content = load_file(path / "model.safetensors")
+        change(content)
+        save_file(content, path / "model.safetensors", metadata={"format": "pt"})
+
+    return edit
+
+
+def to_pickle(path: Path) -> None:
+    torch.save({}, path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
+
+
+UP = "model.layers.0.mlp.up_proj.weight"
+BAD = {
+    "a state beside keys and values": (config(model_type="mamba"), "mamba has a state beside keys and values"),
+    "ALiBi": (config(model_type="bloom"), "bloom does not attend through transformers' AttentionInterface"),
+    "values of another size": (config(model_type="deepseek_v3"), "deepseek_v3 does not run with headfold's cache"),
+    "unknown": (config(model_type="llamax"), "transformers cannot read its configuration"),
+    "quantized": (config(quantization_config={"quant_method": "gptq", "bits": 4}), "its weights are quantized (gptq)"),
+    "a missing tensor": (tensors(lambda t: t.pop(UP)), f"missing tensors: {UP}"),
+    "a tensor of another model": (tensors(lambda t: t.update(extra=torch.ones(2))), "unexpected tensors: extra"),
+    "a tensor of another shape": (tensors(lambda t: t.update({UP: t[UP][:8].clone()})), f"mismatched tensors: {UP}"),
+    "NaN": (tensors(lambda t: t[UP].fill_(float("nan"))), f"tensor {UP} holds NaN or infinity"),
+    "a pickle": (to_pickle, "pickles are never loaded"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(case, tmp_path) -> None:
+    change, message = BAD[case]
+    change(save_random("arcee", tmp_path / "model"))
+    with pytest.raises(HeadfoldError) as caught:
+        export(tmp_path / "model", tmp_path / "bundle", verify=False)
+    assert message in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
