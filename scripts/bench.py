@@ -196,7 +196,7 @@ def exports() -> Iterator[tuple[str, float, float]]:
     WORK.mkdir(parents=True)
     save = (
         "import sys, torch; from pathlib import Path; from headfold.export.checkpoints.opening import open_checkpoint;"
-        "from headfold.export.checkpoints.hf import save_hf;"
+        "from headfold.export.checkpoints.hf_writer import save_hf;"
         "save_hf(Path(sys.argv[2]), open_checkpoint(Path(sys.argv[1])), torch.float32)"
     )
     measured([sys.executable, "-c", save, str(GGUF), str(WORK / "hf")])

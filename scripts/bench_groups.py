@@ -16,7 +16,7 @@ import torch
 
 from headfold.export.bundle.pipeline import ExportOptions, export_bundle
 from headfold.export.checkpoints.base import MemoryCheckpoint
-from headfold.export.checkpoints.hf import save_hf
+from headfold.export.checkpoints.hf_writer import save_hf
 from headfold.export.exportables.opening import open_exportable
 from headfold.export.model.config import ModelConfig
 from headfold.export.model.initialize import new_decoder

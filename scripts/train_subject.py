@@ -13,7 +13,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from headfold.export.checkpoints.base import MemoryCheckpoint, TokenizerFiles
-from headfold.export.checkpoints.hf import save_hf
+from headfold.export.checkpoints.hf_writer import save_hf
 from headfold.export.data.token_data import TokenData
 from headfold.export.model.config import ModelConfig
 from headfold.export.model.decoder import Decoder

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from headfold.export.bundle.pipeline import ExportOptions, export_bundle
 from headfold.export.checkpoints.base import MemoryCheckpoint, TokenizerFiles
-from headfold.export.checkpoints.hf import save_hf
+from headfold.export.checkpoints.hf_writer import save_hf
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
 from headfold.export.exportables.opening import open_exportable
 from headfold.export.model.config import ModelConfig

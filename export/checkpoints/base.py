@@ -3,7 +3,7 @@
 `opening.py` picks the reader by what lies at a path: `hf.py` for Hugging Face directories, `gguf_file.py` for GGUF files.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -44,6 +44,11 @@ class Checkpoint(Protocol):
         """The files to pass on."""
         ...
 
+    @property
+    def ignored(self) -> Sequence[str]:
+        """Tensors that lie beside the weights, as training and serving leave them, and that no forward pass reads."""
+        ...
+
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Name and shape of every tensor, exactly those of the decoder's state dict; nothing is read."""
         ...
@@ -69,6 +74,7 @@ class MemoryCheckpoint:
     config: ModelConfig
     tensors: Mapping[str, torch.Tensor]  # a decoder's state dict
     tokenizer: TokenizerFiles = field(default_factory=TokenizerFiles)
+    ignored: Sequence[str] = ()
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """See Checkpoint."""

@@ -157,7 +157,8 @@ def _config_from_json(content: Json) -> ModelConfig:
     if model_type == OWN:
         return ModelConfig.from_json(content)
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ConfigError(f"model_type {model_type!r} is unknown", fix=f"headfold knows {', '.join(FAMILIES)}.")
+        said = f"{model_type!r} is unknown" if "model_type" in content else "is missing"
+        raise ConfigError(f"model_type {said}", fix=f"headfold knows {', '.join(FAMILIES)}.")
     family = FAMILIES[model_type]
     fields = _Fields(content, {**_DEFAULTS, **family.defaults})
     heads, hidden, layers = (fields.get(n, int) for n in ("num_attention_heads", "hidden_size", "num_hidden_layers"))

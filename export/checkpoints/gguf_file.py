@@ -48,7 +48,7 @@ class GGUFCheckpoint:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.ignored = path, ()
         try:
             reader = gguf.GGUFReader(path)
         except Exception as error:  # it raises whatever numpy does when a length is nonsense

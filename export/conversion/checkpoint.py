@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor
 
 from headfold.export.checkpoints.base import Checkpoint, MemoryCheckpoint
-from headfold.export.checkpoints.hf import save_hf
+from headfold.export.checkpoints.hf_writer import save_hf
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
 from headfold.export.conversion.ffn import plain_to_gated
 from headfold.export.conversion.heads import NEED_STATISTICS

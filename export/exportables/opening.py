@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from headfold.export.checkpoints.families import FAMILIES, OWN
-from headfold.export.checkpoints.hf import CONFIG, read_json
 from headfold.export.checkpoints.opening import open_checkpoint
+from headfold.export.checkpoints.side_files import CONFIG, read_json
 from headfold.export.exportables.base import Exportable
 from headfold.export.exportables.own import OwnModel
 from headfold.export.progress import Reporter

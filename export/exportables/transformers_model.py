@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from transformers.utils import logging
 
 from headfold.export.checkpoints.base import TokenizerFiles
-from headfold.export.checkpoints.hf import TOKENIZER_FILES
+from headfold.export.checkpoints.side_files import TOKENIZER_FILES
 from headfold.export.exportables.attending import NAME, OpCache
 from headfold.export.exportables.base import Caches, Computed, Master, Oracle, QuantizedCache, Road
 from headfold.export.exportables.facts import Facts

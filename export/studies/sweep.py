@@ -10,7 +10,7 @@ import torch
 
 from headfold.export.bundle.inspection import inspect_path
 from headfold.export.bundle.pipeline import ExportOptions, export_bundle
-from headfold.export.checkpoints.hf import save_hf
+from headfold.export.checkpoints.hf_writer import save_hf
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
 from headfold.export.conversion.heads import Init
 from headfold.export.exportables.opening import open_exportable

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from headfold.export.checkpoints.base import Checkpoint, MemoryCheckpoint
-from headfold.export.checkpoints.hf import save_hf
+from headfold.export.checkpoints.hf_writer import save_hf
 from headfold.export.checkpoints.opening import trainable
 from headfold.export.conversion.checkpoint import convert_checkpoint
 from headfold.export.conversion.heads import Init

@@ -23,7 +23,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from headfold.export.checkpoints.base import Checkpoint
-from headfold.export.checkpoints.hf import HuggingFaceCheckpoint, read_json, write_hf
+from headfold.export.checkpoints.hf import HuggingFaceCheckpoint
+from headfold.export.checkpoints.hf_writer import write_hf
+from headfold.export.checkpoints.side_files import read_json
 from headfold.export.files import CANNOT_WRITE
 from headfold.export.model.decoder import Decoder
 from headfold.export.publishing import publish, publish_file

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 
 from headfold.export.checkpoints.base import Checkpoint, MemoryCheckpoint
-from headfold.export.checkpoints.hf import save_hf
+from headfold.export.checkpoints.hf_writer import save_hf
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint, trainable
 from headfold.export.data.token_data import TokenData, tokenize
 from headfold.export.progress import Reporter

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from headfold.export.checkpoints.base import MemoryCheckpoint, TokenizerFiles
-from headfold.export.checkpoints.hf import save_hf
+from headfold.export.checkpoints.hf_writer import save_hf
 from headfold.export.checkpoints.opening import open_checkpoint
 from headfold.export.model.config import ModelConfig
 from headfold.export.model.initialize import new_decoder

@@ -8,8 +8,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from headfold.export.checkpoints.families import config_from_json, config_to_json
-from headfold.export.checkpoints.hf import read_json, save_hf
+from headfold.export.checkpoints.hf_writer import save_hf
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
+from headfold.export.checkpoints.side_files import read_json
 
 TOLERANCE = 1e-5  # float32 logits of order 1: sums of a hundred products in another order, two layers
 SIZES: dict[str, Any] = {

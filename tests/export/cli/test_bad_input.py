@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from headfold.export.bundle.pipeline import ExportOptions, export_bundle
-from headfold.export.checkpoints.hf import save_hf
+from headfold.export.checkpoints.hf_writer import save_hf
 from headfold.export.checkpoints.opening import open_checkpoint
 from headfold.export.cli import main
 from headfold.export.exportables.opening import open_exportable
@@ -110,7 +110,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         resave(
             60_000, lambda p: (p / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../model.bin"}}')
         ),
-        "shard is missing",
+        "names '../model.bin', which is no safetensors file beside it",
     ),
     "no weights": (lambda p: (p / "model.safetensors").unlink(), "has no model.safetensors"),
     "only a pickle": (swap_for_pickle, "pickles are never loaded"),
@@ -140,11 +140,11 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no layers": (config(num_hidden_layers=0), "num_hidden_layers is 0"),
     "more layers than tensors": (config(num_hidden_layers=3), "tensors missing: model.layers.2."),
     "fewer layers than tensors": (config(num_hidden_layers=1), "that this model does not have: model.layers.1."),
-    "odd RoPE": (
-        config(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.3125}),
-        "rotates 5 dimensions",
+    "odd RoPE": (config(head_dim=15), "rotates 15 dimensions"),
+    "partial RoPE": (
+        config(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}),
+        "partial_rotary_factor is 0.5: transformers ignores it or fails in this family",
     ),
-    "quantized checkpoint": (config(quantization_config={"quant_method": "awq"}), "quantized checkpoints are not read"),
 }
 
 
@@ -237,7 +237,7 @@ def test_capacities(capacity, checkpoint, tmp_path) -> None:
 
 def test_a_bundle_of_another_model(checkpoint, bundle) -> None:
     config(rms_norm_eps=1e-3)(checkpoint)
-    fails(["verify", str(bundle), "--against", str(checkpoint), "-q"], "was made from another model", "norm_eps differ")
+    fails(["verify", str(bundle), "--against", str(checkpoint), "-q"], "was made from another model", "differ")
 
 
 def test_inspecting_nothing(tmp_path) -> None:

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 from headfold.export.checkpoints.base import MemoryCheckpoint
 from headfold.export.checkpoints.families import config_to_json
-from headfold.export.checkpoints.hf import save_hf
+from headfold.export.checkpoints.hf_writer import save_hf
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint, trainable
 from headfold.export.checkpoints.shapes import expected_shapes
 from headfold.export.cli import main

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from multi_head_toy import MHA, QUIET, VARIANTS, checkpoint_of, converted, logits, tokens
 from transformers import AutoModelForCausalLM
 
-from headfold.export.checkpoints.hf import save_hf
+from headfold.export.checkpoints.hf_writer import save_hf
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
 from headfold.export.cli import main
 from headfold.export.conversion import checkpoint as conversion

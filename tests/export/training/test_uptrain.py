@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from tokenizers import Tokenizer
 
 from headfold.export.checkpoints.base import MemoryCheckpoint, TokenizerFiles
-from headfold.export.checkpoints.hf import save_hf
+from headfold.export.checkpoints.hf_writer import save_hf
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
 from headfold.export.cli import main
 from headfold.export.model.initialize import new_decoder
