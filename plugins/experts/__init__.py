@@ -1,0 +1,1 @@
+"""The custom operator headfold::MixtureOfExperts, defined once: schema, numpy reference, torch op, ONNX bodies."""
