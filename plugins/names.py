@@ -40,3 +40,8 @@ def input_of(output: str) -> str:
 def hidden_state(layer: int) -> str:
     """The residual stream after a layer: a value inside the graph."""
     return f"hidden_states.{layer}"
+
+
+def layer_input(layer: int) -> str:
+    """What a layer reads of the residual stream, where it is judged alone; that of the number behind the last is the final norm's."""
+    return f"layer_input.{layer}"

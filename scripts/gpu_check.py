@@ -151,12 +151,16 @@ def compare(backends: dict[str, Open]) -> list[dict[str, Any]]:
     from headfold.export.checkpoints.opening import open_checkpoint
     from headfold.export.exportables.own import OwnModel
     from headfold.export.parity.backends import verify_backends
-    from headfold.export.parity.compare import make_prompts
+    from headfold.export.parity.probes import make_prompts
 
     checkpoint = open_checkpoint(GGUF)
     prompts = make_prompts(checkpoint.config.vocab_size, 48, None)
     checks = verify_backends(
-        lambda: OwnModel(checkpoint).oracle(getattr(torch, DTYPE), 2048), backends, DTYPE, prompts, decode_steps=32
+        lambda: OwnModel(checkpoint).reference(getattr(torch, DTYPE), 2048, torch.float32),
+        backends,
+        DTYPE,
+        prompts,
+        decode_steps=32,
     )
     return [vars(check) for check in checks]
 

@@ -17,8 +17,8 @@ from headfold.export.bundle.cache_scales import cache_scales, quantization_cost
 from headfold.export.bundle.genai import genai_config
 from headfold.export.bundle.writer import check_output, file_entry, manifest_of, staged, write_file, write_json
 from headfold.export.checkpoints.opening import load_decoder
+from headfold.export.data.calibration import CALIBRATION, calibration_tokens, write_tokens
 from headfold.export.data.calibration import TOKENS as CALIBRATION_TOKENS
-from headfold.export.data.calibration import calibration_tokens
 from headfold.export.exportables.base import Exportable
 from headfold.export.exportables.own import OwnModel
 from headfold.export.graph.trace import export_graph
@@ -92,7 +92,9 @@ def export_bundle(source: Exportable, output: Path, options: ExportOptions, repo
     capacity = _capacity(options.capacity, facts.capacity)
     dtype = getattr(torch, options.dtype)
     with staged(output, options.force) as stage:
-        scales, quantization = _calibrate(source, capacity, options.cache, reporter) if options.cache else ([], None)
+        scales, quantization = (
+            _calibrate(source, capacity, options.cache, reporter, stage) if options.cache else ([], None)
+        )
         _forget_peak_memory()
         before = psutil.Process().memory_info().rss
         with reporter.step("trace the graph"):
@@ -142,7 +144,7 @@ def export_bundle(source: Exportable, output: Path, options: ExportOptions, repo
 
 
 def _calibrate(
-    source: Exportable, capacity: int, options: CacheCalibration, reporter: Reporter
+    source: Exportable, capacity: int, options: CacheCalibration, reporter: Reporter, stage: Path
 ) -> tuple[list[Scales], QuantizationSpec]:
     """The cache's scales, and what they cost; the decoder that this takes is gone afterwards."""
     if not isinstance(source, OwnModel):
@@ -162,6 +164,7 @@ def _calibrate(
         options.tokens,
         reporter=reporter,
     )
+    write_file(stage / CALIBRATION, write_tokens(tokens))
     with reporter.step(f"calibrate the {options.dtype} cache"):
         scales = cache_scales(decoder, tokens, stored)
         cost = quantization_cost(decoder, tokens, stored, scales)

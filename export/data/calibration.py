@@ -1,6 +1,8 @@
-"""Tokens to calibrate on: a person's text, or text that the model writes itself."""
+"""Tokens to calibrate on: a person's text, or text that the model writes itself; and where a bundle keeps them."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -8,9 +10,13 @@ from torch import Tensor
 from headfold.export.data.token_data import tokenize
 from headfold.export.model.decoder import Decoder
 from headfold.export.progress import Reporter
-from headfold.runtime.errors import DataError
+from headfold.runtime.errors import BundleError, DataError
 
 TOKENS, LENGTH = 8192, 256  # by default: tokens in all, and of each sequence
+CALIBRATION = (
+    "calibration.json"  # of a bundle: the tokens that its scales are from, so that a proof can find them again
+)
+_LARGEST = 1 << 28  # bytes of it
 
 
 def calibration_tokens(
@@ -63,4 +69,27 @@ def calibration_tokens(
                 chosen = torch.multinomial(logits.softmax(-1), 1, generator=generator)
                 tokens = torch.cat((tokens, chosen), 1)
                 advance(1)
+    return tokens
+
+
+def write_tokens(tokens: Tensor) -> bytes:
+    """Token ids [N, S] as the content of a bundle's `calibration.json`."""
+    return json.dumps({"token_ids": tokens.tolist()}).encode()
+
+
+def read_tokens(path: Path, vocab_size: int) -> Tensor:
+    """Token ids [N, S] as `write_tokens` wrote them.
+
+    Raises:
+        BundleError: there are none, or they are not the model's.
+    """
+    fix = "Export the bundle again."
+    if not path.is_file() or path.stat().st_size > _LARGEST:
+        raise BundleError("has no tokens that its cache's scales could be from", where=path, fix=fix)
+    try:
+        tokens = torch.tensor(json.loads(path.read_bytes())["token_ids"], dtype=torch.long)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BundleError(f"has no token ids: {error}", where=path, fix=fix) from error
+    if tokens.ndim != 2 or not tokens.numel() or tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise BundleError(f"its token ids are not of a vocabulary of {vocab_size}", where=path, fix=fix)
     return tokens

@@ -174,16 +174,16 @@ def network_candidate(bundle: Path, manifest: Manifest, options: BuildOptions) -
     layers = manifest.cache.num_hidden_layers
     trt = open_flavour(options.target)
 
-    def start(capacity: int, greedy: int, expose: bool) -> CachedRunner:
+    def start(capacity: int) -> CachedRunner:
         del capacity  # the engine's own
-        names = tuple(map(hidden_state, range(layers))) if expose else ()
+        names = tuple(map(hidden_state, range(layers)))
 
         def load() -> Network:
             model, parsed = lowered_network(trt, bundle, manifest, options)
             report(parsed, options.attention, layers)
             return Network(parsed, model, names)
 
-        return NetworkRunner(load, greedy)
+        return NetworkRunner(load)
 
     return Candidate(
         start,
@@ -195,8 +195,8 @@ def network_candidate(bundle: Path, manifest: Manifest, options: BuildOptions) -
 class NetworkRunner(CachedRunner):
     """A polygraphy runner around `Network`; see `headfold.export.parity.runners` for feeds and outputs."""
 
-    def __init__(self, load: Callable[[], Network], greedy_tokens: int) -> None:
-        super().__init__("tensorrt-network", greedy_tokens)
+    def __init__(self, load: Callable[[], Network]) -> None:
+        super().__init__("tensorrt-network")
         self._load = load
 
     def activate_impl(self) -> None:

@@ -4,8 +4,7 @@ Three makers of it: `own.py` for families with a table, `transformers_model.py` 
 a person's own. Behind them nobody asks which.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -14,44 +13,10 @@ from torch import Tensor, nn
 
 from headfold.export.checkpoints.base import TokenizerFiles
 from headfold.export.exportables.facts import Facts
-from headfold.export.model.decoder import Scales
+from headfold.export.exportables.oracle import Oracle
 from headfold.plugins.dtypes import Quantized
 
 Road = Literal["headfold", "transformers", "module"]
-Caches = Sequence[tuple[Tensor, Tensor]]  # per layer: keys and values
-
-
-@dataclass(frozen=True)
-class QuantizedCache:
-    """The dtype of a quantized cache, and the scales of each layer's keys and values."""
-
-    dtype: Quantized
-    scales: Sequence[Scales]
-
-
-@dataclass(frozen=True)
-class Computed:
-    """What an oracle makes of one sequence: S new tokens behind P past ones, V the vocabulary."""
-
-    logits: Tensor  # [S, V], or [1, V] of the last token
-    hidden_states: list[Tensor]  # the residual stream after each layer, [S, hidden]
-    caches: list[tuple[Tensor, Tensor]]  # per layer keys and values of all tokens, [Hkv, P + S, D], keys rotated
-
-
-class Oracle(Protocol):
-    """PyTorch, independent of what is exported: one row, no padding, no cache of its own."""
-
-    @property
-    def name(self) -> str:
-        """Who it is, for reports."""
-        ...
-
-    def compute(self, tokens: Tensor, past: Caches | None = None, last_only: bool = False) -> Computed:
-        """Run `tokens`, int64 [S], after a past of P tokens, given as the caches [Hkv, P, D] of each layer; None for none.
-
-        `last_only`: logits of the last token alone.
-        """
-        ...
 
 
 class Tensors(Protocol):
@@ -126,12 +91,10 @@ class Exportable(Protocol):
         """What the master has beside its weights, computed from the configuration, in the dtype it has there."""
         ...
 
-    def oracle(
-        self,
-        stored: torch.dtype,
-        capacity: int,
-        arithmetic: torch.dtype = torch.float32,
-        cache: QuantizedCache | None = None,
-    ) -> Oracle:
-        """The oracle, its weights rounded to `stored` and computing in `arithmetic`."""
+    def oracle(self, stored: torch.dtype, capacity: int) -> Oracle:
+        """Who says what is right, in float32 arithmetic with weights rounded to `stored`: as independent of us as there is one."""
+        ...
+
+    def reference(self, stored: torch.dtype, capacity: int, arithmetic: torch.dtype) -> Oracle:
+        """The same model computing in `arithmetic` throughout: how exact PyTorch is on it, which is no word on what is right."""
         ...

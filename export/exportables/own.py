@@ -1,6 +1,7 @@
 """The road of families with a table: a checkpoint of `headfold.export.checkpoints`, and our own decoder."""
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from headfold.export.checkpoints.base import Checkpoint, TokenizerFiles
 from headfold.export.checkpoints.opening import load_decoder
-from headfold.export.exportables.base import Caches, Computed, Master, Oracle, QuantizedCache, Road
+from headfold.export.exportables.base import Master, Road
 from headfold.export.exportables.facts import Facts, LayerFacts
+from headfold.export.exportables.oracle import DecoderOracle, Oracle
 from headfold.export.model.config import ModelConfig
 from headfold.export.model.decoder import Cache, Decoder
 from headfold.export.model.rope import rope_tables
@@ -52,18 +54,19 @@ class OwnModel:
         cos, sin = rope_tables(self.checkpoint.config, capacity)
         return {"cos_cache": cos.to(dtype), "sin_cache": sin.to(dtype)}
 
-    def oracle(
-        self,
-        stored: torch.dtype,
-        capacity: int,
-        arithmetic: torch.dtype = torch.float32,
-        cache: QuantizedCache | None = None,
-    ) -> Oracle:
+    def oracle(self, stored: torch.dtype, capacity: int) -> Oracle:
+        """See Exportable: transformers' model, loaded by its own code, where it knows this one."""
+        if find_spec("transformers") is not None:
+            from headfold.export.exportables.transformers_oracle import oracle_of
+
+            oracle = oracle_of(self.checkpoint, stored)
+            if oracle is not None:
+                return oracle
+        return self.reference(stored, capacity, torch.float32)
+
+    def reference(self, stored: torch.dtype, capacity: int, arithmetic: torch.dtype) -> Oracle:
         """See Exportable."""
-        decoder = load_decoder(self.checkpoint, stored, capacity).to(arithmetic)
-        if cache is not None:
-            decoder.quantize_cache(getattr(torch, cache.dtype), cache.scales)
-        return DecoderOracle(decoder)
+        return DecoderOracle(load_decoder(self.checkpoint, stored, capacity).to(arithmetic))
 
 
 class OwnMaster(Master):
@@ -79,27 +82,6 @@ class OwnMaster(Master):
         """See Master."""
         output = self.decoder(input_ids, attention_mask, cache, last_only=not self.all_logits)
         return output.logits, output.cache, output.hidden_states
-
-
-class DecoderOracle:
-    """Our decoder, the sequence anew in every call; see Oracle."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
-        self.name = "headfold's decoder in PyTorch"
-
-    @torch.inference_mode()
-    def compute(self, tokens: Tensor, past: Caches | None = None, last_only: bool = False) -> Computed:
-        """See Oracle."""
-        start = past[0][0].shape[1] if past else 0
-        cache = self._decoder.new_cache(1, start + len(tokens))
-        for mine, given in zip(cache, past or [], strict=False):
-            for whole, part in zip(mine, given, strict=True):
-                whole[0, :, :start] = part
-        mask = torch.ones(1, start + len(tokens), dtype=torch.long)
-        result = self._decoder(tokens[None], mask, cache, last_only=last_only)
-        caches = [(keys[0], values[0]) for keys, values in result.cache]
-        return Computed(result.logits[0], [x[0] for x in result.hidden_states], caches)
 
 
 def facts_of(config: ModelConfig) -> Facts:

@@ -4,21 +4,21 @@ Only here and in `attending.py` the export imports transformers, the extra `head
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from headfold.export.checkpoints.base import TokenizerFiles
 from headfold.export.checkpoints.side_files import TOKENIZER_FILES
 from headfold.export.exportables.attending import NAME, OpCache
-from headfold.export.exportables.base import Caches, Computed, Master, Oracle, QuantizedCache, Road
+from headfold.export.exportables.base import Master, Road
 from headfold.export.exportables.facts import Facts
+from headfold.export.exportables.oracle import Oracle
+from headfold.export.exportables.transformers_oracle import TransformersOracle, decoder_layers, quiet
 from headfold.export.model.decoder import Cache, sequence_layout
 from headfold.plugins.dtypes import Quantized
 from headfold.runtime.errors import CheckpointError, ConfigError
@@ -67,16 +67,13 @@ class TransformersModel:
         """See Exportable: none; buffers come with the weights."""
         return {}
 
-    def oracle(
-        self,
-        stored: torch.dtype,
-        capacity: int,
-        arithmetic: torch.dtype = torch.float32,
-        cache: QuantizedCache | None = None,
-    ) -> Oracle:
+    def oracle(self, stored: torch.dtype, capacity: int) -> Oracle:
         """See Exportable."""
-        self._refuse_quantized(cache is not None)
-        return EagerOracle(self._load(stored, "eager").to(arithmetic), self.facts)
+        return self.reference(stored, capacity, torch.float32)
+
+    def reference(self, stored: torch.dtype, capacity: int, arithmetic: torch.dtype) -> Oracle:
+        """See Exportable; transformers computes norms and softmax in float32 at most."""
+        return TransformersOracle(self._load(stored, "eager").to(arithmetic))
 
     def _refuse_quantized(self, asked: bool) -> None:
         if asked:
@@ -154,42 +151,6 @@ class ModelTensors:
         return cast(Tensor, self._tensors[name])
 
 
-class EagerOracle:
-    """transformers itself, with its own eager attention and its own cache; see Oracle."""
-
-    def __init__(self, model: PreTrainedModel, facts: Facts) -> None:
-        self._model, self._facts = model.eval(), facts
-        self.name = f"transformers' {type(model).__name__}, eager attention"
-
-    @torch.inference_mode()
-    def compute(self, tokens: Tensor, past: Caches | None = None, last_only: bool = False) -> Computed:
-        """See Oracle."""
-        count, start = len(self._facts.layers), 0
-        cache = DynamicCache()  # of full layers, whatever the configuration says: windows are masks
-        for layer, (keys, values) in enumerate(past or []):
-            cache.update(keys[None], values[None], layer)
-            start = keys.shape[1]
-        hidden: list[Tensor] = []
-        hooks = [
-            layer.register_forward_hook(lambda _m, _i, y: hidden.append(y if isinstance(y, Tensor) else y[0]))
-            for layer in decoder_layers(self._model, count)
-        ]
-        try:
-            positions = torch.arange(start, start + len(tokens))[None]
-            output = self._model(
-                input_ids=tokens[None],
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=int(last_only),
-            )
-        finally:
-            for hook in hooks:
-                hook.remove()
-        caches = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
-        return Computed(output.logits[0], [x[0] for x in hidden], caches)
-
-
 def open_transformers(path: Path, trust_remote_code: bool = False) -> TransformersModel:
     """Open a directory that transformers loads.
 
@@ -208,7 +169,7 @@ def open_transformers(path: Path, trust_remote_code: bool = False) -> Transforme
             fix="Download it again.",
         )
     try:
-        with _quiet():
+        with quiet():
             config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a configuration's own validation raises
         fix = "Give --trust-remote-code if you trust it." if "trust_remote_code" in str(error) else _ROAD
@@ -224,7 +185,7 @@ def open_transformers(path: Path, trust_remote_code: bool = False) -> Transforme
 
     def load(dtype: torch.dtype, attention: str) -> PreTrainedModel:
         try:
-            with _quiet():
+            with quiet():
                 model, found = AutoModelForCausalLM.from_pretrained(
                     path,
                     config=copy.deepcopy(config),
@@ -254,22 +215,10 @@ def open_transformers(path: Path, trust_remote_code: bool = False) -> Transforme
     return TransformersModel(config, load, path, tokenizer)
 
 
-def decoder_layers(model: PreTrainedModel, count: int) -> nn.ModuleList:
-    """The list of a decoder's layers.
-
-    Raises:
-        ConfigError: there is none of that length.
-    """
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
-    if not lists:
-        raise ConfigError(f"{type(model).__name__} has no list of its {count} layers", fix=_ROAD)
-    return lists[0]
-
-
 def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, path: Path) -> PreTrainedModel:
     """The model without weights, its attention the op's."""
     try:
-        with _quiet(), torch.device("meta"):
+        with quiet(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME)
     except ValueError as error:  # of a class that has no AttentionInterface
         raise ConfigError(
@@ -323,20 +272,6 @@ def _facts(config: PreTrainedConfig, path: Path) -> Facts:
         eos_token_id=tuple(eos) if isinstance(eos, list | tuple) else (eos,),
         pad_token_id=text.pad_token_id,
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers draws progress bars and warns of what is checked here anyway."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _line(error: BaseException) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from headfold.export.graph.recipes import WeightRecipe, add_weight, recipe_of, remove_unread, set_recipe
-from headfold.plugins.names import hidden_state
+from headfold.plugins.names import hidden_state, is_cache_output, layer_input
 from headfold.plugins.schema import ALL_INPUTS, DOMAIN, LAST_INDEX, OP_TYPE
 
 
@@ -74,19 +74,58 @@ def expose_hidden_states(model: ir.Model) -> list[str]:
     return names
 
 
+def cut_layers(model: ir.Model) -> int:
+    """Each layer reads what the layer before should have handed on from a new input, `layer_input.{i}`; so do the final norm and head.
+
+    What it hands on itself is an output, `hidden_states.{i}`. Returns the number of layers.
+    """
+    names = expose_hidden_states(model)
+    outputs = {value.name: value for value in model.graph.outputs}
+    kind = outputs["logits"].type
+    for layer, name in enumerate(names):
+        handed = outputs[name]
+        given = ir.Value(name=layer_input(layer + 1), shape=ir.Shape([None] * 3), type=kind)
+        for node, index in handed.uses():
+            node.replace_input_with(index, given)
+        model.graph.inputs.append(given)
+    return len(names)
+
+
+def keep_new_rows(model: ir.Model) -> None:
+    """Of each cache only positions from `new_rows.start` to `new_rows.end`, two new inputs int64 [1], remain an output.
+
+    So a long cache is gone as soon as its layer is done.
+    """
+    bounds = [
+        ir.Value(name=f"new_rows.{end}", shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
+        for end in ("start", "end")
+    ]
+    model.graph.inputs.extend(bounds)
+    tape = ir.tape.Tape()
+    axis = tape.initializer(ir.tensor([2], name="new_rows.axis"), name="new_rows.axis")
+    model.graph.register_initializer(axis)
+    for index, whole in enumerate(model.graph.outputs):
+        if is_cache_output(whole.name):
+            rows = tape.op("Slice", [whole, *bounds, axis])
+            rows.name, whole.name = whole.name, f"{whole.name}.whole"
+            rows.type, rows.shape = whole.type, ir.Shape([None] * 4)
+            model.graph.outputs[index] = rows
+    model.graph.extend(tape.nodes)
+
+
 def widen_to_float32(model: ir.Model) -> None:
-    """Turn a bfloat16 graph into a float32 one with the same weights, exactly; for backends without bfloat16 arithmetic."""
-    narrow, wide = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+    """Turn a 16-bit graph into a float32 one with the same weights, exactly; the only way where there is no bfloat16 arithmetic."""
+    narrow, wide = {ir.DataType.BFLOAT16, ir.DataType.FLOAT16}, ir.DataType.FLOAT
     for value in model.graph.initializers.values():
-        if value.const_value is not None and value.const_value.dtype == narrow:
+        if value.const_value is not None and value.const_value.dtype in narrow:
             value.const_value = _widened(value.const_value)
     values = [*model.graph.inputs, *model.graph.initializers.values()]
     for node in model.graph:
         values.extend(node.outputs)
-        if node.op_type == "Cast" and node.attributes["to"].as_int() == narrow:
+        if node.op_type == "Cast" and node.attributes["to"].as_int() in narrow:
             node.attributes["to"] = ir.AttrInt64("to", int(wide))
     for value in values:
-        if value.dtype == narrow:
+        if value.dtype in narrow:
             value.dtype = wide
 
 

@@ -221,6 +221,13 @@ class Decoder(nn.Module):
             attention.register_buffer("key_scale", key_scale, persistent=False)
             attention.register_buffer("value_scale", value_scale, persistent=False)
 
+    def keep_cache(self) -> None:
+        """Keep keys and values in the dtype of the weights, as a new decoder does."""
+        self.cache_dtype = None
+        for layer in self.model.layers:
+            attention = cast(Layer, layer).self_attn
+            attention.key_scale = attention.value_scale = None
+
     def new_cache(self, batch: int, capacity: int | None = None) -> Cache:
         """An empty static cache of zeros, in the dtype of the weights or quantized."""
         c, weight = self.config, self.model.embed_tokens.weight

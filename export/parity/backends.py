@@ -16,10 +16,11 @@ from polygraphy.common import TensorMetadata
 from polygraphy.comparator import Comparator
 from polygraphy.datatype import DataType
 
-from headfold.export.exportables.base import Oracle
-from headfold.export.parity.compare import feed_steps
+from headfold.export.exportables.oracle import Oracle
+from headfold.export.parity.compare import expected_outputs
+from headfold.export.parity.probes import make_rows, make_steps
 from headfold.export.parity.report import compare_logits
-from headfold.export.parity.runners import Feed, Outputs, TorchRunner
+from headfold.export.parity.runners import Outputs
 from headfold.export.parity.tolerances import Precision
 from headfold.export.progress import quiet_polygraphy
 from headfold.plugins.dtypes import DType
@@ -56,13 +57,13 @@ class BackendRunner(BaseRunner):  # type: ignore[misc]
         self._backend = self._cache = None
 
     def get_input_metadata_impl(self) -> TensorMetadata:
-        """See `parity_runners`."""
+        """See `headfold.export.parity.runners`."""
         metadata = TensorMetadata()
         for name in ("input_ids", "attention_mask"):
             metadata.add(name, dtype=DataType.INT64, shape=(-1, -1))
         return metadata
 
-    def infer_impl(self, feed_dict: Feed) -> Outputs:
+    def infer_impl(self, feed_dict: Any) -> Outputs:
         """Logits [B, 1, V] of each row's last real token."""
         backend = self._backend
         assert backend is not None
@@ -96,20 +97,24 @@ def verify_backends(
         prompts: token ids; the first is also decoded and chunked, all of them make the ragged batch.
         decode_steps: tokens decoded, at least 1.
     """
-    vocab_size = max(int(prompt.max()) for prompt in prompts) + 1
-    steps = list(feed_steps(prompts, decode_steps, vocab_size))
-    feeds = [inputs for _, inputs in steps]
-    capacity = max(inputs["attention_mask"].shape[1] for inputs in feeds) + 1
-    runners = [TorchRunner(load, False, 1), *(BackendRunner(name, open_, capacity) for name, open_ in backends.items())]
+    rows = make_rows(prompts, decode_steps, max(int(prompt.max()) for prompt in prompts) + 1)
+    steps = list(make_steps(rows, prompts))
+    feeds = [step.feed for step in steps]
+    capacity = max(step.feed["attention_mask"].shape[1] for step in steps) + 1
+    oracle = load()
+    answers = [oracle.answer(row) for row in rows]
+    del oracle
     with quiet_polygraphy():
-        (_, expected), *results = Comparator.run(runners, data_loader=feeds, use_subprocess=False)
+        runners = [BackendRunner(name, open_, capacity) for name, open_ in backends.items()]
+        results = Comparator.run(runners, data_loader=feeds, use_subprocess=False)
+    expected = [expected_outputs(step, answers, all_logits=False)["logits"] for step in steps]
     allowed, checks = Precision("onnxruntime", dtype).tolerance, []
     for name, actual in results:
-        for check in dict.fromkeys(step for step, _ in steps):
-            pairs = [(e, a) for (s, _), e, a in zip(steps, expected, actual, strict=True) if s == check]
-            errors = [(np.abs(e["logits"] - a["logits"]).max(), allowed.limit("logits", e["logits"])) for e, a in pairs]
+        for check in dict.fromkeys(step.check for step in steps):
+            pairs = [(e, a["logits"]) for s, e, a in zip(steps, expected, actual, strict=True) if s.check == check]
+            errors = [(np.abs(e - a).max(), allowed.limit("logits", e)) for e, a in pairs]
             error, limit = max(errors, key=lambda pair: np.inf if np.isnan(pair[0]) else pair[0] / pair[1])
-            cosine, _, top1 = zip(*(compare_logits(e["logits"], a["logits"]) for e, a in pairs), strict=True)
+            cosine, _, top1 = zip(*(compare_logits(e, a) for e, a in pairs), strict=True)
             passed = all(bool(found <= most) for found, most in errors)  # NaN is not
             checks.append(
                 BackendCheck(name, check, float(error), float(limit), min(cosine), float(np.mean(top1)), passed)

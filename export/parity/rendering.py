@@ -19,6 +19,7 @@ def render(report: ParityReport, console: Console) -> None:
         top1 = "" if c.top1 is None else f"{c.top1:.0%}"
         table.add_row(name, f"{c.max_error:.1e}", f"{c.limit:.1e}", f"{c.mean_error:.1e}", cosine, kl, top1, verdict)
     console.print(table)
+    console.print(f"oracle: {report.oracle}")
     if report.first_bad_layer is not None:
         console.print(f"first bad layer: {report.first_bad_layer}")
     console.print("all within tolerance" if report.passed else "out of tolerance")

@@ -41,6 +41,7 @@ class ParityReport:
     """All comparisons of one bundle."""
 
     precision: Precision
+    oracle: str  # who said what is right
     checks: Sequence[CheckResult]
     layers: Sequence[LayerResult]
     greedy_tokens: int
@@ -60,7 +61,8 @@ class ParityReport:
         """One line that names the first failing comparison and the first bad layer."""
         check = next(check for check in self.checks if not check.passed)
         layer = f", first bad layer {self.first_bad_layer}" if self.first_bad_layer is not None else ""
-        return f"differs from PyTorch in {check.name}: {check.worst} is off by {check.max_error:.3g}, allowed {check.limit:.3g}{layer}"
+        what = check.note or f"is off by {check.max_error:.3g}, allowed {check.limit:.3g}"
+        return f"differs from PyTorch in {check.name}: {check.worst} {what}{layer}"
 
     def summary(self) -> dict[str, Any]:
         """What goes into the manifest."""
@@ -70,6 +72,7 @@ class ParityReport:
             "max_logit_error": max((c.max_error for c in self.checks if c.worst == "logits"), default=0.0),
             "top1_agreement": min(tops, default=1.0),
             "arithmetic": self.precision.arithmetic,
+            "oracle": self.oracle,
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -79,6 +82,7 @@ class ParityReport:
             "passed": self.passed,
             "first_bad_layer": self.first_bad_layer,
             "arithmetic": self.precision.arithmetic,
+            "oracle": self.oracle,
         }
         return extra | content
 

@@ -41,6 +41,8 @@ _FLOAT16 = Tolerance(logits=(1e-2, 2e-2), other=(1e-2, 2e-2))
 _BFLOAT16 = Tolerance(logits=(8e-2, 1.6e-1), other=(8e-2, 1.6e-1))
 _ARITHMETIC: dict[DType, Tolerance] = {"float32": _FLOAT32, "float16": _FLOAT16, "bfloat16": _BFLOAT16}
 _ROUNDED = (5e-2, 5e-2)
+MARGIN = 8  # float32 may be off by so many times the error that PyTorch's has: another order of sums, and the largest of many
+_STEPS: dict[Quantized, float] = {"int8": 1.0, "float8_e4m3fn": 32.0}
 _CACHES: dict[Quantized, float] = {
     "int8": 8.0,
     "float8_e4m3fn": 96.0,
@@ -57,12 +59,8 @@ class Precision:
 
     @property
     def in_float32(self) -> bool:
-        """Whether both sides compute in float32 throughout, so that float64 tells how exact they can be.
-
-        ONNX Runtime has no bfloat16 on CPUs: there such a graph runs in float32, with its own weights.
-        """
-        widened = self.engine == "onnxruntime" and self.dtype == "bfloat16"
-        return self.cache is None and (self.dtype == "float32" or widened)
+        """Whether all is computed in float32, so that float64 tells how exact it can be."""
+        return self.cache is None and self.dtype == "float32"
 
     @property
     def narrow(self) -> bool:
@@ -80,19 +78,28 @@ class Precision:
         """
         if self.cache is not None:
             return Tolerance(_ROUNDED, _ROUNDED, (_CACHES[self.cache], 0.0))
-        return _FLOAT32 if self.in_float32 else _ARITHMETIC[self.dtype]
+        return _ARITHMETIC[self.dtype]
+
+    @property
+    def layer_tolerance(self) -> tuple[float, float]:
+        """Of a layer alone: what it adds to the residual stream, over the largest number it adds; what it stores in its cache.
+
+        The latter over the largest number it stores; of a quantized cache in steps: a value halfway between two is rounded to either.
+        """
+        if self.cache is not None:
+            return 5e-2, _STEPS[self.cache]
+        return 1e-5, 1e-5  # about 80 eps: dot products of some thousand terms, and a softmax
 
     @property
     def arithmetic(self) -> str:
         """How both sides compute, in words."""
         if self.engine == "tensorrt":
             words = f"TensorRT network in {self.dtype}, on the CPU, against float32 PyTorch with the same {self.dtype} weights"
-        elif self.dtype == "float16":
-            words = "float16 graph against float32 PyTorch with the same float16 weights"
-        elif self.dtype == "bfloat16":
-            words = "float32 on both sides, with the bundle's bfloat16 weights: ONNX Runtime has no bfloat16 on CPUs"
-        else:
+        elif self.dtype == "float32":
             words = "float32 on both sides"
+        else:
+            words = f"float32 on both sides, with the bundle's {self.dtype} weights"
+            words += ", and float16 against it" if self.dtype == "float16" else ": ONNX Runtime has no bfloat16 on CPUs"
         return words + (f", {self.cache} cache on both sides" if self.cache is not None else "")
 
     def __str__(self) -> str:

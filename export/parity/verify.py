@@ -1,19 +1,30 @@
-"""Whole bundles against whole checkpoints: what `headfold export` and `headfold verify` call."""
+"""Whole bundles against whole models: what `headfold export` and `headfold verify` call."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
 from tokenizers import Tokenizer
 
-from headfold.export.exportables.base import Exportable, Oracle, QuantizedCache
-from headfold.export.model.decoder import Scales
-from headfold.export.parity.compare import Candidate, make_prompts, verify_graph
-from headfold.export.parity.report import ParityReport
+from headfold.export.data.calibration import CALIBRATION, read_tokens
+from headfold.export.exportables.base import Exportable
+from headfold.export.exportables.oracle import Oracle
+from headfold.export.exportables.own import OwnModel
+from headfold.export.parity.compare import Candidate, Subject, verify_graph
+from headfold.export.parity.probes import make_prompts
+from headfold.export.parity.report import CheckResult, ParityReport
 from headfold.export.parity.tolerances import Precision
+from headfold.export.parity.weights import (
+    prove_attributes,
+    prove_scales,
+    prove_tables,
+    prove_weights,
+    scale_name,
+    stored_cache,
+)
 from headfold.export.progress import Reporter
-from headfold.plugins.schema import SCALES
+from headfold.plugins.schema import SCALES, TABLES
 from headfold.runtime.errors import BundleError
 from headfold.runtime.graph_file import check_capacity
 from headfold.runtime.manifest import MODEL, Manifest, check_files, read_manifest
@@ -66,49 +77,49 @@ def verify_bundle(
     reporter: Reporter,
     candidate: Candidate | None = None,
 ) -> ParityReport:
-    """Compare a bundle, finished or staged, with the oracle of what it was made from; see `verify_graph`.
+    """Prove a bundle, finished or staged: its weights, tables and attributes as they stand in the file, then its arithmetic.
 
-    `candidate` is by default the bundle's graph in ONNX Runtime.
+    `candidate` runs by default the bundle's graph in ONNX Runtime.
     """
-    stored, capacity = getattr(torch, manifest.dtype), manifest.cache.capacity
-    cache = None
-    if manifest.cache.quantization is not None:
-        scales = stored_scales(directory / MODEL, manifest.cache.num_hidden_layers)
-        cache = QuantizedCache(manifest.cache.quantization.dtype, scales)
+    facts, capacity, stored = exportable.facts, manifest.cache.capacity, getattr(torch, manifest.dtype)
+    own = exportable.checkpoint.config if isinstance(exportable, OwnModel) else None
+    quantization, cache = manifest.cache.quantization, None
+    model = ir.load(directory / MODEL)
+    if quantization is not None:
+        cache = stored_cache(model, quantization.dtype, len(facts.layers))
+    with reporter.step("compare the weights"):
+        scales = [scale_name(layer, part) for layer in range(len(facts.layers)) for part in SCALES] if cache else []
+        tables = TABLES if own is not None else ()
+        checks = [prove_weights(model, exportable.tensors(stored), stored, tables, scales)]
+        if own is not None:
+            checks.append(prove_tables(model, own, capacity, stored))
+        checks.append(prove_attributes(model, facts, own))
+    del model
 
-    def load(arithmetic: torch.dtype) -> Oracle:
-        return exportable.oracle(stored, capacity, arithmetic, cache)  # rounded like the bundle
+    def also(oracle: Oracle) -> Iterator[CheckResult]:
+        yield from checks
+        if cache is not None:
+            yield prove_scales(oracle, read_tokens(directory / CALIBRATION, facts.vocab_size), cache, manifest.dtype)
 
+    subject = Subject(
+        path=directory / MODEL,
+        facts=facts,
+        precision=precision_of(manifest),
+        all_logits=manifest.logits == "all",
+        capacity=capacity,
+        cache=cache,
+        oracle=lambda: exportable.oracle(stored, capacity),
+        reference=lambda arithmetic: exportable.reference(stored, capacity, arithmetic),
+    )
     tokenizer = directory / "tokenizer.json"
     text = Tokenizer.from_file(str(tokenizer)).encode(_TEXT).ids if tokenizer.is_file() else None
     room = capacity - decode_steps - 1
-    prompts = make_prompts(exportable.facts.vocab_size, min(_PROMPT, max(room, 1)), text)
-    return verify_graph(
-        directory / MODEL,
-        load,
-        exportable.facts.vocab_size,
-        precision_of(manifest),
-        manifest.logits == "all",
-        prompts,
-        min(decode_steps, capacity - max(map(len, prompts)) - 1),
-        reporter,
-        candidate,
-    )
+    prompts = make_prompts(facts.vocab_size, min(_PROMPT, max(room, 1)), text)
+    steps = min(decode_steps, capacity - max(map(len, prompts)) - 1)
+    return verify_graph(subject, prompts, steps, reporter, candidate, also)
 
 
 def precision_of(manifest: Manifest) -> Precision:
     """How a bundle's graph computes in ONNX Runtime."""
     quantization = manifest.cache.quantization
     return Precision("onnxruntime", manifest.dtype, quantization.dtype if quantization is not None else None)
-
-
-def stored_scales(path: Path, num_hidden_layers: int) -> list[Scales]:
-    """The scales of a graph's quantized cache, of each layer."""
-    values = ir.load(path).graph.initializers
-
-    def read(layer: int, name: str) -> torch.Tensor:
-        tensor = values[f"model.layers.{layer}.self_attn.{name}"].const_value
-        assert tensor is not None
-        return torch.tensor(tensor.numpy())
-
-    return [(read(layer, SCALES[0]), read(layer, SCALES[1])) for layer in range(num_hidden_layers)]

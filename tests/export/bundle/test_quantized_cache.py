@@ -13,7 +13,10 @@ from click.testing import CliRunner
 from headfold.export.bundle.cache_scales import cache_scales, quantization_cost
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
 from headfold.export.cli import main
-from headfold.export.parity.verify import stored_scales
+from headfold.export.exportables.opening import open_exportable
+from headfold.export.parity.verify import verify_bundle
+from headfold.export.parity.weights import stored_cache
+from headfold.export.progress import Reporter
 from headfold.runtime import load
 from headfold.runtime.manifest import read_manifest
 
@@ -70,7 +73,8 @@ def test_the_cache_takes_a_byte_and_the_manifest_says_so(bundle) -> None:
 def test_onnx_runtime_decodes_as_pytorch_does(bundle, toys) -> None:
     backend = load(bundle).backend
     decoder = load_decoder(open_checkpoint(toys / "student"))
-    decoder.quantize_cache(torch.int8, stored_scales(bundle / "model.onnx", 2))
+    cache = stored_cache(ir.load(bundle / "model.onnx"), "int8", 2)
+    decoder.quantize_cache(torch.int8, cache.scales)
     cache, ids = backend.new_cache(1, CAPACITY), np.arange(10)
     logits = backend.prefill(cache, 0, ids)
     for token in (3, 1, 4):
@@ -80,22 +84,18 @@ def test_onnx_runtime_decodes_as_pytorch_does(bundle, toys) -> None:
         logits = backend.decode(cache, np.array([token]), np.ones(1, np.bool_))[0]
 
 
+@pytest.mark.parametrize("factor", [0.9, 1.1])
 @pytest.mark.parametrize("name", ["key_scale", "value_scale"])
-def test_a_wrong_scale_is_caught(name, bundle, toys, tmp_path) -> None:
-    from headfold.export.exportables.own import OwnModel
-    from headfold.export.parity.compare import onnxruntime_candidate
-    from headfold.export.parity.tolerances import Precision
-    from headfold.export.parity.verify import verify_bundle
-    from headfold.export.progress import Reporter
-
-    checkpoint, manifest = open_checkpoint(toys / "student"), read_manifest(bundle)
-    model = ir.load(bundle / "model.onnx")
+def test_a_wrong_scale_is_caught(name, factor, bundle, toys, tmp_path) -> None:
+    shutil.copytree(bundle, tmp_path / "planted")
+    model = ir.load(tmp_path / "planted" / "model.onnx")
     value = model.graph.initializers[f"model.layers.1.self_attn.{name}"]
-    value.const_value = ir.tensor(1.5 * value.const_value.numpy())
-    ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
-    candidate = onnxruntime_candidate(tmp_path / "model.onnx", Precision("onnxruntime", "float32", "int8"))
-    report = verify_bundle(bundle, OwnModel(checkpoint), manifest, 4, Reporter(quiet=True), candidate)
-    assert not report.passed
+    value.const_value = ir.tensor(np.float32(factor) * value.const_value.numpy())
+    ir.save(model, tmp_path / "planted" / "model.onnx")
+    manifest, source = read_manifest(bundle), open_exportable(toys / "student")
+    report = verify_bundle(tmp_path / "planted", source, manifest, 4, Reporter(quiet=True))
+    assert {check.name for check in report.checks if not check.passed} == {"cache scales"}
+    assert "cache scales: of layer 1 is off by 0.1" in report.failure()
 
 
 def test_float8_is_proven_here_and_runs_elsewhere(toys, tmp_path) -> None:

@@ -18,8 +18,10 @@ from headfold.export.engine.lowering import attention_nodes, lower
 from headfold.export.engine.network_report import open_flavour, parse, report
 from headfold.export.engine.network_runner import Network, NetworkRunner, network_candidate
 from headfold.export.engine.options import BuildOptions
-from headfold.export.exportables.own import DecoderOracle
-from headfold.export.parity.compare import Candidate, make_prompts, verify_graph
+from headfold.export.exportables.oracle import DecoderOracle
+from headfold.export.exportables.own import facts_of
+from headfold.export.parity.compare import Candidate, Subject, verify_graph
+from headfold.export.parity.probes import make_prompts
 from headfold.export.parity.report import ParityReport
 from headfold.export.parity.tolerances import Precision
 from headfold.export.parity.verify import precision_of
@@ -39,9 +41,10 @@ def trt():
 
 
 def verify(toy, candidate: Candidate) -> ParityReport:
-    prompts = make_prompts(96, 12, None)
-    path, oracle = toy.bundle / MODEL, DecoderOracle(toy.decoder)
-    return verify_graph(path, lambda _: oracle, 96, precision_of(toy.manifest), True, prompts, 4, QUIET, candidate)
+    prompts, oracle = make_prompts(96, 12, None), DecoderOracle(toy.decoder)
+    facts, precision = facts_of(toy.decoder.config), precision_of(toy.manifest)
+    subject = Subject(toy.bundle / MODEL, facts, precision, True, 40, None, lambda: oracle, lambda _: oracle)
+    return verify_graph(subject, prompts, 4, QUIET, candidate)
 
 
 @pytest.mark.parametrize("attention", ["native", "plugin"])
@@ -63,7 +66,7 @@ def test_agrees_with_pytorch(dtype, attention, tensorrt_toy) -> None:
 def planted(trt, toy, attention, change_master=None, change_lowered=None) -> Candidate:
     """A network that went past no preflight and no report, with a fault in the master or in the lowered graph."""
 
-    def start(capacity: int, greedy: int, expose: bool) -> NetworkRunner:
+    def start(capacity: int) -> NetworkRunner:
         def load() -> Network:
             path = toy.bundle / MODEL
             if change_master is not None:
@@ -75,12 +78,12 @@ def planted(trt, toy, attention, change_master=None, change_lowered=None) -> Can
                 model = lower(path, attention, toy.manifest.cache.capacity)
                 if change_lowered is not None:
                     change_lowered(model)
-                return Network(parse(trt, model, path), model, ("hidden_states.0", "hidden_states.1") if expose else ())
+                return Network(parse(trt, model, path), model, ("hidden_states.0", "hidden_states.1"))
             finally:
                 if change_master is not None:
                     path.unlink()
 
-        return NetworkRunner(load, greedy)
+        return NetworkRunner(load)
 
     return Candidate(start, Precision("tensorrt", toy.manifest.dtype), "planted")
 
@@ -145,7 +148,7 @@ def test_catches_a_plugin_whose_aliases_are_swapped(trt, tensorrt_toy, monkeypat
     with pytest.raises(BuildError, match="caches of attention 0 are updated as"):
         report(parsed, "plugin", 2)
     runner = Candidate(
-        lambda *_: NetworkRunner(lambda: Network(parsed, model), 0), Precision("tensorrt", "float16"), "swapped"
+        lambda *_: NetworkRunner(lambda: Network(parsed, model)), Precision("tensorrt", "float16"), "swapped"
     )
     with pytest.raises(VerificationError, match="is not the memory of"):
         verify(toy, runner)

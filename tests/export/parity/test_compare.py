@@ -10,13 +10,14 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from headfold.export.exportables.own import DecoderOracle, OwnModel
+from headfold.export.exportables.oracle import DecoderOracle
+from headfold.export.exportables.own import OwnModel, facts_of
 from headfold.export.graph.trace import export_graph
 from headfold.export.graph.weights import attach_weights, save_model
 from headfold.export.model.config import ModelConfig
 from headfold.export.model.decoder import Decoder
-from headfold.export.parity import compare as parity
-from headfold.export.parity.compare import make_prompts, pad, verify_graph
+from headfold.export.parity.compare import Subject, verify_graph
+from headfold.export.parity.probes import make_prompts, pad
 from headfold.export.parity.report import ParityReport, compare_logits
 from headfold.export.parity.tolerances import Precision
 from headfold.export.progress import Reporter
@@ -47,24 +48,19 @@ def verified(memory_checkpoint, tmp_path) -> Callable[..., ParityReport]:
         graph(model)
         save_model(model, tmp_path / "model.onnx", lambda name, size: None)
 
-        def load(arithmetic: torch.dtype) -> DecoderOracle:
+        def load() -> Decoder:
             decoder = Decoder(config, CAPACITY).eval().requires_grad_(False)
             decoder.load_state_dict(rounded)
             cos, sin = decoder.cos_cache.to(torch_dtype).float(), decoder.sin_cache.to(torch_dtype).float()
             decoder.cos_cache, decoder.sin_cache = cos, sin
-            return DecoderOracle(decoder.to(arithmetic))
+            return decoder
 
-        prompts, precision = make_prompts(config.vocab_size, 12, None), Precision("onnxruntime", dtype)
-        return verify_graph(
-            tmp_path / "model.onnx",
-            load,
-            config.vocab_size,
-            precision,
-            False,
-            prompts,
-            4,
-            Reporter(quiet=True),
-        )
+        def oracle(arithmetic: torch.dtype = torch.float32) -> DecoderOracle:
+            return DecoderOracle(load().to(arithmetic))
+
+        facts, precision = facts_of(config), Precision("onnxruntime", dtype)
+        subject = Subject(tmp_path / "model.onnx", facts, precision, False, CAPACITY, None, oracle, oracle)
+        return verify_graph(subject, make_prompts(config.vocab_size, 12, None), 4, Reporter(quiet=True))
 
     return verify
 
@@ -74,22 +70,15 @@ def test_the_right_graph_passes(dtype, config, verified) -> None:
     report = verified(config, dtype)
     assert report.passed, report.failure()
     assert report.first_bad_layer is None
-    assert {check.name for check in report.checks} == {
-        "prefill",
-        "prefill, cache",
-        "decode",
-        "decode, cache",
-        "chunked prefill",
-        "chunked prefill, cache",
-        "ragged batch, right padding",
-        "ragged batch, right padding, cache",
-        "ragged batch, left padding",
-        "ragged batch, left padding, cache",
-        "greedy tokens",
-        "residual stream, per layer",
-    }
+    whole = ("prefill", "decode", "chunked prefill", "ragged batch, right padding", "ragged batch, left padding")
+    names = {f"{name}{cache}" for name in whole for cache in ("", ", cache")}
+    places = ("a prompt", "at the end of the capacity", "rows of unequal length")
+    expected = names | {"greedy tokens"} | {f"each layer alone, {place}" for place in places}
+    expected |= {f"{name}, in float16" for name in names if dtype == "float16"}
+    assert {check.name for check in report.checks} == expected
     assert [layer.layer for layer in report.layers] == [0, 1, 2]
     assert report.summary()["top1_agreement"] == (1.0 if dtype != "float16" else pytest.approx(1.0, abs=0.2))
+    assert report.oracle == "headfold's own decoder in PyTorch"
 
 
 def test_a_wrong_weight_is_found_in_its_layer(config, verified) -> None:
@@ -186,12 +175,3 @@ def test_a_report_is_plain_json(config, verified, tmp_path: Path) -> None:
     assert content["passed"] is True
     assert content["first_divergent_token"] is None
     assert len(content["layers"]) == config.num_hidden_layers
-
-
-def test_what_float32_itself_gets_wrong_is_allowed_twice() -> None:
-    expected = {"logits": np.ones((1, 1, 8), np.float32)}
-    exact = {"logits": expected["logits"] + np.float32(3e-3)}
-    assert parity._limit(Precision("onnxruntime", "float32").tolerance, "logits", expected, None) == 1e-4
-    assert parity._limit(Precision("onnxruntime", "float32").tolerance, "logits", expected, exact) == pytest.approx(
-        6e-3, rel=1e-3
-    )

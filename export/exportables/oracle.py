@@ -1,0 +1,125 @@
+"""Who says what a model computes: logits, residual streams, keys and values of one sequence, after a given past.
+
+An oracle sees one sequence at a time and no padding, so it knows nothing of batches, masks or chunks. Our own decoder is one;
+transformers' model is in `transformers_oracle.py`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from headfold.export.model.decoder import Decoder, Scales
+from headfold.plugins.dtypes import Quantized
+
+Array = NDArray[Any]  # float32, or float64 of an oracle that computes in it
+Tokens = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class QuantizedCache:
+    """Keys and values are kept in `dtype`, divided by the scales of their layer's heads."""
+
+    dtype: Quantized
+    scales: Sequence[Scales]
+
+
+@dataclass(frozen=True)
+class Past:
+    """What the cache of each layer stores of the tokens before: keys, rotated, and values, [Hkv, P, D] each, as floats."""
+
+    layers: Sequence[tuple[Tensor, Tensor]]
+
+    @property
+    def length(self) -> int:
+        """P."""
+        return int(self.layers[0][0].shape[1])
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an oracle says of S new tokens."""
+
+    logits: Array  # [S, V]
+    hidden_states: list[Array]  # the residual stream after each layer, [S, hidden]
+    cache: list[tuple[Array, Array]]  # what each layer's cache stores of them, [Hkv, S, D]
+
+
+class Oracle(Protocol):
+    """A model, computing in one dtype."""
+
+    @property
+    def name(self) -> str:
+        """What it is, for the report."""
+        ...
+
+    def answer(
+        self,
+        tokens: Tokens,
+        past: Past | None = None,
+        given: Sequence[Array] | None = None,
+        cache: QuantizedCache | None = None,
+    ) -> Answer:
+        """Compute.
+
+        Args:
+            tokens: [S].
+            past: of the tokens before these; None for none.
+            given: what each layer hands on, [S, hidden], in place of what it computes: so each layer is judged on inputs it was given.
+            cache: how the cache stores; None for as it is.
+        """
+        ...
+
+
+class DecoderOracle:
+    """Our own decoder; see `Oracle`. Its dtype is the one that is computed in."""
+
+    name = "headfold's own decoder in PyTorch"
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        tokens: Tokens,
+        past: Past | None = None,
+        given: Sequence[Array] | None = None,
+        cache: QuantizedCache | None = None,
+    ) -> Answer:
+        """See Oracle."""
+        decoder, start = self._decoder, 0 if past is None else past.length
+        if cache is not None:
+            decoder.quantize_cache(getattr(torch, cache.dtype), cache.scales)
+        else:
+            decoder.keep_cache()
+        caches = decoder.new_cache(1, start + len(tokens))
+        for pair, before in zip(caches, past.layers if past is not None else [], strict=False):
+            for all_tokens, old in zip(pair, before, strict=True):
+                all_tokens[0, :, :start] = old.to(all_tokens.dtype)
+        heard: list[Tensor] = []
+
+        def hook(_module: Any, _inputs: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+            heard.append(output[0][0])
+            if given is None:
+                return output
+            return torch.from_numpy(given[len(heard) - 1]).to(output[0].dtype)[None], output[1]
+
+        handles = [layer.register_forward_hook(hook) for layer in decoder.model.layers]
+        try:
+            mask = torch.ones(1, start + len(tokens), dtype=torch.long)
+            logits = decoder(torch.from_numpy(tokens)[None], mask, caches).logits[0]
+        finally:
+            for handle in handles:
+                handle.remove()
+        new = [(as_array(keys[0, :, start:]), as_array(values[0, :, start:])) for keys, values in caches]
+        return Answer(as_array(logits), [as_array(x) for x in heard], new)
+
+
+def as_array(x: Tensor) -> Array:
+    """In float32, or float64 as it is."""
+    return (x if x.dtype == torch.float64 else x.float()).numpy()

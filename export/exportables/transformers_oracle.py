@@ -1,0 +1,198 @@
+"""Transformers' model as the oracle: its reading of config.json and weights, its eager attention, masks and RoPE; not ours.
+
+Imported where transformers is installed (`pip install "headfold[transformers]"`).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+from headfold.export.checkpoints.base import Checkpoint
+from headfold.export.checkpoints.gguf_file import GGUFCheckpoint
+from headfold.export.checkpoints.hf import HuggingFaceCheckpoint
+from headfold.export.exportables.oracle import Answer, Array, Past, QuantizedCache, Tokens, as_array
+from headfold.plugins.torch_op import dequantize, quantize
+from headfold.runtime.errors import ConfigError, VerificationError
+
+_OPTIONS: dict[str, Any] = {"attn_implementation": "eager", "dtype": torch.float32}
+
+
+def oracle_of(checkpoint: Checkpoint, stored: torch.dtype) -> "TransformersOracle | None":
+    """Transformers' model of a checkpoint of ours, rounded to the dtype `stored` and computing in float32.
+
+    None where it knows neither the kind of file nor the model.
+    """
+    if not isinstance(checkpoint, GGUFCheckpoint | HuggingFaceCheckpoint):
+        return None
+    path = checkpoint.path
+    place = (
+        {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+        if path.is_file()
+        else {"pretrained_model_name_or_path": path}
+    )
+    with quiet():
+        try:
+            config = AutoConfig.from_pretrained(**place, local_files_only=True, trust_remote_code=False)
+        except (
+            ValueError,
+            KeyError,
+            OSError,
+            StrictDataclassError,
+        ):  # a model, a GGUF architecture or sizes it does not know
+            return None
+        if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            return None
+        model = _from_directory(path) if path.is_dir() else _from_gguf(checkpoint, config)
+    return TransformersOracle(model, stored)
+
+
+def _from_directory(path: Path) -> PreTrainedModel:
+    model, found = AutoModelForCausalLM.from_pretrained(
+        path, **_OPTIONS, use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True
+    )
+    if found["missing_keys"]:
+        raise VerificationError(
+            f"transformers misses {', '.join(sorted(found['missing_keys'])[:3])} in it",
+            where=path,
+            fix="It reads the checkpoint in another way than headfold: please report it.",
+        )
+    return model
+
+
+def _from_gguf(checkpoint: Checkpoint, config: Any) -> PreTrainedModel:
+    """Its reading of the metadata, our reading of the tensors: its own takes four times as long, with the same package."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, **_OPTIONS)
+    for name in checkpoint:
+        model.load_state_dict({name: checkpoint.read(name).float()}, strict=False, assign=True)
+    model.tie_weights()
+    for name, module in list(model.named_modules()):
+        if name.endswith("rotary_emb"):  # made on the meta device, and no weight
+            model.set_submodule(name, type(module)(config=config))
+    return model
+
+
+def decoder_layers(model: PreTrainedModel, count: int) -> nn.ModuleList:
+    """The list of a decoder's layers.
+
+    Raises:
+        ConfigError: there is none of that length.
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    if not lists:
+        raise ConfigError(
+            f"{type(model).__name__} has no list of its {count} layers", fix="headfold needs it to tell layers apart."
+        )
+    return lists[0]
+
+
+class TransformersOracle:
+    """See `Oracle`.
+
+    Args:
+        model: with eager attention.
+        stored: dtype of the bundle: weights and rotary tables are rounded to it, as transformers does when it computes in it. None for
+            a model whose weights are, and whose tables stay as they are.
+    """
+
+    def __init__(self, model: PreTrainedModel, stored: torch.dtype | None = None) -> None:
+        self._model = model.eval().requires_grad_(False)
+        self._layers = decoder_layers(model, model.config.get_text_config().num_hidden_layers)
+        self.name = f"{type(model).__name__} of transformers {transformers.__version__}, eager attention"
+
+        def rounded(_module: Any, _inputs: Any, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(table.to(stored).to(table.dtype) for table in tables)
+
+        if stored not in {None, torch.float32}:
+            for parameter in self._model.parameters():
+                parameter.data = parameter.data.to(stored).float()
+            for name, module in self._model.named_modules():
+                if name.endswith("rotary_emb"):
+                    module.register_forward_hook(rounded)
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        tokens: Tokens,
+        past: Past | None = None,
+        given: Sequence[Array] | None = None,
+        cache: QuantizedCache | None = None,
+    ) -> Answer:
+        """See Oracle."""
+        dtype = next(self._model.parameters()).dtype
+        before = past.layers if past is not None else [None] * len(self._layers)
+        kept = [_KeepsNew(pair, cache, i, dtype) for i, pair in enumerate(before)]
+        heard: list[Tensor] = []
+
+        def hook(_module: Any, _inputs: Any, output: Any) -> Any:
+            x = output[0] if isinstance(output, tuple) else output
+            heard.append(x[0])
+            if given is None:
+                return output
+            x = torch.from_numpy(given[len(heard) - 1]).to(x.dtype)[None]
+            return (x, *output[1:]) if isinstance(output, tuple) else x
+
+        handles = [layer.register_forward_hook(hook) for layer in self._layers]
+        try:
+            ids = torch.from_numpy(tokens)[None]
+            logits = self._model(ids, past_key_values=Cache(layers=kept), use_cache=True).logits[0]
+        finally:
+            for handle in handles:
+                handle.remove()
+        new = [(as_array(layer.new[0][0]), as_array(layer.new[1][0])) for layer in kept]
+        return Answer(as_array(logits), [as_array(x) for x in heard], new)
+
+
+class _KeepsNew(DynamicLayer):  # type: ignore[misc]
+    """A layer of transformers' cache that attends over a past it does not copy, and keeps only what is new."""
+
+    def __init__(
+        self, past: tuple[Tensor, Tensor] | None, cache: QuantizedCache | None, index: int, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self._quantization, self._index, self._dtype = cache, index, dtype
+        self.new: list[Tensor] = []  # keys, values, as they are stored
+        if past is not None:
+            self.keys, self.values = (self._real(x[None], part) for part, x in enumerate(past))
+            self.is_initialized = True
+
+    def _real(self, stored: Tensor, part: int) -> Tensor:
+        cache = self._quantization
+        return (stored if cache is None else dequantize(stored, cache.scales[self._index][part])).to(self._dtype)
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """All keys and values, without a trace of these but in `new`."""
+        cache, seen = self._quantization, []
+        old = (self.keys, self.values) if self.is_initialized else (None, None)
+        for part, (x, before) in enumerate(zip((keys, values), old, strict=True)):
+            stored = x
+            if cache is not None:
+                stored = quantize(x, cache.scales[self._index][part], getattr(torch, cache.dtype)).float()
+            self.new.append(stored)
+            real = self._real(stored, part)
+            seen.append(real if before is None else torch.cat((before, real), 2))
+        return seen[0], seen[1]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers draws progress bars and warns of what is checked here anyway."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
