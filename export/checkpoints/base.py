@@ -1,6 +1,6 @@
 """What a checkpoint is to the rest of headfold: a configuration, tensors read one at a time, and tokenizer files.
 
-`opening.py` picks the reader by what lies at a path: `hf.py` for Hugging Face directories, `gguf_file.py` for GGUF files.
+`opening.py` picks the reader by what lies at a path: `hf.py` for Hugging Face directories, `gguf/` for GGUF files.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

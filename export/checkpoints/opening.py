@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from headfold.export.checkpoints.base import Checkpoint
-from headfold.export.checkpoints.gguf_file import GGUFCheckpoint
+from headfold.export.checkpoints.gguf.file import GGUFCheckpoint
 from headfold.export.checkpoints.hf import HuggingFaceCheckpoint, download
 from headfold.export.model.decoder import Decoder
 from headfold.runtime.errors import CheckpointError

@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from headfold.export.checkpoints.gguf_tokenizer import PRE_TOKENIZERS
+from headfold.export.checkpoints.pre_tokenizers import PRE_TOKENIZERS
 from headfold.runtime.errors import CheckpointError
 
 _CLASSES = {

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from headfold.export.checkpoints.base import Checkpoint
-from headfold.export.checkpoints.gguf_file import GGUFCheckpoint
+from headfold.export.checkpoints.gguf.file import GGUFCheckpoint
 from headfold.export.checkpoints.hf import HuggingFaceCheckpoint
 from headfold.export.exportables.oracle import Answer, Array, Past, QuantizedCache, Tokens, as_array
 from headfold.plugins.torch_op import dequantize, quantize

@@ -3,6 +3,7 @@
 The `gguf` package maps the file and dequantizes; names and metadata keys are those of the GGUF specification (ggml/docs/gguf.md).
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import torch
 
 from headfold.export.checkpoints.base import check_tensors
 from headfold.export.checkpoints.families import FAMILIES
-from headfold.export.checkpoints.gguf_tokenizer import tokenizer_files
+from headfold.export.checkpoints.gguf.header import check_header
+from headfold.export.checkpoints.gguf.tokenizer import tokenizer_files
 from headfold.export.checkpoints.shapes import expected_shapes
 from headfold.export.model.config import ModelConfig, RopeConfig
-from headfold.runtime.errors import CheckpointError, ConfigError
+from headfold.runtime.errors import CheckpointError, ConfigError, HeadfoldError
 
 _LAYER = {  # GGUF name inside `blk.{i}.`: the decoder's name inside `model.layers.{i}.`
     "attn_norm": "input_layernorm",
@@ -32,6 +34,7 @@ _LAYER = {  # GGUF name inside `blk.{i}.`: the decoder's name inside `model.laye
     "ffn_down": "mlp.down_proj",
 }
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_SPLIT, _MOST_PARTS = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf"), 1024  # as llama.cpp's gguf-split names them
 _FLOATS = {
     gguf.GGMLQuantizationType.F32: torch.float32,
     gguf.GGMLQuantizationType.F16: torch.float16,
@@ -47,19 +50,22 @@ class GGUFCheckpoint:
         ConfigError: its architecture or a feature of it is not implemented.
     """
 
+    ignored = ()
+
     def __init__(self, path: Path) -> None:
-        self.path, self.ignored = path, ()
+        self.path = path
+        readers = [_reader(part) for part in _parts(path)]
+        metadata = {name: field.contents() for name, field in readers[0].fields.items()}
+        tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
         try:
-            reader = gguf.GGUFReader(path)
-        except Exception as error:  # it raises whatever numpy does when a length is nonsense
-            reason = " ".join(str(error).split())[:120]
+            self.config = _config(path, metadata, tensors)
+            self.tokenizer = tokenizer_files(path, metadata, self.config)
+        except HeadfoldError:
+            raise
+        except Exception as error:  # a value of another type than the specification has it: anything may happen
             raise CheckpointError(
-                f"is no GGUF file, or a damaged one: {reason}", where=path, fix="Download it again."
+                f"has metadata that makes no sense: {error}", where=path, fix="Download it again."
             ) from error
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self.config = _config(path, metadata, tensors)
-        self.tokenizer = tokenizer_files(path, metadata, self.config)
         named = {_decoder_name(name): tensor for name, tensor in tensors.items()}
         self._shapes = expected_shapes(self.config)
         check_tensors(path, self._shapes, {name: tuple(int(n) for n in t.shape[::-1]) for name, t in named.items()})
@@ -100,6 +106,37 @@ class GGUFCheckpoint:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
+
+
+def _reader(path: Path) -> gguf.GGUFReader:
+    check_header(path)
+    try:
+        return gguf.GGUFReader(path)
+    except Exception as error:  # it raises whatever numpy does when a length is nonsense
+        raise CheckpointError(
+            f"is no GGUF file, or a damaged one: {error}", where=path, fix="Download it again."
+        ) from error
+
+
+def _parts(path: Path) -> list[Path]:
+    """The files of a split model, of which `path` may be any, first one first; metadata is in that one.
+
+    Raises:
+        CheckpointError: a part is missing.
+    """
+    found = _SPLIT.fullmatch(path.name)
+    if found is None:
+        return [path]
+    base, _, count = found.groups()
+    if int(count) > _MOST_PARTS:
+        raise CheckpointError(f"is one of {int(count)} parts", where=path, fix=f"At most {_MOST_PARTS} are read.")
+    parts = [path.with_name(f"{base}-{number:05}-of-{count}.gguf") for number in range(1, int(count) + 1)]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"is one of {len(parts)} parts, and {missing[0]} is missing", where=path, fix="Put all parts beside it."
+        )
+    return parts
 
 
 def _unpermute(values: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
@@ -151,7 +188,9 @@ def _config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any])
         raise ConfigError("key and value heads differ in size", where=path, fix="headfold does not export such models.")
     window = int(get("attention.sliding_window", 0)) or None
     layers = int(get("block_count"))
-    eos = metadata.get("tokenizer.ggml.eos_token_id")
+    ends = [
+        metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")
+    ]  # all of which llama.cpp stops at
     try:
         return ModelConfig(
             model_type=families[architecture],
@@ -175,7 +214,7 @@ def _config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any])
             sliding_layers=tuple(range(layers)) if window else (),
             tie_word_embeddings="output.weight" not in tensors,
             bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
-            eos_token_id=() if eos is None else (int(eos),),
+            eos_token_id=tuple(dict.fromkeys(int(end) for end in ends if end is not None)),
             pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
         )
     except ConfigError as error:

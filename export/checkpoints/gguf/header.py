@@ -1,0 +1,86 @@
+"""A look at a GGUF file before the `gguf` package reads it: every length it declares must fit into the file, and into reason.
+
+Layout: ggml/docs/gguf.md, versions 2 and 3, little-endian.
+"""
+
+import struct
+from pathlib import Path
+from typing import BinaryIO
+
+from headfold.runtime.errors import CheckpointError
+
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of the scalar types
+_STRING, _ARRAY = 8, 9
+_MOST_ELEMENTS, _MOST_FIELDS, _MOST_TENSORS, _MOST_DIMENSIONS = 1 << 21, 1 << 16, 1 << 16, 4
+_MOST_STRING = 1 << 24  # bytes; a chat template has some thousands
+
+
+def check_header(path: Path) -> None:
+    """Walk the header, without keeping anything of it.
+
+    Raises:
+        CheckpointError: it is no GGUF file, or its lengths are more than it has or than any model needs.
+    """
+    with path.open("rb") as file:
+        walk = _Walk(file, path.stat().st_size, path)
+        if file.read(4) != b"GGUF":
+            raise walk.error("does not begin with GGUF")
+        version = walk.number("<I")
+        if version not in (2, 3):
+            raise walk.error(f"has version {version}; 2 and 3 are read")
+        tensors, fields = walk.count("<Q", _MOST_TENSORS, "tensors"), walk.count("<Q", _MOST_FIELDS, "fields")
+        for _ in range(fields):
+            walk.string()
+            walk.value(walk.number("<I"))
+        for _ in range(tensors):
+            walk.string()
+            walk.skip(8 * walk.count("<I", _MOST_DIMENSIONS, "dimensions"))
+            walk.skip(12)  # type and offset
+
+
+class _Walk:
+    def __init__(self, file: BinaryIO, size: int, path: Path) -> None:
+        self._file, self._size, self._path = file, size, path
+
+    def error(self, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"is no GGUF file, or a damaged one: it {what}", where=self._path, fix="Download it again."
+        )
+
+    def number(self, form: str) -> int:
+        content = self._file.read(struct.calcsize(form))
+        if len(content) < struct.calcsize(form):
+            raise self.error("ends in its header")
+        return int(struct.unpack(form, content)[0])
+
+    def count(self, form: str, most: int, what: str) -> int:
+        number = self.number(form)
+        if number > most:
+            raise self.error(f"declares {number} {what}")
+        return number
+
+    def skip(self, size: int) -> None:
+        if self._file.tell() + size > self._size:
+            raise self.error("ends in its header")
+        self._file.seek(size, 1)
+
+    def string(self) -> None:
+        self.skip(self.count("<Q", _MOST_STRING, "bytes of text"))
+
+    def value(self, kind: int) -> None:
+        if kind == _STRING:
+            self.string()
+        elif kind == _ARRAY:
+            element = self.number("<I")
+            number = self.count("<Q", _MOST_ELEMENTS, "elements of an array")
+            if element == _STRING:
+                for _ in range(number):
+                    self.string()
+            elif element in _SIZES:
+                self.skip(number * _SIZES[element])
+            else:
+                raise self.error(f"has an array of type {element}")
+        elif kind in _SIZES:
+            self.skip(_SIZES[kind])
+        else:
+            raise self.error(f"has a field of type {kind}")
