@@ -10,7 +10,7 @@ import torch
 
 from headfold.export.bundle.pipeline import CacheCalibration, ExportOptions, export_bundle
 from headfold.export.checkpoints.base import MemoryCheckpoint
-from headfold.export.checkpoints.hf import save_hf
+from headfold.export.checkpoints.hf_writer import save_hf
 from headfold.export.exportables.opening import open_exportable
 from headfold.export.graph.passes import attention_nodes
 from headfold.export.graph.recipes import recipe_of
