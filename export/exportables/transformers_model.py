@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from headfold.export.checkpoints.base import TokenizerFiles
 from headfold.export.checkpoints.side_files import TOKENIZER_FILES
+from headfold.export.exportables import experts
 from headfold.export.exportables.attending import NAME, OpCache
 from headfold.export.exportables.base import Master, Road
 from headfold.export.exportables.facts import Facts
@@ -191,6 +192,7 @@ def open_transformers(path: Path, trust_remote_code: bool = False) -> Transforme
                     config=copy.deepcopy(config),
                     dtype=dtype,
                     attn_implementation=attention,
+                    experts_implementation="eager",
                     use_safetensors=True,
                     local_files_only=True,
                     trust_remote_code=trust_remote_code,
@@ -216,14 +218,20 @@ def open_transformers(path: Path, trust_remote_code: bool = False) -> Transforme
 
 
 def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, path: Path) -> PreTrainedModel:
-    """The model without weights, its attention the op's."""
+    """The model without weights, its attention and experts the ops'."""
     try:
         with quiet(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=NAME, experts_implementation=experts.NAME
+            )
     except ValueError as error:  # of a class that has no AttentionInterface
         raise ConfigError(
             f"{config.model_type} cannot take another attention: {_line(error)}", where=path, fix=_ROAD
         ) from error
+    try:
+        experts.learn_gates(model)
+    except ConfigError as error:
+        raise ConfigError(error.what, where=f"{path}: {error.where}", fix=error.fix) from error
     return cast(PreTrainedModel, model.eval().requires_grad_(False))
 
 

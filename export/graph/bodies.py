@@ -13,14 +13,15 @@ from headfold.plugins.schema import ALL_INPUTS, DOMAIN, LAST_INDEX, SINK, TABLES
 from headfold.runtime.errors import BuildError
 
 
-def set_attention_body(model: ir.Model, function: onnx.FunctionProto) -> None:
-    """Give the attention op this body in place of the one the graph has."""
+def set_body(model: ir.Model, function: onnx.FunctionProto) -> None:
+    """Give an op of ours this body in place of the one the graph has."""
     body = cast(ir.Function, ir.from_proto(function))
     model.functions[body.identifier()] = body
     model.opset_imports[DOMAIN] = VERSION
-    for domain, version in body.opset_imports.items():
+    needed = {domain: version for f in model.functions.values() for domain, version in f.opset_imports.items()}
+    for domain, version in needed.items():
         model.opset_imports.setdefault(domain, version)
-    for domain in set(model.opset_imports) - {"", DOMAIN, *body.opset_imports}:
+    for domain in set(model.opset_imports) - {"", DOMAIN, *needed}:
         del model.opset_imports[domain]  # of the body that went
 
 
@@ -29,7 +30,7 @@ def use_standard_body(model: ir.Model, zeroed: bool = False) -> None:
     inputs = _inputs(model)
     rotary_dim = 2 * _columns(inputs.cos_cache) if inputs.cos_cache is not None else 0
     sinks = inputs.head_sink is not None
-    set_attention_body(model, standard_body(rotary_dim, inputs.norms is not None, _stored(inputs), zeroed, sinks=sinks))
+    set_body(model, standard_body(rotary_dim, inputs.norms is not None, _stored(inputs), zeroed, sinks=sinks))
 
 
 def onnxruntime_can(model: ir.Model) -> bool:
@@ -45,9 +46,7 @@ def use_onnxruntime_body(model: ir.Model) -> None:
     inputs = _inputs(model)
     rotary, sinks = inputs.tables is not None, inputs.head_sink is not None
     head_dim = _columns(inputs.past_key)
-    set_attention_body(
-        model, onnxruntime_body(inputs.norms is not None, head_dim, _stored(inputs), rotary=rotary, sinks=sinks)
-    )
+    set_body(model, onnxruntime_body(inputs.norms is not None, head_dim, _stored(inputs), rotary=rotary, sinks=sinks))
 
 
 def _inputs(model: ir.Model) -> AttentionInputs[ir.Value]:

@@ -1,6 +1,7 @@
 """Small graph passes of the export, each with one job. They change the model they are given."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -24,14 +25,20 @@ def name_weights(model: ir.Model, prefix: str, tied: Mapping[str, str]) -> None:
 
 
 def fold_transposes(model: ir.Model) -> None:
-    """A `Transpose` of a weight is done once, when it is saved: `MatMul(x, Transpose(w))` becomes `MatMul(x, "w.T")`."""
+    """A `Transpose` of a weight is done once, when it is saved: `MatMul(x, Transpose(w))` becomes `MatMul(x, "w.T")`.
+
+    Of the last two axes, that is; of experts' weights [E, ., .] too.
+    """
     for node in list(model.graph):
         weight = node.inputs[0] if node.op_type == "Transpose" and not node.domain else None
         recipe = recipe_of(weight) if weight is not None else None
-        if weight is None or recipe is None or weight.shape is None or len(weight.shape) != 2:
+        if weight is None or recipe is None or weight.shape is None or len(weight.shape) not in (2, 3):
             continue
-        shape = [int(dim) for dim in weight.shape[::-1]]  # type: ignore[arg-type]  # [in, out]
-        recipe = WeightRecipe(recipe.sources, not recipe.transposed)
+        *rest, rows, columns = (int(dim) for dim in weight.shape)  # type: ignore[arg-type]  # of a weight: numbers
+        if len(rest) == 1 and list(node.attributes.get_ints("perm", [])) != [0, 2, 1]:
+            continue
+        shape = [*rest, columns, rows]
+        recipe = replace(recipe, transposed=not recipe.transposed)
         folded = model.graph.initializers.get(recipe.name) or add_weight(model, recipe, shape, weight)
         ir.convenience.replace_all_uses_with(node.outputs[0], folded)
         model.graph.remove(node, safe=True)

@@ -13,27 +13,34 @@ _KEY = "headfold.recipe"  # among a value's metadata
 
 @dataclass(frozen=True)
 class WeightRecipe:
-    """Some tensors of the checkpoint, end to end along their first axis, then transposed or not."""
+    """Some tensors of the checkpoint, end to end along their first axis, then transposed or not, then alternating or not."""
 
     sources: tuple[str, ...]
-    transposed: bool = False
+    transposed: bool = False  # the last two axes
+    alternating: bool = (
+        False  # along the second axis, the first half's rows and the second's in turn: gates and ups of experts
+    )
 
     @property
     def name(self) -> str:
         """What the value is called: "q+k+v.T" for three tensors, joined and transposed."""
-        return "+".join(self.sources) + (".T" if self.transposed else "")
+        return "+".join(self.sources) + (".T" if self.transposed else "") + (".alternating" if self.alternating else "")
 
     def shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
         """The value's shape, from those of its sources."""
         parts = [shapes[name] for name in self.sources]
         joined = (sum(part[0] for part in parts), *parts[0][1:])
-        return joined[::-1] if self.transposed else joined
+        return (*joined[:-2], joined[-1], joined[-2]) if self.transposed else joined
 
     def make(self, read: Callable[[str], Tensor]) -> Tensor:
         """The value itself, contiguous; `read` gives a source."""
         parts = [read(name) for name in self.sources]
         joined = torch.cat(parts) if len(parts) > 1 else parts[0]  # which would copy it
-        return (joined.t() if self.transposed else joined).contiguous()
+        turned = joined.mT if self.transposed else joined
+        if self.alternating:
+            count, rows, *rest = turned.shape
+            turned = turned.reshape(count, 2, rows // 2, *rest).transpose(1, 2).flatten(1, 2)
+        return turned.contiguous()
 
     def joined(self, *others: "WeightRecipe") -> "WeightRecipe":
         """This and the others end to end, before they are transposed."""
@@ -42,7 +49,9 @@ class WeightRecipe:
 
 def set_recipe(value: ir.Value, recipe: WeightRecipe) -> None:
     """Name an initializer and remember its recipe."""
-    content = {"sources": recipe.sources, "transposed": recipe.transposed}
+    content: dict[str, object] = {"sources": recipe.sources, "transposed": recipe.transposed}
+    if recipe.alternating:
+        content["alternating"] = True
     value.metadata_props.clear()  # what torch says of its parameter
     value.metadata_props[_KEY] = json.dumps(content)
     value.name = recipe.name
@@ -59,8 +68,9 @@ def recipe_of(value: ir.Value) -> WeightRecipe | None:
         return None
     match json.loads(text):
         case {"sources": [*sources], "transposed": bool(transposed), **rest}:
+            alternating = rest.pop("alternating", False) is True
             if not rest and sources and all(isinstance(name, str) for name in sources):
-                return WeightRecipe(tuple(sources), transposed)
+                return WeightRecipe(tuple(sources), transposed, alternating)
     raise ValueError(f"{value.name} has no recipe but {text}")
 
 

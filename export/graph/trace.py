@@ -18,9 +18,12 @@ from torch import Tensor, nn
 
 from headfold.export.exportables.base import Exportable
 from headfold.export.graph.bodies import onnxruntime_can, use_onnxruntime_body, use_standard_body
+from headfold.export.graph.experts import alternate_experts, use_experts_body
 from headfold.export.graph.joining import join_projections
 from headfold.export.graph.passes import fold_transposes, name_weights, share_last_index
 from headfold.plugins.dtypes import Quantized
+from headfold.plugins.experts import onnx_functions as experts_body
+from headfold.plugins.experts import schema as experts_schema
 from headfold.plugins.names import caches, hidden_state
 from headfold.plugins.onnx_functions import OPSET, schema
 from headfold.plugins.schema import ALL_INPUTS, DOMAIN, LAST_INDEX, OP_TYPE, VERSION, AttentionInputs
@@ -79,6 +82,7 @@ def export_graph(
             ),
             custom_translation_table={
                 torch.ops.headfold.GroupedQueryAttention.default: _attention_node,
+                torch.ops.headfold.MixtureOfExperts.default: _experts_node,
                 torch.ops.headfold.RMSNormalization.default: _norm_node,
             },
         )
@@ -98,6 +102,8 @@ def export_graph(
         common_passes.ClearMetadataAndDocStringPass(),
     )(model)
     share_last_index(model)
+    alternate_experts(model)
+    use_experts_body(model)
     if onnxruntime_can(model):
         use_onnxruntime_body(model)
     else:
@@ -124,6 +130,15 @@ def _attention_node(*tensors: ir.Value | None, **attributes: float) -> object:
     while values[-1] is None:
         values.pop()
     return _OP(*values, **attributes)
+
+
+_EXPERTS = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, VERSION), experts_schema.OP_TYPE, experts_body.schema())
+
+
+def _experts_node(*tensors: ir.Value | None, **attributes: float | str) -> object:
+    """The torch op has the node's inputs and attributes."""
+    count = len(tensors) if tensors[-1] is not None else len(tensors) - 2  # both biases or neither
+    return _EXPERTS(*tensors[:count], **attributes)
 
 
 def _norm_node(x: Tensor, weight: Tensor, epsilon: float) -> object:

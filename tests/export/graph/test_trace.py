@@ -13,7 +13,7 @@ from onnx.reference import ReferenceEvaluator
 
 from headfold.export.checkpoints.opening import load_decoder
 from headfold.export.exportables.own import OwnModel
-from headfold.export.graph.bodies import set_attention_body
+from headfold.export.graph.bodies import set_body
 from headfold.export.graph.passes import expose_hidden_states
 from headfold.export.graph.trace import export_graph
 from headfold.export.graph.weights import attach_weights, save_model
@@ -47,7 +47,7 @@ def save(checkpoint, directory: Path, dtype=torch.float32, all_logits=True, stan
     model = export_graph(source, dtype, CAPACITY, all_logits)
     attach_weights(model, checkpoint, source.tables(dtype, CAPACITY), allow_nan=False)
     if standard:
-        set_attention_body(model, standard_body(checkpoint.config.rotary_dim, checkpoint.config.qk_norm))
+        set_body(model, standard_body(checkpoint.config.rotary_dim, checkpoint.config.qk_norm))
     if hidden:
         expose_hidden_states(model)
     path = directory / "model.onnx"
@@ -76,7 +76,7 @@ def test_prefill_and_decode_equal_the_decoder(variant, config, memory_checkpoint
     checkpoint = memory_checkpoint(config)
     path = save(checkpoint, tmp_path)
     swapped = ir.load(path)
-    set_attention_body(swapped, standard_body(config.rotary_dim, config.qk_norm))
+    set_body(swapped, standard_body(config.rotary_dim, config.qk_norm))
     ir.save(swapped, tmp_path / "standard.onnx")  # beside the same weights
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, config.vocab_size, (2, 9)))
     expected = load_decoder(checkpoint)(ids).logits.numpy()
