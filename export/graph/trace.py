@@ -16,6 +16,7 @@ from onnx_ir.passes import common as common_passes
 from onnxscript import opset23 as op
 from torch import Tensor, nn
 
+import headfold.plugins.experts.torch_op  # noqa: F401  # registers the op that the table below names
 from headfold.export.exportables.base import Exportable
 from headfold.export.graph.bodies import onnxruntime_can, use_onnxruntime_body, use_standard_body
 from headfold.export.graph.experts import alternate_experts, use_experts_body
