@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Advance = Callable[[int], None]
 _LOG_SECONDS = 30  # between lines of a log
@@ -16,6 +16,7 @@ class Reporter:
     """Tells a person what is going on. `step` is a context manager that yields a function to advance by some units."""
 
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
+        self._live: Progress | None = None
         self.console = console or Console(file=sys.stderr, highlight=False, width=None if sys.stderr.isatty() else 110)
         self.quiet = quiet
 
@@ -27,10 +28,12 @@ class Reporter:
             yield lambda _: None
             return
         if self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-            with Progress(*columns, console=self.console, transient=True) as progress:
+            with self._bars(BarColumn(), TimeElapsedColumn()) as progress:
                 task = progress.add_task(title, total=total)
-                yield lambda units: progress.advance(task, units)
+                try:
+                    yield lambda units: progress.advance(task, units)
+                finally:
+                    progress.remove_task(task)
         else:
             yield lambda _: None
         self.note(f"{title}: {time.perf_counter() - start:.1f} s")
@@ -53,8 +56,7 @@ class Reporter:
             return f"step {step}/{steps}: loss {loss:.4f}, {rate:,.0f} tokens/s, {_duration(left)} left"
 
         if self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-            with Progress(*columns, console=self.console, transient=True) as progress:
+            with self._bars(BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()) as progress:
                 task = progress.add_task("train", total=steps, completed=done)
 
                 def update(loss: float) -> None:
@@ -79,6 +81,18 @@ class Reporter:
         seconds = time.perf_counter() - start
         rate = (step - done) * tokens_per_step / max(seconds, 1e-9)
         self.note(f"trained {step - done} steps in {_duration(seconds)}, {rate:,.0f} tokens/s")
+
+    @contextmanager
+    def _bars(self, *columns: ProgressColumn) -> Iterator[Progress]:
+        """The live display. A console of rich 14.0 has only one, so a step within a step adds its bar to that."""
+        if self._live is not None:
+            yield self._live
+            return
+        with Progress(TextColumn("{task.description}"), *columns, console=self.console, transient=True) as self._live:
+            try:
+                yield self._live
+            finally:
+                self._live = None
 
     def note(self, line: str) -> None:
         """Print one line."""

@@ -36,7 +36,7 @@ def open_tensorrt(flavour: Flavour) -> Any:
         hint = "pip install tensorrt-rtx" if flavour == "tensorrt-rtx" else "pip install tensorrt"
         raise TensorRTMissing(f"{flavour} is not installed: {hint}")
     if flavour == "tensorrt-rtx" and sys.platform == "linux" and _links is None and not _findable():
-        if _PARSER in _MAPS.read_text():  # loaded from where it does not find the library, and it stays there
+        if _is_loaded(name):  # from where it does not find the library, and it stays there
             raise TensorRTMissing(
                 f"{name} was imported before headfold could load its parser safely: "
                 f"call headfold.plugins.tensorrt_library.open_tensorrt before anything imports {name}"
@@ -46,6 +46,14 @@ def open_tensorrt(flavour: Flavour) -> Any:
         return importlib.import_module(name)
     except (ImportError, OSError) as error:
         raise TensorRTMissing(f"{flavour} cannot be loaded: {error}") from error
+
+
+def _is_loaded(name: str) -> bool:
+    """Whether this process has the parser already; where /proc is hidden, whether it imported the module."""
+    try:
+        return _PARSER in _MAPS.read_text()
+    except OSError:
+        return name in sys.modules
 
 
 def _wheel() -> Path | None:

@@ -62,7 +62,7 @@ def load(
 
     Raises:
         BundleError: the bundle is incomplete, altered, of a newer format, or cannot be loaded.
-        ProviderError: the provider is not available, or cannot run the bundle. There is no silent fallback to the CPU.
+        ProviderError: onnxruntime or its provider is not available, or cannot run the bundle. There is no silent fallback to the CPU.
         EngineError: the bundle has no engine for this GPU or this TensorRT, or it or its plugin is damaged or missing.
         InputError: less than one thread, or an unknown backend.
     """
@@ -79,8 +79,12 @@ def load(
         from headfold.runtime.tensorrt_session import TensorRTSession
 
         return Model(bundle, manifest, TensorRTSession(bundle, manifest, attention))
-    from headfold.runtime.session import OrtSession
-
+    try:
+        from headfold.runtime.session import OrtSession
+    except ModuleNotFoundError as error:
+        if error.name != "onnxruntime":
+            raise
+        raise ProviderError("onnxruntime is not installed", fix='Install it: pip install "headfold[ort]".') from error
     return Model(bundle, manifest, OrtSession(bundle, manifest, provider, threads))
 
 

@@ -1,6 +1,7 @@
 """How many cores this process may use. Needs no engine."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -11,8 +12,7 @@ _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds o
 def physical_cores() -> int:
     """Physical cores this process may use, by the machine, the process's affinity and its container's quota; at least 1."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if _CGROUP_QUOTA.is_file():
+    with suppress(OSError, ValueError):  # there is none, or it is no number but "max"
         quota, period = _CGROUP_QUOTA.read_text().split()
-        if quota != "max":
-            allowed = min(allowed, int(quota) // int(period))
+        allowed = min(allowed, int(quota) // int(period))
     return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))

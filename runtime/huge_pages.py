@@ -1,7 +1,7 @@
 """Moves a session's weights to huge pages: decode reads all of them for every token, and small pages cost it TLB misses.
 
-Linux only, from 6.1 on. Elsewhere, and where the kernel has no huge page to give, memory stays as it is: nothing but speed
-depends on it (`scripts/bench.py` measured what it is worth; see README).
+Linux only, from 6.1 on. Elsewhere, where /proc is hidden, and where there is no huge page to give, memory stays as it is:
+nothing but speed depends on it (`scripts/bench.py` measured what it is worth; see README).
 """
 
 import ctypes
@@ -34,8 +34,12 @@ def huge_pages() -> Iterator[None]:
 
 def _filled() -> Iterator[tuple[int, int]]:
     """Start and end of this process's writable private memory that no file backs, and that is nearly all in use."""
+    try:
+        lines = _MAPPINGS.read_text().splitlines()
+    except OSError:  # sandboxes hide it
+        return
     start = end = 0
-    for line in _MAPPINGS.read_text().splitlines():
+    for line in lines:
         first, *fields = line.split()
         if not first.endswith(":"):  # address, permissions, offset, device, inode, path
             low, _, high = first.partition("-")

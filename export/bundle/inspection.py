@@ -1,26 +1,34 @@
-"""What `headfold inspect` tells of a checkpoint or a bundle: facts as plain JSON types, and a table of them."""
+"""What `headfold inspect` tells of a checkpoint or a bundle: facts as plain JSON types, and a table of them.
 
+A bundle's are told without torch: on machines that only serve, and at once.
+"""
+
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from headfold.export.exportables.facts import Facts as ModelFacts
 from headfold.export.exportables.facts import LayerFacts
-from headfold.export.exportables.opening import Via, open_exportable
-from headfold.export.exportables.own import OwnModel
 from headfold.export.model.config import ModelConfig
+from headfold.plugins.dtypes import DTYPES
 from headfold.runtime.engine_file import check_engine
+from headfold.runtime.errors import printable
 from headfold.runtime.manifest import MANIFEST, EngineEntry, check_files, read_manifest
 
+if TYPE_CHECKING:
+    from headfold.export.exportables.opening import Via
+
 Facts = dict[str, Any]
+_LONGEST = 4000  # characters of one fact
 
 
-def inspect_path(path: Path, via: Via | None = None, trust_remote_code: bool = False) -> Facts:
+def inspect_path(path: Path, via: "Via | None" = None, trust_remote_code: bool = False) -> Facts:
     """Facts of the bundle or checkpoint at `path`; sizes are in bytes. A bundle's files are checked against its manifest.
 
     Raises:
@@ -29,14 +37,17 @@ def inspect_path(path: Path, via: Via | None = None, trust_remote_code: bool = F
     return _bundle(path) if (path / MANIFEST).exists() else _checkpoint(path, via, trust_remote_code)
 
 
-def _checkpoint(path: Path, via: Via | None, trust_remote_code: bool) -> Facts:
+def _checkpoint(path: Path, via: "Via | None", trust_remote_code: bool) -> Facts:
+    from headfold.export.exportables.opening import open_exportable  # here, for they import torch
+    from headfold.export.exportables.own import OwnModel
+
     exportable = open_exportable(path, via, trust_remote_code)
     facts: Facts = {"kind": "checkpoint", "path": str(path), "road": exportable.road}
     if not isinstance(exportable, OwnModel):
         return facts | _attention(exportable.facts, 4) | {"tokenizer": sorted(exportable.tokenizer.files)}
     checkpoint = exportable.checkpoint
     shapes = checkpoint.shapes()
-    counts = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+    counts = {name: math.prod(shape) for name, shape in shapes.items()}
     dtypes = sorted({str(checkpoint.dtype(name)).removeprefix("torch.") for name in shapes})
     size = sum(count * checkpoint.dtype(name).itemsize for name, count in counts.items())
     cache_itemsize = min(checkpoint.dtype(name).itemsize for name in shapes)
@@ -55,7 +66,7 @@ def _bundle(path: Path) -> Facts:
     check_files(path, manifest)
     for engine in manifest.engines:
         check_engine(path, engine)
-    itemsize, cache_itemsize = (getattr(torch, name).itemsize for name in (manifest.dtype, manifest.cache_dtype))
+    itemsize, cache_itemsize = (DTYPES[name].size for name in (manifest.dtype, manifest.cache_dtype))
     facts: Facts = {"kind": "bundle", "path": str(path), "source": manifest.source, "road": manifest.road}
     if manifest.road == "headfold":
         facts |= _architecture(ModelConfig.from_json(manifest.config), cache_itemsize)
@@ -135,7 +146,7 @@ def _how(layer: LayerFacts) -> str:
 
 
 def render(facts: Facts) -> None:
-    """Print the facts as a table of two columns on standard output; bytes are also given in MiB."""
+    """Print the facts as a table of two columns on standard output; bytes are also given in MiB. No text is taken for markup."""
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in facts.items():
         if value is None:
@@ -148,5 +159,5 @@ def render(facts: Facts) -> None:
             text = ", ".join(map(str, value)) or "none"
         else:
             text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-        table.add_row(name.replace("_", " "), text)
+        table.add_row(name.replace("_", " "), Text(printable(text, _LONGEST)))
     Console(highlight=False).print(table)

@@ -1,7 +1,6 @@
 """The main job: a checkpoint becomes a verified bundle. Graph, weights, tokenizer, parity, manifest, then it is published."""
 
 import math
-import resource
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -43,6 +42,7 @@ from headfold.runtime.manifest import (
 )
 
 PARITY = "parity.json"
+_STATUS = Path("/proc/self/status")  # of Linux
 _TOOLS = ("headfold", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime-gpu", "onnxruntime", "polygraphy")
 
 
@@ -235,7 +235,11 @@ def _forget_peak_memory() -> None:
 
 def _peak_memory() -> int:
     """The largest resident size in bytes, of Linux since `_forget_peak_memory`, elsewhere of the process so far."""
-    if sys.platform == "linux":
-        lines = Path("/proc/self/status").read_text().splitlines()
+    with suppress(OSError, StopIteration):  # a sandbox hides it, or leaves this line out
+        lines = _STATUS.read_text().splitlines()
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # Windows has none
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

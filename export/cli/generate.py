@@ -51,6 +51,13 @@ def _load(bundle: Path, backend: Literal["onnxruntime", "tensorrt"], provider: s
     return load(bundle, backend=backend, provider=provider, threads=threads)
 
 
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is no text: {error}", fix="Give it as UTF-8.") from error
+
+
 @click.command()
 @BUNDLE
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
@@ -80,7 +87,7 @@ def generate(
     `headfold generate smol --chat "Why is the sky blue?" --temperature 0.7 --seed 1`
     """
     model = _load(bundle, backend, provider, threads)
-    texts = [sys.stdin.read() if text == "-" else text for text in prompts or ("-",)]
+    texts = [_standard_input() if text == "-" else text for text in prompts or ("-",)]
     if any(not text for text in texts):
         raise InputError("the prompt is empty", fix="Give some text.")
     batch: list[Any] = list(texts)

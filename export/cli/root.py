@@ -31,6 +31,7 @@ _EXTRAS = {  # of pyproject.toml: what a package that is missing belongs to
     "ort": ("onnxruntime",),
     "export": ("torch", "onnx", "onnx_ir", "onnxscript", "polygraphy", "safetensors", "gguf", "ml_dtypes", "rich"),
     "train": ("accelerate", "datasets", "matplotlib", "pyarrow"),
+    "tensorrt-rtx": ("tensorrt_rtx", "triton", "cuda"),
     "transformers": ("transformers",),
 }
 

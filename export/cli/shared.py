@@ -63,5 +63,6 @@ def reporter_for(quiet: bool) -> "Reporter":
 
 
 def print_json(content: object) -> None:
-    """One JSON object on standard output."""
-    click.echo(json.dumps(content, indent=2, ensure_ascii=False, default=str))
+    """One JSON object on standard output; what a terminal would obey instead of show is escaped, for it may come from strangers."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
+    click.echo("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
