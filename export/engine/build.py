@@ -22,7 +22,6 @@ from headfold.export.engine.lowering import lower
 from headfold.export.engine.network_report import AttentionLayers, ParsedNetwork, kind, open_flavour, parse, report
 from headfold.export.engine.options import BuildOptions, check_options, profiles
 from headfold.export.engine.preflight import preflight
-from headfold.export.model.config import ModelConfig
 from headfold.export.progress import Reporter, quiet_polygraphy
 from headfold.plugins import tensorrt_plugin
 from headfold.plugins.dtypes import from_tensorrt
@@ -69,7 +68,7 @@ def build_engine(bundle: Path, options: BuildOptions, reporter: Reporter) -> Bui
         check_files(bundle, manifest)
     trt = open_flavour(options.target)
     with reporter.step("lower and parse the graph"):
-        _, parsed = lowered_network(trt, bundle, manifest, options)
+        lowered, parsed = lowered_network(trt, bundle, manifest, options)
         layers = report(parsed, options.attention, manifest.cache.num_hidden_layers)
     file = f"{ENGINES}/{options.target}-{options.attention}.engine"
 
@@ -77,7 +76,7 @@ def build_engine(bundle: Path, options: BuildOptions, reporter: Reporter) -> Bui
         _take_over(old, new, manifest, entry)
 
     with staged(bundle, force=True, complete=take_over) as stage:
-        plugin = _add_kernels(stage, manifest, options, reporter) if options.attention == "plugin" else None
+        plugin = _add_kernels(stage, manifest, options, lowered, reporter) if options.attention == "plugin" else None
         with reporter.step("build the engine"):
             engine = _serialize(parsed, manifest, options, reporter)
         (stage / ENGINES).mkdir(exist_ok=True)
@@ -230,21 +229,16 @@ def _spec(tensor: Any, master: list[TensorSpec]) -> TensorSpec:
     return TensorSpec(name=tensor.name, dtype=from_tensorrt(tensor.dtype), shape=shape)
 
 
-def _add_kernels(stage: Path, manifest: Manifest, options: BuildOptions, reporter: Reporter) -> PluginEntry:
+def _add_kernels(
+    stage: Path, manifest: Manifest, options: BuildOptions, lowered: ir.Model, reporter: Reporter
+) -> PluginEntry:
     """Compile the plugin's kernels into the staged bundle."""
-    from headfold.export.engine.kernels import compile_kernels
+    from headfold.export.engine.kernels import compile_spec, kernel_spec
 
     directory = stage / KERNELS
     others = (entry for entry in manifest.engines if entry.plugin is not None and entry.flavour != options.target)
     capabilities = {*_capabilities(options), *(sm for entry in others for sm in entry.compute_capabilities)}
-    compile_kernels(
-        ModelConfig.from_json(manifest.config),
-        manifest.dtype,
-        sorted(capabilities),
-        directory,
-        cache_dtype=manifest.cache_dtype,
-        reporter=reporter,
-    )
+    compile_spec(kernel_spec(lowered), sorted(capabilities), directory, reporter)
     return PluginEntry(
         name=tensorrt_plugin.NAME,
         version=tensorrt_plugin.PLUGIN_VERSION,

@@ -22,11 +22,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ValidationError
+import onnx_ir as ir
+from pydantic import BaseModel, Field, ValidationError
 
-from headfold.export.model.config import ModelConfig
+from headfold.export.graph.passes import attention_nodes
 from headfold.export.progress import Reporter
 from headfold.export.publishing import publish_file
+from headfold.plugins import tensorrt_plugin
+from headfold.plugins.dtypes import DTYPES, QUANTIZED
 from headfold.plugins.gpus import FLOAT8_SINCE, GPUS
 from headfold.plugins.kernel_contract import (
     GRIDS,
@@ -42,10 +45,12 @@ from headfold.plugins.kernel_contract import (
     parameters,
     tiles,
 )
+from headfold.plugins.schema import NORMS
 from headfold.runtime.cpu import physical_cores
 from headfold.runtime.errors import KernelError
 
 _SOURCE = Path(str(importlib.util.find_spec("headfold.plugins").submodule_search_locations[0])) / "triton_kernels.py"  # type: ignore[union-attr, index]
+_NATIVE = "Use --attention native for this model."
 _PTX_SIZES = {"u64": 8, "b64": 8, "u32": 4, "b32": 4, "f32": 4}
 
 
@@ -55,10 +60,21 @@ class _Job(NamedTuple):
     key: str  # of the cache
 
 
-class _Known(BaseModel):
+class _Facts(BaseModel, extra="forbid"):
+    """What a compiler said of a kernel, beside its code."""
+
+    entry: str
+    num_warps: int = Field(ge=1)
+    shared_bytes: int = Field(ge=0)
+    scratch_bytes: int = Field(ge=0)
+    registers: int = Field(ge=0)
+    stack_bytes: int = Field(ge=0)
+
+
+class _Known(BaseModel, extra="forbid"):
     """What the cache says of a kernel."""
 
-    facts: dict[str, Any]
+    facts: _Facts
     sha256: str
 
 
@@ -67,55 +83,60 @@ class _Code(NamedTuple):
     facts: dict[str, Any]
 
 
-def kernel_spec(config: ModelConfig, dtype: str, cache_dtype: str | None = None) -> KernelSpec:
-    """The kernels a model needs; `cache_dtype` is `dtype`, or "int8" or "float8_e4m3fn".
+def kernel_spec(model: ir.Model) -> KernelSpec:
+    """The kernels that every attention of a graph lowered for the plugin needs.
 
     Raises:
-        KernelError: there are no kernels for such heads or dtypes.
+        KernelError: there are none for such heads, or layers need different ones.
     """
+    nodes = attention_nodes(model)
+    first, *others = [_node_spec(node) for node in nodes]
+    for node, spec in zip(nodes[1:], others, strict=True):
+        if spec != first:
+            what = tensorrt_plugin.differences(spec, first)
+            raise KernelError(f"needs other kernels than the first layer: {what}", where=node.name, fix=_NATIVE)
+    return first
+
+
+def _node_spec(node: ir.Node) -> KernelSpec:
+    cache = node.inputs[tensorrt_plugin.ALIASES[1]]
+    assert cache is not None
+    stored = _dtype(cache)
+    names = tensorrt_plugin.input_names(len(node.inputs), stored in QUANTIZED)
+    assert names is not None
+    given = dict(zip(names, node.inputs, strict=True))
+    attributes = node.attributes
     try:
         return KernelSpec.model_validate(
             {
-                "num_heads": config.num_attention_heads,
-                "kv_num_heads": config.num_key_value_heads,
-                "head_dim": config.head_dim,
-                "rotary_dim": config.rotary_dim,
-                "qk_norm": config.qk_norm,
-                "dtype": dtype,
-                "cache_dtype": cache_dtype or dtype,
+                "num_heads": attributes["num_heads"].as_int(),
+                "kv_num_heads": attributes["kv_num_heads"].as_int(),
+                "head_dim": _columns(cache),
+                "rotary_dim": 2 * _columns(given["cos_cache"]),
+                "rotary_interleaved": bool(attributes.get_int("rotary_interleaved", 0)),
+                "qk_norm": set(NORMS) <= set(names),
+                "softcap": attributes.get_float("softcap", 0.0),
+                "dtype": _dtype(given["cos_cache"]),
+                "cache_dtype": stored,
             }
         )
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or None
-        raise KernelError(first["msg"], where=where, fix="Use --attention native for this model.") from error
+        field = ".".join(map(str, first["loc"]))
+        raise KernelError(
+            f"{field}: {first['msg']}" if field else first["msg"], where=node.name, fix=_NATIVE
+        ) from error
 
 
-def compile_kernels(
-    config: ModelConfig,
-    dtype: str,
-    capabilities: Sequence[int],
-    directory: Path,
-    *,
-    cache_dtype: str | None = None,
-    reporter: Reporter | None = None,
-    cache: Path | None = None,
-) -> KernelManifest:
-    """Write a model's kernels and their kernels.json into `directory`, which is created.
+def _columns(value: ir.Value | None) -> int:
+    assert value is not None
+    assert value.shape is not None
+    return int(value.shape[-1])  # type: ignore[arg-type]  # of a table or a cache: a number
 
-    Args:
-        config: the model.
-        dtype: of weights and activations: "float16", "bfloat16" or "float32".
-        capabilities: compute capabilities, 86 for 8.6; see `headfold.plugins.gpus`.
-        directory: where to write, e.g. BUNDLE/kernels.
-        cache_dtype: see `kernel_spec`.
-        reporter: shows the progress.
-        cache: where compiled code is kept; by default `$XDG_CACHE_HOME/headfold/kernels`.
 
-    Raises:
-        KernelError: an unknown capability, a model or cache dtype without kernels, or no Triton.
-    """
-    return compile_spec(kernel_spec(config, dtype, cache_dtype), capabilities, directory, reporter, cache)
+def _dtype(value: ir.Value | None) -> str:
+    assert value is not None
+    return next(name for name, names in DTYPES.items() if names.onnx == value.dtype)
 
 
 def compile_spec(
@@ -125,7 +146,18 @@ def compile_spec(
     reporter: Reporter | None = None,
     cache: Path | None = None,
 ) -> KernelManifest:
-    """As `compile_kernels`, for a spec."""
+    """Write a model's kernels and their kernels.json into `directory`, which is created.
+
+    Args:
+        spec: from `kernel_spec`.
+        capabilities: compute capabilities, 86 for 8.6; see `headfold.plugins.gpus`.
+        directory: where to write, e.g. BUNDLE/kernels.
+        reporter: shows the progress.
+        cache: where compiled code is kept; by default `$XDG_CACHE_HOME/headfold/kernels`.
+
+    Raises:
+        KernelError: an unknown capability, a cache dtype without kernels, or no Triton.
+    """
     _check(spec, capabilities)
     cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headfold" / "kernels"
     cache.mkdir(parents=True, exist_ok=True)
@@ -220,7 +252,7 @@ def _cached(cache: Path, key: str) -> _Code | None:
         content, known = cubin.read_bytes(), _Known.model_validate_json(facts.read_bytes())
     except ValidationError:
         return None
-    return _Code(content, known.facts) if hashlib.sha256(content).hexdigest() == known.sha256 else None
+    return _Code(content, known.facts.model_dump()) if hashlib.sha256(content).hexdigest() == known.sha256 else None
 
 
 def _keep(cache: Path, key: str, code: _Code) -> None:

@@ -11,10 +11,13 @@ import onnxscript.optimizer
 from onnx_ir.passes import common as common_passes
 
 from headfold.export.graph.bodies import call_plugin, inline_standard_body
+from headfold.export.graph.experts import experts_nodes
 from headfold.export.graph.passes import attention_nodes
 from headfold.plugins.names import is_cache_input, is_cache_output
-from headfold.plugins.schema import DOMAIN, OP_TYPE, Attention
-from headfold.runtime.errors import BundleError
+from headfold.plugins.schema import DOMAIN, OP_TYPE, Attention, AttentionInputs
+from headfold.runtime.errors import BuildError, BundleError
+
+_ELSEWHERE = "The bundle runs in ONNX Runtime."
 
 
 def lower(path: Path, attention: Attention, capacity: int) -> ir.Model:
@@ -27,11 +30,16 @@ def lower(path: Path, attention: Attention, capacity: int) -> ir.Model:
 
     Raises:
         BundleError: the graph is not one that headfold exported.
+        BuildError: it has what headfold has in TensorRT in neither way.
     """
     model = ir.load(path)
     nodes = attention_nodes(model)
     if not nodes:
         raise BundleError(f"has no {DOMAIN}::{OP_TYPE} node", where=path, fix="Export the bundle again.")
+    sinks = any(AttentionInputs.of_node(node.inputs).head_sink is not None for node in nodes)
+    for present, what in ((sinks, "attention sinks"), (bool(experts_nodes(model)), "a mixture of experts")):
+        if present:
+            raise BuildError(f"the model has {what}, which headfold has not in TensorRT", where=path, fix=_ELSEWHERE)
     fix_capacity(model, capacity)
     if attention == "native":
         inline_standard_body(model)

@@ -2,6 +2,7 @@
 
 from typing import cast
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common as common_passes
@@ -9,8 +10,7 @@ from onnx_ir.passes import common as common_passes
 from headfold.export.graph.passes import attention_nodes
 from headfold.plugins.dtypes import DTYPES, QUANTIZED, Quantized
 from headfold.plugins.onnx_functions import onnxruntime_body, standard_body
-from headfold.plugins.schema import ALL_INPUTS, DOMAIN, LAST_INDEX, SINK, TABLES, VERSION, AttentionInputs
-from headfold.runtime.errors import BuildError
+from headfold.plugins.schema import ALL_INPUTS, DOMAIN, LAST_INDEX, TABLES, VERSION, AttentionInputs
 
 
 def set_body(model: ir.Model, function: onnx.FunctionProto) -> None:
@@ -89,30 +89,44 @@ def widen_float8_caches(model: ir.Model) -> None:
 
 
 def call_plugin(model: ir.Model) -> None:
-    """Leave the attention op in place, but as a call of the plugin of its name.
+    """Leave the attention op in place, but as a call of the plugin of its name; capacities must be static.
 
     `total_sequence_length` is a number on the host, which a plugin cannot have; but it can see its inputs' shapes. So that input
-    becomes `attention_mask` [B, T], of which only T counts. `last_index` is ONNX Runtime's alone.
-
-    Raises:
-        BuildError: the plugin cannot do what the op does here.
+    becomes `attention_mask` [B, T], of which only T counts. `last_index` is ONNX Runtime's alone. The plugin always rotates: an op
+    without tables gets tables of no turn, which change no bit.
     """
     mask = next(value for value in model.graph.inputs if value.name == "attention_mask")
     for node in attention_nodes(model):
-        given = AttentionInputs.of_node(node.inputs).given() | {"total_sequence_length": mask}
-        if not set(TABLES) <= set(given) or SINK in given:
-            what = "attention sinks" if SINK in given else "an attention that does not rotate"
-            raise BuildError(
-                f"the model has {what}, which headfold's TensorRT plugin has not",
-                where=node.name,
-                fix="Use --attention native.",
-            )
-        inputs = [given[name] for name in ALL_INPUTS if name in given and name != LAST_INDEX]
-        node.resize_inputs(len(inputs))
-        for position, value in enumerate(inputs):
+        inputs = AttentionInputs.of_node(node.inputs)
+        given = inputs.given() | {"total_sequence_length": mask}
+        if inputs.tables is None:
+            given |= _tables_of_no_turn(model, inputs)
+        values = [given[name] for name in ALL_INPUTS if name in given and name != LAST_INDEX]
+        node.resize_inputs(len(values))
+        for position, value in enumerate(values):
             node.replace_input_with(position, value)
         node.attributes["plugin_namespace"] = ir.AttrString("plugin_namespace", DOMAIN)
         node.attributes["plugin_version"] = ir.AttrString("plugin_version", str(VERSION))
     model.functions.clear()
     for domain in set(model.opset_imports) - {"", DOMAIN}:
         del model.opset_imports[domain]
+
+
+def _tables_of_no_turn(model: ir.Model, inputs: AttentionInputs[ir.Value]) -> dict[str, ir.Value]:
+    """Cosines of 1 and sines of 0, [C, 1]: R is 2."""
+    assert inputs.past_key is not None
+    assert inputs.past_key.shape is not None
+    dtype, capacity = inputs.query.dtype, inputs.past_key.shape[2]
+    assert dtype is not None
+    assert isinstance(capacity, int)
+    tables = {}
+    for name, number in zip(TABLES, (1, 0), strict=True):
+        table = model.graph.initializers.get(f"no_turn.{name}")
+        if table is None:
+            content = ir.tensor(np.full((capacity, 1), number, dtype.numpy()), dtype, name=f"no_turn.{name}")
+            table = ir.Value(
+                name=content.name, shape=ir.Shape([capacity, 1]), type=ir.TensorType(dtype), const_value=content
+            )
+            model.graph.register_initializer(table)
+        tables[name] = table
+    return tables

@@ -135,6 +135,25 @@ def test_enqueue_hands_addresses_and_sizes_to_the_launcher(qk_norm, trt) -> None
     )
 
 
+def test_kernels_of_another_attention_do_not_run_it_nor_those_of_another_session(trt) -> None:
+    """Two sessions of one process: each plugin keeps the launcher that was registered when it was made."""
+    own = SPEC.model_copy(update={"rotary_interleaved": True})
+    first, second = FakeLauncher(), FakeLauncher()
+    first.spec, second.spec = own, own.model_copy(update={"softcap": 30.0, "rotary_interleaved": False})
+    try:
+        tensorrt_plugin.register(trt, first)
+        one = create(trt, ATTRIBUTES)
+        tensorrt_plugin.register(trt, second)
+        other = create(trt, ATTRIBUTES)
+    finally:
+        tensorrt_plugin.register(trt, None)
+    inputs = [tensor.desc for tensor in described(trt, SHAPES)]
+    one.on_shape_change(inputs, [])
+    assert one.attach_to_context(None).launcher is first
+    with pytest.raises(RuntimeError, match=r"rotary_interleaved False instead of True, softcap 30.0 instead of 0.0"):
+        other.attach_to_context(None).on_shape_change(inputs, [])
+
+
 def test_without_a_launcher_it_says_so(trt) -> None:
     plugin = create(trt, ATTRIBUTES)
     inputs = [tensor.desc for tensor in described(trt, SHAPES)]

@@ -1,6 +1,5 @@
 """Kernels compiled for GPUs that are not here: all targets, byte for byte the same, cached by content, signature checked."""
 
-import dataclasses
 import json
 import os
 import re
@@ -8,10 +7,13 @@ import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 
 from headfold.export.engine import kernels
-from headfold.export.engine.kernels import check_signature, compile_kernels, compile_spec, kernel_spec
+from headfold.export.engine.kernels import check_signature, compile_spec, kernel_spec
+from headfold.export.engine.lowering import lower
+from headfold.export.graph.passes import attention_nodes
 from headfold.plugins.dtypes import DTYPES, FLOATS, QUANTIZED
 from headfold.plugins.gpus import GPUS
 from headfold.plugins.kernel_contract import (
@@ -30,6 +32,7 @@ from headfold.plugins.kernel_contract import (
     workspace_bytes,
 )
 from headfold.runtime.errors import KernelError
+from headfold.runtime.manifest import MODEL
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 SMALL = KernelSpec(num_heads=6, kv_num_heads=2, head_dim=16, rotary_dim=16, dtype="float16", cache_dtype="float16")
@@ -107,12 +110,23 @@ def test_another_source_is_compiled_again(built, tmp_path, monkeypatch) -> None:
         compile_spec(SMALL, (75,), tmp_path / "k", cache=built[0] / "cache")
 
 
-def test_a_damaged_cache_is_not_used(built, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("suffix", "damage"),
+    [
+        (".cubin", lambda content: content[:-1]),
+        (".json", lambda content: content[:-1]),
+        (".json", lambda content: b""),
+        (".json", lambda content: b"\xff\xfe"),
+        (".json", lambda content: content.replace(b'"num_warps": ', b'"num_warps": -')),
+        (".json", lambda content: content.replace(b'"entry"', b'"name"')),
+    ],
+)
+def test_a_damaged_cache_is_not_used(suffix, damage, built, tmp_path, monkeypatch) -> None:
     cache = tmp_path / "cache"
     cache.mkdir()
     for file in (built[0] / "cache").iterdir():
         content = file.read_bytes()
-        (cache / file.name).write_bytes(content[:-1] if file.suffix == ".cubin" else content)
+        (cache / file.name).write_bytes(damage(content) if file.suffix == suffix else content)
     monkeypatch.setattr(subprocess, "Popen", no_process)
     with pytest.raises(AssertionError, match="something was compiled"):
         compile_spec(SMALL, (75,), tmp_path / "k", cache=cache)
@@ -171,27 +185,32 @@ def test_a_compiler_that_crashes_is_one_line(tmp_path, monkeypatch) -> None:
         compile_spec(SMALL, (86,), tmp_path, cache=tmp_path / "cache")
 
 
-def test_what_there_are_no_kernels_for(config, tmp_path) -> None:
-    def refused(message: str, **changes) -> None:
-        model = dataclasses.replace(config, **changes.pop("model", {}))
-        arguments = {"dtype": "float16", "capabilities": (86,), "directory": tmp_path} | changes
+def test_what_there_are_no_kernels_for(tmp_path) -> None:
+    def refused(message: str, capabilities: tuple[int, ...], **changes) -> None:
         with pytest.raises(KernelError, match=message) as caught:
-            compile_kernels(model, **arguments)
+            compile_spec(SMALL.model_copy(update=changes), capabilities, tmp_path)
         assert "\n" not in str(caught.value)
 
-    refused("no kernels for compute capability 61.*There are for 75, 80", capabilities=(86, 61))
-    refused("no compute capability is given", capabilities=())
-    refused("capability 86 has no float8_e4m3fn. Use an int8 cache", cache_dtype="float8_e4m3fn")
-    refused("head_dim: .*less than or equal to 256.*--attention native", model={"head_dim": 512})
-    refused("dtype", dtype="float64")
-    refused("a bfloat16 cache of a float16 model", cache_dtype="bfloat16")
+    refused("no kernels for compute capability 61.*There are for 75, 80", (86, 61))
+    refused("no compute capability is given", ())
+    refused("capability 86 has no float8_e4m3fn. Use an int8 cache", (86,), cache_dtype="float8_e4m3fn")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_spec_of_a_configuration(config) -> None:
-    spec = kernel_spec(config, "bfloat16", "int8")
-    assert spec.num_heads, spec.kv_num_heads == (6, 2)
-    assert (spec.group, spec.head_dim, spec.rotary_dim, spec.quantized) == (3, 16, 16, True)
+def test_the_spec_is_what_the_lowered_graph_calls(tensorrt_toy) -> None:
+    lowered = lower(tensorrt_toy("float16").bundle / MODEL, "plugin", 24)
+    spec = kernel_spec(lowered)
+    assert (spec.num_heads, spec.kv_num_heads, spec.head_dim, spec.rotary_dim) == (6, 2, 16, 16)
+    assert (spec.dtype, spec.cache_dtype, spec.softcap, spec.rotary_interleaved) == ("float16", "float16", 0, False)
+    second = attention_nodes(lowered)[1]
+    second.attributes["softcap"] = ir.AttrFloat32("softcap", 30.0)
+    with pytest.raises(KernelError, match=r"softcap 30.0 instead of 0.0.*--attention native") as caught:
+        kernel_spec(lowered)
+    assert caught.value.where == second.name
+    for node in attention_nodes(lowered):
+        node.attributes["num_heads"] = ir.AttrInt64("num_heads", 5)
+    with pytest.raises(KernelError, match=r"num_heads 5 is not divisible by kv_num_heads 2.*--attention native"):
+        kernel_spec(lowered)
 
 
 def test_altered_files_are_refused(built, tmp_path) -> None:

@@ -9,9 +9,12 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
+from headfold.export.engine.kernels import kernel_spec
 from headfold.export.engine.lowering import attention_nodes, lower, spell_out_argmax
-from headfold.plugins.schema import INPUTS
-from headfold.runtime.errors import BundleError
+from headfold.export.engine.preflight import preflight
+from headfold.plugins.experts import schema as experts
+from headfold.plugins.schema import ALL_INPUTS, DOMAIN, INPUTS, SINK, TABLES
+from headfold.runtime.errors import BuildError, BundleError
 from headfold.runtime.manifest import MODEL
 
 CAPACITY = 24  # less than the bundle's
@@ -103,3 +106,39 @@ def test_a_graph_without_the_op_is_refused(tmp_path) -> None:
     ir.save(ir.from_proto(helper.make_model(graph)), tmp_path / "model.onnx")
     with pytest.raises(BundleError, match="has no headfold::GroupedQueryAttention node"):
         lower(tmp_path / "model.onnx", "native", CAPACITY)
+
+
+def without_rotation(path: Path, master: Path) -> Path:
+    model = ir.load(master)
+    for node in attention_nodes(model):
+        for name in TABLES:
+            node.replace_input_with(INPUTS.index(name), None)
+    ir.save(model, path)
+    return path
+
+
+def test_a_model_that_rotates_elsewhere_gets_tables_of_no_turn(master, tmp_path) -> None:
+    lowered = lower(without_rotation(tmp_path / MODEL, master), "plugin", CAPACITY)
+    for node in attention_nodes(lowered):
+        cos, sin = (node.inputs[INPUTS.index(name)].const_value.numpy() for name in TABLES)
+        assert cos.shape == sin.shape == (CAPACITY, 1)
+        assert cos.dtype == np.float16
+        assert (cos == 1).all()
+        assert (sin == 0).all()
+    preflight(lowered, "plugin", master)
+    assert kernel_spec(lowered).rotary_dim == 2
+
+
+@pytest.mark.parametrize("attention", ["native", "plugin"])
+@pytest.mark.parametrize("what", ["attention sinks", "a mixture of experts"])
+def test_what_headfold_has_not_in_tensorrt_is_named(what, attention, master, tmp_path) -> None:
+    model = ir.load(master)
+    first = attention_nodes(model)[0]
+    if what == "attention sinks":
+        first.resize_inputs(ALL_INPUTS.index(SINK) + 1)
+        first.replace_input_with(ALL_INPUTS.index(SINK), first.inputs[0])
+    else:
+        model.graph.append(ir.Node(DOMAIN, experts.OP_TYPE, [first.inputs[0]]))
+    ir.save(model, tmp_path / MODEL)
+    with pytest.raises(BuildError, match=f"the model has {what}, which headfold has not in TensorRT"):
+        lower(tmp_path / MODEL, attention, CAPACITY)
