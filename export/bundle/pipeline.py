@@ -97,11 +97,11 @@ def export_bundle(source: Exportable, output: Path, options: ExportOptions, repo
         )
         _forget_peak_memory()
         before = psutil.Process().memory_info().rss
-        with reporter.step("trace the graph"):
-            stored = options.cache.dtype if options.cache else None
-            model = export_graph(source, dtype, capacity, options.all_logits, stored)
         with reporter.step("open the weights"):
             tensors = source.tensors(dtype)
+        with reporter.step("trace the graph"):
+            stored = options.cache.dtype if options.cache else None
+            model = export_graph(source, tensors, dtype, capacity, options.all_logits, stored)
             tables = {**source.tables(dtype, capacity), **cache_scales_by_name(scales)}
             weight_bytes = attach_weights(model, tensors, tables, options.allow_nan)
             parameters = sum(math.prod(shape) for shape in tensors.shapes().values())

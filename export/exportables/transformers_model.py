@@ -94,15 +94,23 @@ class TransformersMaster(Master):
         self._count, self._all = num_hidden_layers, all_logits
         self._wanted: Tensor | None = None
         self._hidden: list[Tensor] = []
-        model.get_output_embeddings().register_forward_pre_hook(self._take)
+        head = model.get_output_embeddings()
+        head.register_forward_pre_hook(self._take)
+        head.register_forward_hook(self._give)
         for layer in decoder_layers(model, num_hidden_layers):
             layer.register_forward_hook(self._keep)
 
     def _take(self, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Logits are computed of the wanted tokens only, [B, 1 or S, hidden]."""
+        """Logits are computed of the wanted tokens only, [B * (1 or S), hidden]: two axes, so that a tied weight is not transposed."""
         x, wanted = inputs[0], self._wanted
         assert wanted is not None
-        return (x.gather(1, wanted[:, :, None].expand(-1, -1, x.shape[2])), *inputs[1:])
+        return (x.gather(1, wanted[:, :, None].expand(-1, -1, x.shape[2])).flatten(0, 1), *inputs[1:])
+
+    def _give(self, _module: nn.Module, _inputs: tuple[Any, ...], logits: Tensor) -> Tensor:
+        """[B, 1 or S, vocab] again."""
+        wanted = self._wanted
+        assert wanted is not None
+        return logits.view(wanted.shape[0], wanted.shape[1], logits.shape[1])
 
     def _keep(self, _module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
         self._hidden.append(output if isinstance(output, Tensor) else output[0])

@@ -19,6 +19,7 @@ _BASE: dict[str, Any] = {
     "pad_token_id": 0,
 }
 _WINDOWS = {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_SQUARE = {"hidden_size": 192}  # where the class wants it to be heads times head size
 _GEMMA = _WINDOWS | {"query_pre_attn_scalar": 24}
 _EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
 _LOCAL_EXPERTS = {"num_local_experts": 6, "num_experts_per_tok": 2}
@@ -26,7 +27,7 @@ _LOCAL_EXPERTS = {"num_local_experts": 6, "num_experts_per_tok": 2}
 TRIED: dict[str, dict[str, Any]] = {  # by model type: what its configuration has beside the sizes above
     "apertus": {},
     "arcee": {},
-    "bitnet": {},
+    "bitnet": _SQUARE,
     "cohere": {},
     "cohere2": _WINDOWS,
     "ernie4_5": {},
@@ -43,7 +44,6 @@ TRIED: dict[str, dict[str, Any]] = {  # by model type: what its configuration ha
     "gemma3_text": _GEMMA,
     "glm": {},
     "glm4": {},
-    "gpt2": {"n_embd": 96, "n_head": 3, "n_layer": 3, "n_positions": 256, "num_key_value_heads": 3},
     "gpt_bigcode": {},
     "gpt_neox": {"hidden_size": 192, "rotary_pct": 0.5},
     "gpt_oss": _WINDOWS | _LOCAL_EXPERTS,
@@ -54,7 +54,7 @@ TRIED: dict[str, dict[str, Any]] = {  # by model type: what its configuration ha
         "logits_scaling": 8.0,
     },
     "granitemoe": _LOCAL_EXPERTS,
-    "helium": {},
+    "helium": _SQUARE,
     "hunyuan_v1_dense": {},
     "jais2": {},
     "llama": {},
@@ -65,10 +65,10 @@ TRIED: dict[str, dict[str, Any]] = {  # by model type: what its configuration ha
     "olmo": {},
     "olmo2": {},
     "olmo3": _WINDOWS,
-    "olmoe": _EXPERTS,
+    "olmoe": _EXPERTS | _SQUARE,
     "opt": {"hidden_size": 96, "word_embed_proj_dim": 96, "ffn_dim": 136, "num_attention_heads": 3},
-    "persimmon": {"hidden_size": 192},
-    "phi": {"hidden_size": 192},
+    "persimmon": _SQUARE,
+    "phi": _SQUARE,
     "phi3": {"hidden_size": 192, "sliding_window": 9},
     "phimoe": _LOCAL_EXPERTS | {"sliding_window": 9},
     "qwen2": _WINDOWS | {"use_sliding_window": True},
@@ -80,7 +80,6 @@ TRIED: dict[str, dict[str, Any]] = {  # by model type: what its configuration ha
     "stablelm": {"hidden_size": 192, "partial_rotary_factor": 0.25},
     "starcoder2": {"hidden_size": 192, "sliding_window": 9},
     "vaultgemma": _GEMMA,
-    "youtu": {},
 }
 
 

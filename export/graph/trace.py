@@ -17,11 +17,14 @@ from onnxscript import opset23 as op
 from torch import Tensor, nn
 
 import headfold.plugins.experts.torch_op  # noqa: F401  # registers the op that the table below names
-from headfold.export.exportables.base import Exportable
+from headfold.export.exportables.base import Exportable, Tensors
 from headfold.export.graph.bodies import onnxruntime_can, use_onnxruntime_body, use_standard_body
 from headfold.export.graph.experts import alternate_experts, use_experts_body
 from headfold.export.graph.joining import join_projections
+from headfold.export.graph.norms import fold_norms
 from headfold.export.graph.passes import fold_transposes, name_weights, share_last_index
+from headfold.export.graph.reshapes import drop_idle_reshapes
+from headfold.export.graph.rotation import fold_rotations
 from headfold.plugins.dtypes import Quantized
 from headfold.plugins.experts import onnx_functions as experts_body
 from headfold.plugins.experts import schema as experts_schema
@@ -33,7 +36,12 @@ IR_VERSION = 11  # of ONNX 1.18: the first with opset 23 and later, and what onn
 
 
 def export_graph(
-    exportable: Exportable, dtype: torch.dtype, capacity: int, all_logits: bool = False, cache: Quantized | None = None
+    exportable: Exportable,
+    tensors: Tensors,
+    dtype: torch.dtype,
+    capacity: int,
+    all_logits: bool = False,
+    cache: Quantized | None = None,
 ) -> ir.Model:
     """Trace a model into the master graph.
 
@@ -44,6 +52,7 @@ def export_graph(
 
     Args:
         exportable: the model.
+        tensors: its weights, opened; none is read but the frequencies of a rotation that the model spells out.
         dtype: of weights, cache and logits.
         capacity: positions the rotary tables cover; the size of the cache itself is dynamic.
         all_logits: see above.
@@ -56,11 +65,11 @@ def export_graph(
     master = exportable.master(dtype, capacity, all_logits, cache)
     shapes = exportable.facts.cache_shapes
     with torch.device("meta"):  # sizes to trace with, all different
-        tensors = [
+        pasts = [
             (torch.empty((2, heads, 11, head_dim), dtype=stored), torch.empty((2, heads, 11, head_dim), dtype=stored))
             for heads, head_dim in shapes
         ]
-        args = (torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 7, dtype=torch.long), tensors)
+        args = (torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 7, dtype=torch.long), pasts)
     batch, sequence, total, room = (
         torch.export.Dim(n, min=1, max=2**31 - 1) for n in ("batch", "sequence", "total", "capacity")
     )
@@ -94,6 +103,9 @@ def export_graph(
     del model.graph.outputs[-len(shapes) :]  # the residual stream: named values, not outputs
     name_weights(model, prefix="decoder.", tied=_tied(master.decoder))
     fold_transposes(model)
+    fold_rotations(model, tensors.read, capacity)
+    fold_norms(model)
+    drop_idle_reshapes(model)
     join_projections(model)
     ir.passes.Sequential(
         common_passes.LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=1),

@@ -11,17 +11,20 @@ from headfold.export.data.calibration import CALIBRATION, read_tokens
 from headfold.export.exportables.base import Exportable
 from headfold.export.exportables.oracle import Oracle
 from headfold.export.exportables.own import OwnModel
+from headfold.export.graph.trace import export_graph
 from headfold.export.parity.compare import Candidate, Subject, verify_graph
 from headfold.export.parity.probes import make_prompts
 from headfold.export.parity.report import CheckResult, ParityReport
 from headfold.export.parity.tolerances import Precision
 from headfold.export.parity.weights import (
     prove_attributes,
+    prove_rotations,
     prove_scales,
     prove_tables,
     prove_weights,
     scale_name,
     stored_cache,
+    table_names,
 )
 from headfold.export.progress import Reporter
 from headfold.plugins.schema import SCALES, TABLES
@@ -89,10 +92,13 @@ def verify_bundle(
         cache = stored_cache(model, quantization.dtype, len(facts.layers))
     with reporter.step("compare the weights"):
         scales = [scale_name(layer, part) for layer in range(len(facts.layers)) for part in SCALES] if cache else []
-        tables = TABLES if own is not None else ()
-        checks = [prove_weights(model, exportable.tensors(stored), stored, tables, scales)]
+        tensors = exportable.tensors(stored)
+        checks = [prove_weights(model, tensors, stored, TABLES if own is not None else table_names(model), scales)]
         if own is not None:
             checks.append(prove_tables(model, own, capacity, stored))
+        else:
+            checks.append(prove_rotations(model, export_graph(exportable, tensors, stored, capacity)))
+        del tensors
         checks.append(prove_attributes(model, facts, own))
     del model
 

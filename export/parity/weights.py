@@ -134,6 +134,36 @@ def prove_tables(model: ir.Model, config: ModelConfig, capacity: int, dtype: tor
     return CheckResult("rotary tables, every position", worst, worst, limit, at, passed)
 
 
+def table_names(model: ir.Model) -> set[str]:
+    """The initializers that attention nodes take as rotary tables."""
+    layers = [AttentionInputs[ir.Value | None].of_node(node.inputs) for node in attention_nodes(model)]
+    return {value.name or "" for layer in layers for value in layer.tables or () if value is not None}
+
+
+def prove_rotations(model: ir.Model, again: ir.Model) -> CheckResult:
+    """What each layer rotates by, against a graph traced anew from the model: pairing and tables, bit for bit, at every position.
+
+    While tracing, tables are held to the model's own rotation; see `headfold.export.graph.rotation`.
+    """
+    faults = list[tuple[str, str]]()
+    for layer, pair in enumerate(zip(attention_nodes(model), attention_nodes(again), strict=False)):
+        actual, expected = (_rotation(node) for node in pair)
+        if actual[0] != expected[0]:
+            faults.append((f"attention {layer}", f"rotary_interleaved is {actual[0]}, not {expected[0]}"))
+        for name, found, right in zip(TABLES, actual[1], expected[1], strict=True):
+            if (found is None) != (right is None) or (
+                found is not None and right is not None and not np.array_equal(found.numpy(), right.numpy())
+            ):
+                faults.append((f"attention {layer}", f"{name} is not that of the model"))
+    return _verdict("rotary tables", faults)
+
+
+def _rotation(node: ir.Node) -> tuple[int, list[ir.TensorProtocol | None]]:
+    inputs = AttentionInputs[ir.Value | None].of_node(node.inputs)
+    tensors = [None if value is None else value.const_value for value in (inputs.cos_cache, inputs.sin_cache)]
+    return node.attributes.get_int("rotary_interleaved", 0), tensors
+
+
 def prove_attributes(model: ir.Model, facts: Facts, own: ModelConfig | None) -> CheckResult:
     """Every attention node has the attributes, caches and sinks of its layer.
 
@@ -168,9 +198,8 @@ def _attributes(layer: LayerFacts, own: ModelConfig | None) -> dict[str, float]:
         "scale": layer.scale,
         "local_window_size": layer.window,
         "softcap": layer.softcap,
-        "rotary_interleaved": 0,
     }
-    return expected | ({"qk_norm_epsilon": own.norm_eps} if own is not None else {})
+    return expected | ({"rotary_interleaved": 0, "qk_norm_epsilon": own.norm_eps} if own is not None else {})
 
 
 def _own_inputs(own: ModelConfig | None, layer: int) -> dict[str, str]:

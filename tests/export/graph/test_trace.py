@@ -44,7 +44,7 @@ VARIANTS = {
 
 def save(checkpoint, directory: Path, dtype=torch.float32, all_logits=True, standard=False, hidden=False) -> Path:
     source = OwnModel(checkpoint)
-    model = export_graph(source, dtype, CAPACITY, all_logits)
+    model = export_graph(source, checkpoint, dtype, CAPACITY, all_logits)
     attach_weights(model, checkpoint, source.tables(dtype, CAPACITY), allow_nan=False)
     if standard:
         set_body(model, standard_body(checkpoint.config.rotary_dim, checkpoint.config.qk_norm))

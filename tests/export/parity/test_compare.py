@@ -43,7 +43,7 @@ def verified(memory_checkpoint, tmp_path) -> Callable[..., ParityReport]:
         weights(changed)
         checkpoint = replace(checkpoint, config=exported or config, tensors=changed)
         source = OwnModel(checkpoint)
-        model = export_graph(source, torch_dtype, CAPACITY)
+        model = export_graph(source, checkpoint, torch_dtype, CAPACITY)
         attach_weights(model, checkpoint, source.tables(torch_dtype, CAPACITY), allow_nan=True)
         graph(model)
         save_model(model, tmp_path / "model.onnx", lambda name, size: None)
