@@ -1,4 +1,6 @@
-"""The serving side of headfold: numpy, onnxruntime and tokenizers; never torch, never headfold.export.
+"""The serving side of headfold: open and check a bundle, run it on an engine, sample, generate. May import plugins only.
+
+Of packages numpy, pydantic, tokenizers and jinja2; onnxruntime and TensorRT each in the one file that runs it; never torch.
 
 from headfold.runtime import load
 model = load("bundles/smollm2")

@@ -11,6 +11,7 @@ from headfold.runtime.errors import BundleError, InputError
 from headfold.runtime.json_file import SETTINGS_BYTES, read_object
 
 Tools = Sequence[Mapping[str, Any]] | None
+_TOKENIZER_BYTES = 1 << 27  # the largest that we know, of 262,144 tokens, has 33 MB
 _UNFINISHED = "\ufffd"  # what a tokenizer decodes the bytes of half a character to
 _SETTLE = 32  # tokens decoded anew with every further one, at most; but see Detokenizer
 
@@ -61,7 +62,9 @@ class Text:
             return list(tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
         except TypeError as error:  # of a str that has no UTF-8
             raise InputError("the text holds half a surrogate pair", fix="Decode it as UTF-8.") from error
-        except Exception as error:  # tokenizers raises plain Exception
+        except BaseException as error:
+            if not _of_tokenizers(error):
+                raise
             raise InputError(
                 f"the tokenizer refuses the text: {error}", where=self.bundle, fix="Give other text."
             ) from error
@@ -152,7 +155,12 @@ class Detokenizer:
         return new
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
+        try:
+            return str(self._tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
+        except BaseException as error:
+            if not _of_tokenizers(error):
+                raise
+            raise BundleError(f"its tokenizer cannot decode: {error}", where="tokenizer.json") from error
 
     def _is_whole(self, token: int) -> bool:
         """Whether the token is text by itself, so that what follows it can be decoded with it alone."""
@@ -168,13 +176,25 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_tokenizer(path: Path) -> Tokenizer | None:
     if not path.is_file():
         return None
+    size = path.stat().st_size
+    if size > _TOKENIZER_BYTES:
+        raise BundleError(
+            f"has {size:,} bytes, and at most {_TOKENIZER_BYTES:,} are read", where=path, fix="Export the bundle again."
+        )
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises plain Exception
+    except BaseException as error:
+        if not _of_tokenizers(error):
+            raise
         raise BundleError(f"is no tokenizer: {error}", where=path, fix="Export the bundle again.") from error
     tokenizer.no_truncation()  # settings of its training, which would cut a prompt or pad it
     tokenizer.no_padding()
     return tokenizer
+
+
+def _of_tokenizers(error: BaseException) -> bool:
+    """Whether the tokenizers library raised it: plain Exceptions, and where its Rust panics a BaseException that it does not export."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _content(token: Any) -> Any:

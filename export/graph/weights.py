@@ -15,7 +15,7 @@ from headfold.export.exportables.base import Tensors
 from headfold.export.graph.recipes import WeightRecipe, recipe_of
 from headfold.export.model.decoder import Scales
 from headfold.plugins.schema import SCALES
-from headfold.runtime.errors import CheckpointError, HeadfoldError
+from headfold.runtime.errors import BundleError, CheckpointError, HeadfoldError
 
 _INLINE = 1024  # bytes; smaller tensors stay in the graph, where shape inference can see them
 
@@ -91,9 +91,41 @@ def save_model(model: ir.Model, path: Path, on_tensor: Callable[[str, int], None
         on_tensor(tensor.name or "", tensor.nbytes)
 
     try:
-        ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=_INLINE, callback=callback)
+        ir.save(model, path, external_data=data_file(path).name, size_threshold_bytes=_INLINE, callback=callback)
     except ir.serde.SerdeError as error:  # wraps what reading a small tensor raised, once per level of the graph
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, HeadfoldError):
             cause = cause.__cause__
         raise cause or error from None
+
+
+def load_model(path: Path) -> ir.Model:
+    """A graph that `save_model` wrote, its weights in the file where they are: onnx-ir follows no link, as a hub's cache has them.
+
+    Raises:
+        BundleError: it is no graph.
+    """
+    try:
+        model = ir.load(path)
+    except Exception as error:  # of protobuf, onnx and onnx-ir, which share no base
+        raise BundleError(f"onnx cannot load it: {error}", where=path, fix="Export it again.") from error
+    weights = data_file(path).resolve()
+    for value in model.graph.initializers.values() if data_file(path).is_symlink() else ():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and tensor.location == data_file(path).name:
+            value.const_value = ir.ExternalTensor(
+                weights.name,
+                tensor.offset,
+                tensor.length,
+                tensor.dtype,
+                shape=tensor.shape,
+                name=tensor.name,
+                metadata_props=tensor.metadata_props,
+                base_dir=weights.parent,
+            )
+    return model
+
+
+def data_file(path: Path) -> Path:
+    """Where the weights of the graph at `path` are; it may be a link."""
+    return path.with_name(f"{path.name}.data")

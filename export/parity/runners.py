@@ -22,6 +22,7 @@ from polygraphy.datatype import DataType
 
 from headfold.export.graph.bodies import widen_float8_caches
 from headfold.export.graph.passes import widen_to_float32
+from headfold.export.graph.weights import data_file, load_model
 from headfold.export.parity.tolerances import Precision
 from headfold.plugins.dtypes import DTYPES, from_onnxruntime
 from headfold.plugins.names import input_of, is_cache_input, is_cache_output
@@ -133,11 +134,11 @@ class Graph:
         try:
             if not passes:
                 return ort.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
-            model = ir.load(self.path)
+            model = load_model(self.path)
             for change in passes:
                 change(model)
             options.add_session_config_entry(
-                "session.model_external_initializers_file_folder_path", str(self.path.parent.absolute())
+                "session.model_external_initializers_file_folder_path", str(data_file(self.path).resolve().parent)
             )
             content = ir.to_proto(model).SerializeToString()
             return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
@@ -162,7 +163,7 @@ def prepared(path: Path, precision: Precision, widen: bool) -> Iterator[Graph]:
     if not passes:
         yield Graph(path)
         return
-    model = ir.load(path)
+    model = load_model(path)
     for change in passes:
         change(model)
     with tempfile.TemporaryDirectory(prefix="headfold-") as directory:

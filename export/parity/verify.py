@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import onnx_ir as ir
 import torch
 from tokenizers import Tokenizer
 
@@ -12,6 +11,7 @@ from headfold.export.exportables.base import Exportable
 from headfold.export.exportables.oracle import Oracle
 from headfold.export.exportables.own import OwnModel
 from headfold.export.graph.trace import export_graph
+from headfold.export.graph.weights import load_model
 from headfold.export.parity.compare import Candidate, Subject, verify_graph
 from headfold.export.parity.probes import make_prompts
 from headfold.export.parity.report import CheckResult, ParityReport
@@ -87,7 +87,7 @@ def verify_bundle(
     facts, capacity, stored = exportable.facts, manifest.cache.capacity, getattr(torch, manifest.dtype)
     own = exportable.checkpoint.config if isinstance(exportable, OwnModel) else None
     quantization, cache = manifest.cache.quantization, None
-    model = ir.load(directory / MODEL)
+    model = load_model(directory / MODEL)
     if quantization is not None:
         cache = stored_cache(model, quantization.dtype, len(facts.layers))
     with reporter.step("compare the weights"):

@@ -187,6 +187,9 @@ def test_unchecked_loading_is_possible(toy, tmp_path: Path) -> None:
     [
         ({"model.onnx": "no graph"}, "ONNX Runtime cannot load it"),
         ({"tokenizer.json": "{}"}, "is no tokenizer"),
+        ({"tokenizer.json": "[" * 10**6}, "is no tokenizer"),
+        ({"tokenizer_config.json": "[" * 10**6}, "is nested too deeply"),
+        ({"special_tokens_map.json": "[1]"}, "is no JSON object"),
         ({"tokenizer_config.json": "[]"}, "is no JSON object"),
         ({"generation_config.json": "{"}, "is not JSON"),
         ({"chat_template.jinja": "{% if %}"}, "its chat template is broken"),
@@ -244,5 +247,5 @@ def test_what_is_no_graph(content, tmp_path) -> None:
 @pytest.mark.parametrize("content", ["no graph", ""])
 def test_verifying_a_graph_that_cannot_be_loaded_is_one_line(content, changed, toy_checkpoint, monkeypatch) -> None:
     monkeypatch.setattr("headfold.export.parity.verify.check_capacity", lambda path, capacity: None)
-    with pytest.raises(BundleError, match=r"model\.onnx: ONNX Runtime cannot load it"):
+    with pytest.raises(BundleError, match=r"model\.onnx: (onnx|ONNX Runtime) cannot load it"):
         verify(changed({"model.onnx": content}), lambda _: open_exportable(toy_checkpoint), 1, Reporter(quiet=True))

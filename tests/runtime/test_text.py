@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, processors
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from headfold.export.bundle.writer import write_json
@@ -128,6 +128,15 @@ def test_text_needs_a_tokenizer_and_unicode(tokenizer, tmp_path) -> None:
         write(tmp_path, tokenizer).encode("\ud800")
 
 
+def test_a_tokenizer_whose_rust_panics_is_one_line(tokenizer, tmp_path) -> None:
+    """Its regular expression gives up."""
+    bad = copy(tokenizer)
+    bad.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    with pytest.raises(InputError, match=r"the tokenizer refuses the text: .*retry-limit") as caught:
+        write(tmp_path, bad).encode("a" * 40 + "!")
+    assert str(caught.value).isprintable()
+
+
 def sentencepiece() -> Tokenizer:
     """A tokenizer like Llama 2's: a leading space is part of a word and dropped at the start; unknown text is bytes."""
     words = ["<unk>", "<s>", "▁the", "▁dog", "s", "▁"]
@@ -213,7 +222,7 @@ def test_the_beginning_of_a_stop_string_is_held_back() -> None:
 
 
 def _bytes() -> Tokenizer:
-    from tokenizers import pre_tokenizers, trainers
+    from tokenizers import trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
