@@ -27,9 +27,8 @@ from headfold.export.progress import Reporter, quiet_polygraphy
 from headfold.plugins.names import PARTS, cache_output, hidden_state, is_cache_output
 from headfold.runtime.errors import BundleError
 
-Doubt = tuple[
-    Sequence[Answer], Sequence[Answer]
-]  # the same answers in two dtypes: their difference is what the narrower loses
+# The same answers in two dtypes: their difference is what the narrower loses
+Doubt = tuple[Sequence[Answer], Sequence[Answer]]
 
 
 @dataclass(frozen=True)
@@ -159,18 +158,19 @@ def _ask(
     rows = make_rows(prompts, decode_steps, subject.facts.vocab_size)
     rows[0] = np.concatenate([prompts[0], _greedy(oracle, prompts[0], decode_steps, subject.cache)])
     row_bytes = max(8 * heads * size for heads, size in subject.facts.cache_shapes)
-    places = [Place("a prompt", (0,), rows[0][None])]
-    places += make_places(subject.windows, subject.capacity, subject.facts.vocab_size, row_bytes)
+    prompt = Place("a prompt", (0,), rows[0][None])
+    others = make_places(subject.windows, subject.capacity, subject.facts.vocab_size, row_bytes)
     stored = subject.cache.dtype if subject.cache is not None else None
-    pasts = Pasts(subject.facts.cache_shapes, places, subject.windows, stored)
+    pasts = Pasts(subject.facts.cache_shapes, [prompt, *others], subject.windows, stored)
+    answers = [oracle.answer(row, cache=subject.cache) for row in rows]
     return _Questions(
         name=oracle.name,
         rows=rows,
         steps=list(make_steps(rows, prompts)),
-        places=places,
+        places=[prompt, *others],
         pasts=pasts,
-        answers=[oracle.answer(row, cache=subject.cache) for row in rows],
-        alone=ask(oracle, places, pasts, subject.cache),
+        answers=answers,
+        alone=[answers[:1], *ask(oracle, others, pasts, subject.cache)],
         prompt=len(prompts[0]),
         others=list(also(oracle)),
     )
@@ -193,7 +193,7 @@ def _greedy(oracle: Oracle, prompt: Tokens, count: int, cache: QuantizedCache | 
 
 
 def _doubts(subject: Subject, asked: _Questions) -> _Doubts:
-    """What our decoder says in each dtype: of the rows, and at the places, each layer fed with what the oracle's handed on."""
+    """What the reference says in each dtype: of the rows, and at the places, each layer fed with what the oracle's handed on."""
     rows, places = {}, {}
     for dtype in (torch.float32, torch.float64):
         reference = subject.reference(dtype)
@@ -314,10 +314,8 @@ def _errors(name: str, expected: dict[str, Array], actual: Outputs, limits: dict
     found = []
     for output, limit in limits.items():
         errors = np.abs(expected[output] - actual[output])
-        largest = float(errors.max())
-        found.append(
-            CheckResult(name, largest, float(errors.mean()), limit, output, bool(largest <= limit))
-        )  # NaN is not
+        largest, mean = float(errors.max()), float(errors.mean())
+        found.append(CheckResult(name, largest, mean, limit, output, bool(largest <= limit)))  # NaN is not
     return found
 
 
