@@ -13,10 +13,7 @@ from headfold.export.exportables.own import OwnModel
 from headfold.export.graph.trace import export_graph
 from headfold.export.graph.weights import load_model
 from headfold.export.parity.compare import Candidate, Subject, verify_graph
-from headfold.export.parity.probes import make_prompts
-from headfold.export.parity.report import CheckResult, ParityReport
-from headfold.export.parity.tolerances import Precision
-from headfold.export.parity.weights import (
+from headfold.export.parity.exact.weights import (
     prove_attributes,
     prove_rotations,
     prove_scales,
@@ -26,6 +23,9 @@ from headfold.export.parity.weights import (
     stored_cache,
     table_names,
 )
+from headfold.export.parity.probes import make_prompts
+from headfold.export.parity.report import CheckResult, ParityReport
+from headfold.export.parity.tolerances import Precision
 from headfold.export.progress import Reporter
 from headfold.plugins.schema import SCALES, TABLES
 from headfold.runtime.errors import BundleError

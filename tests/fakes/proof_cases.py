@@ -17,9 +17,9 @@ from headfold.export.graph.recipes import recipe_of
 from headfold.export.model.config import ModelConfig, RopeConfig
 from headfold.export.model.decoder import Decoder
 from headfold.export.model.rope import rope_tables
+from headfold.export.parity.exact.weights import scale_name
 from headfold.export.parity.report import ParityReport
 from headfold.export.parity.verify import verify_bundle
-from headfold.export.parity.weights import scale_name
 from headfold.export.progress import Reporter
 from headfold.plugins.schema import ALL_INPUTS, SCALES
 from headfold.runtime.errors import HeadfoldError

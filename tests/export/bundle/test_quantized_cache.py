@@ -14,8 +14,8 @@ from headfold.export.bundle.cache_scales import cache_scales, quantization_cost
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
 from headfold.export.cli import main
 from headfold.export.exportables.opening import open_exportable
+from headfold.export.parity.exact.weights import stored_cache
 from headfold.export.parity.verify import verify_bundle
-from headfold.export.parity.weights import stored_cache
 from headfold.export.progress import Reporter
 from headfold.runtime import load
 from headfold.runtime.manifest import read_manifest

@@ -117,7 +117,7 @@ def test_the_command_converts_heads_and_feed_forward_at_once(config, memory_chec
     ("act", "target", "message"),
     [
         ("relu", "swiglu", "a ReLU feed-forward has no exact form as swiglu. Its exact gated form is reglu."),
-        ("silu", "swish", "feed-forward 'swish' is not a gated one. Choose one of"),
+        ("silu", "swish", "'swish' is not one of 'swiglu', 'reglu', 'geglu'"),
     ],
 )
 def test_the_command_refuses_in_one_line(config, memory_checkpoint, tmp_path, act, target, message):

@@ -33,7 +33,7 @@ from headfold.export.exportables.own import OwnModel
 from headfold.export.exportables.transformers_oracle import oracle_of
 from headfold.export.model.config import RopeConfig
 from headfold.export.model.rope import rope_tables
-from headfold.export.parity.rotary import tables
+from headfold.export.parity.exact.rotary import tables
 from headfold.export.parity.verify import verify_bundle
 from headfold.runtime.manifest import read_manifest
 

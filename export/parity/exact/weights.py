@@ -21,8 +21,8 @@ from headfold.export.exportables.oracle import Oracle, QuantizedCache
 from headfold.export.graph.passes import attention_nodes
 from headfold.export.graph.recipes import recipe_of
 from headfold.export.model.config import ModelConfig
+from headfold.export.parity.exact.rotary import tables
 from headfold.export.parity.report import CheckResult
-from headfold.export.parity.rotary import tables
 from headfold.plugins.dtypes import QUANTIZED, Quantized
 from headfold.plugins.names import PARTS, cache_input, cache_output
 from headfold.plugins.schema import NORMS, SCALES, SINK, TABLES, AttentionInputs, Attributes
