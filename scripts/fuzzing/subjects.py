@@ -1,0 +1,151 @@
+"""The valid files that the inputs are made of: a small random model as a checkpoint, as one in shards, and as a bundle."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from fuzzing.templates import REAL
+from headfold.export.bundle.pipeline import ExportOptions, export_bundle
+from headfold.export.checkpoints.base import MemoryCheckpoint, TokenizerFiles
+from headfold.export.checkpoints.hf_writer import save_hf
+from headfold.export.exportables.opening import open_exportable
+from headfold.export.model.config import ModelConfig
+from headfold.export.model.decoder import Decoder
+from headfold.export.progress import Reporter
+
+_CONFIG = ModelConfig(
+    model_type="llama",
+    vocab_size=300,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+    max_position_embeddings=64,
+    bos_token_id=1,
+    eos_token_id=(0,),
+)
+_SPECIAL = ["<eos>", "<bos>", "<|im_start|>", "<|im_end|>"]
+_TOKENIZER_CONFIG = {
+    "bos_token": "<bos>",
+    "eos_token": {"content": "<eos>", "lstrip": False, "special": True},
+    "pad_token": None,
+    "added_tokens_decoder": {"0": {"content": "<eos>", "special": True}},
+    "additional_special_tokens": _SPECIAL[2:],
+    "extra_special_tokens": {"image_token": "<|im_end|>"},
+    "chat_template": [{"name": "default", "template": REAL[0]}, {"name": "tool_use", "template": REAL[2]}],
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "model_max_length": 64,
+    "add_bos_token": True,
+    "clean_up_tokenization_spaces": False,
+}
+_GENERATION_CONFIG = {
+    "eos_token_id": [0, 3],
+    "bos_token_id": 1,
+    "pad_token_id": 0,
+    "do_sample": True,
+    "temperature": 0.7,
+    "top_k": 5,
+}
+_SPECIAL_TOKENS = {
+    "bos_token": {"content": "<bos>", "lstrip": False},
+    "eos_token": "<eos>",
+    "additional_special_tokens": _SPECIAL[2:],
+}
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """Directories that are valid, and what a GGUF file of the same model would hold."""
+
+    checkpoint: Path
+    shards: Path
+    bundle: Path
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, NDArray[np.float32]]
+
+
+def make(directory: Path) -> None:
+    """Write the directories; takes seconds."""
+    directory.mkdir()
+    tokenizer = _tokenizer()
+    files = {
+        "tokenizer.json": tokenizer.to_str().encode(),
+        "tokenizer_config.json": json.dumps(_TOKENIZER_CONFIG).encode(),
+        "special_tokens_map.json": json.dumps(_SPECIAL_TOKENS).encode(),
+        "generation_config.json": json.dumps(_GENERATION_CONFIG).encode(),
+    }
+    torch.manual_seed(0)
+    tensors = Decoder(_CONFIG).eval().requires_grad_(False).state_dict()
+    model = MemoryCheckpoint(Path("memory"), _CONFIG, tensors, TokenizerFiles(files))
+    save_hf(directory / "checkpoint", model, torch.float32)
+    save_hf(directory / "shards", replace(model, tokenizer=TokenizerFiles()), torch.float32, 30_000)
+    options, quiet = ExportOptions(verify=False), Reporter(quiet=True)
+    export_bundle(open_exportable(directory / "checkpoint"), directory / "bundle", options, quiet)
+
+
+def read(directory: Path) -> Subjects:
+    """What `make` wrote."""
+    checkpoint = open_exportable(directory / "checkpoint").tensors(torch.float32)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, _CONFIG.num_hidden_layers)
+    tensors = {}
+    for name in checkpoint.shapes():
+        theirs = names.get_name(name, try_suffixes=(".weight",))
+        assert theirs is not None
+        tensors[theirs] = checkpoint.read(name).numpy()
+    return Subjects(directory / "checkpoint", directory / "shards", directory / "bundle", _metadata(), tensors)
+
+
+def _metadata() -> dict[str, Any]:
+    vocabulary = sorted(_tokenizer().get_vocab().items(), key=lambda entry: entry[1])
+    model = json.loads(_tokenizer().to_str())["model"]
+    return {
+        "general.architecture": "llama",
+        "llama.context_length": 64,
+        "llama.embedding_length": 32,
+        "llama.block_count": 2,
+        "llama.feed_forward_length": 48,
+        "llama.attention.head_count": 2,
+        "llama.attention.head_count_kv": 1,
+        "llama.attention.key_length": 16,
+        "llama.attention.value_length": 16,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "llama.rope.freq_base": 10000.0,
+        "llama.rope.dimension_count": 16,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": [token for token, _ in vocabulary],
+        "tokenizer.ggml.token_type": [3 if token in _SPECIAL else 1 for token, _ in vocabulary],
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in model["merges"]],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 0,
+        "tokenizer.ggml.padding_token_id": 0,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.chat_template": REAL[0],
+    }
+
+
+def _tokenizer() -> Tokenizer:
+    """Byte-level, all 256 bytes are tokens, and some words."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_CONFIG.vocab_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[AddedToken(token, special=True) for token in _SPECIAL],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(
+        ["the quick brown fox jumps over the lazy dog and the lazy dog sleeps on"] * 4, trainer
+    )
+    return tokenizer
