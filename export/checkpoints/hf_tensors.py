@@ -1,5 +1,6 @@
 """Which tensors a Hugging Face directory has, under the decoder's names, whatever tied, base or older checkpoints call or add."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -71,6 +72,21 @@ def scan(directory: Path, expected: Iterable[str], tied: bool) -> tuple[dict[str
     if tied and EMBEDDING not in stored and HEAD in stored:
         stored[EMBEDDING] = stored.pop(HEAD)
     return stored, ignored
+
+
+def stored_sizes(directory: Path) -> tuple[int, int]:
+    """How many tensors the safetensors of a directory hold, and how many elements, from the headers alone.
+
+    Raises:
+        CheckpointError: a file is damaged or a pointer.
+    """
+    tensors = elements = 0
+    for path in directory.glob("*.safetensors"):
+        refuse_pointer(path)
+        with opened(path) as file:
+            for name in list(file.keys()):
+                tensors, elements = tensors + 1, elements + math.prod(file.get_slice(name).get_shape())
+    return tensors, elements
 
 
 def _described(path: Path, file: Any, name: str, directory: Path) -> Stored:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from headfold.export.checkpoints.base import TokenizerFiles
-from headfold.export.checkpoints.side_files import TOKENIZER_FILES
+from headfold.export.checkpoints.hf_tensors import stored_sizes
+from headfold.export.checkpoints.side_files import side_files
 from headfold.export.exportables import experts
 from headfold.export.exportables.attending import NAME, OpCache
 from headfold.export.exportables.base import Master, Road
@@ -29,6 +30,8 @@ Load = Callable[[torch.dtype, str], PreTrainedModel]  # in a dtype, with an atte
 _ROAD = (
     "headfold exports what transformers can run with another attention, every layer with keys and values of its own."
 )
+_BELONGS = "The checkpoint is incomplete, or config.json is another model's."
+_SHARED = 2  # parameters made of one that is stored, at most; those that are missing are named when they are read
 
 
 class TransformersModel:
@@ -49,7 +52,9 @@ class TransformersModel:
     def __init__(self, config: PreTrainedConfig, load: Load, path: Path, tokenizer: TokenizerFiles) -> None:
         self.config, self.path, self.tokenizer = config, path, tokenizer
         self._load = load
-        self.facts = _facts(config, path)
+        model = _on_meta(config, torch.float32, path)
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())  # what is tied counts once
+        self.facts = _facts(model, path)
 
     def describe(self) -> dict[str, Any]:
         """See Exportable."""
@@ -217,12 +222,20 @@ def open_transformers(path: Path, trust_remote_code: bool = False) -> Transforme
                 raise CheckpointError(
                     f"{what.replace('_keys', '')} tensors: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}",
                     where=path,
-                    fix="The checkpoint is incomplete, or config.json is another model's.",
+                    fix=_BELONGS,
                 )
         return cast(PreTrainedModel, model.eval().requires_grad_(False))
 
-    tokenizer = TokenizerFiles({n: (path / n).read_bytes() for n in TOKENIZER_FILES if (path / n).is_file()})
-    return TransformersModel(config, load, path, tokenizer)
+    tensors, elements = stored_sizes(path)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > tensors:  # before they are made
+        raise ConfigError(f"it has {layers} layers, and {tensors} tensors", where=path, fix=_BELONGS)
+    opened = TransformersModel(config, load, path, TokenizerFiles(side_files(path)))
+    if opened.parameters > _SHARED * elements:  # before transformers takes memory for them
+        raise CheckpointError(
+            f"it has {opened.parameters:,} parameters, and its files {elements:,}", where=path, fix=_BELONGS
+        )
+    return opened
 
 
 def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, path: Path) -> PreTrainedModel:
@@ -236,6 +249,10 @@ def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, path: Path) -> PreTra
         raise ConfigError(
             f"{config.model_type} cannot take another attention: {_line(error)}", where=path, fix=_ROAD
         ) from error
+    except Exception as error:  # whatever a model's own code raises at sizes that make no sense
+        raise ConfigError(
+            f"no {config.model_type} can be made of its configuration: {_line(error)}", where=path, fix=_BELONGS
+        ) from error
     try:
         experts.learn_gates(model)
     except ConfigError as error:
@@ -243,10 +260,10 @@ def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, path: Path) -> PreTra
     return cast(PreTrainedModel, model.eval().requires_grad_(False))
 
 
-def _facts(config: PreTrainedConfig, path: Path) -> Facts:
+def _facts(model: PreTrainedModel, path: Path) -> Facts:
     """Learned from a pass on meta tensors, so they are what the model does, not what its configuration seems to say."""
+    config = model.config
     text = config.get_text_config()
-    model = _on_meta(config, torch.float32, path)
     count = int(text.num_hidden_layers)
     if getattr(type(model), "_is_stateful", False):
         raise ConfigError(f"{config.model_type} has a state beside keys and values", where=path, fix=_ROAD)

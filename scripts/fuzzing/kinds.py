@@ -1,6 +1,7 @@
 """The nine kinds of input: how one is made of a seed, and how headfold's commands would use it."""
 
 import json
+import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,10 @@ _MANIFEST_FIELDS = """
     format_version headfold_version source road config vocab_size parameters dtype logits inputs outputs cache
     files tools parity engines num_key_value_heads head_dim capacity quantization shape layers
 """.split()
+_TENSOR_NAMES = """
+    lm_head.weight model.norm.bias model.layers.0.self_attn.rotary_emb.inv_freq v_head.weight x model.layers.7.mlp.up_proj.weight
+    model.layers.0.mlp.up_proj.qweight transformer.wte.weight
+""".split()
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,9 @@ def _header(rng: Random, subjects: Subjects) -> Files:
     size = struct.unpack("<Q", data[:8])[0]
     if rng.random() < 0.3:
         return {name: damaged_bytes(rng, data[: 8 + size]) + data[8 + size :]}
+    if rng.random() < 0.4:
+        header = json.dumps(_other_tensors(rng, json.loads(data[8 : 8 + size]))).encode()
+        return {name: struct.pack("<Q", len(header)) + header + data[8 + size :]}
     header = damaged_json(
         rng, json.loads(data[8 : 8 + size]), ("dtype", "shape", "data_offsets", "__metadata__", "lm_head.weight")
     )
@@ -93,6 +101,36 @@ def _header(rng: Random, subjects: Subjects) -> Files:
         else rng.choice((0, 1, size, len(header) - 1, len(header) + 8, 2**40, 2**64 - 1))
     )
     return {name: struct.pack("<Q", said) + header + data[8 + size :]}
+
+
+def _other_tensors(rng: Random, header: dict[str, Any]) -> dict[str, Any]:
+    """A header that is in order, of tensors that are not."""
+    names = [name for name in header if name != "__metadata__"]
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        tensor = header[rng.choice(names)]
+        match rng.randrange(5):
+            case 0:
+                tensor["dtype"] = rng.choice(("I32", "U32", "F32"))  # of as many bytes
+            case 1:
+                shape = tensor["shape"]
+                tensor["shape"] = rng.choice(
+                    (shape[::-1], [1, *shape], [*shape, 1], [math.prod(shape)], [1] * 70 + shape)
+                )
+            case 2:
+                other = header[rng.choice(names)]
+                tensor["shape"], other["shape"] = other["shape"], tensor["shape"]
+                tensor["data_offsets"], other["data_offsets"] = other["data_offsets"], tensor["data_offsets"]
+            case 3:
+                header[rng.choice(_TENSOR_NAMES)] = {
+                    "dtype": rng.choice(("F32", "BOOL")),
+                    "shape": [0],
+                    "data_offsets": [0, 0],
+                }
+            case _:
+                renamed = rng.choice(names)
+                header[rng.choice((*_TENSOR_NAMES, renamed.removeprefix("model.")))] = header.pop(renamed)
+                names.remove(renamed)
+    return header
 
 
 def _index(rng: Random, subjects: Subjects) -> Files:

@@ -30,7 +30,7 @@ _CONFIG = ModelConfig(
     num_attention_heads=2,
     num_key_value_heads=1,
     head_dim=16,
-    max_position_embeddings=64,
+    max_position_embeddings=512,
     bos_token_id=1,
     eos_token_id=(0,),
 )
@@ -44,7 +44,7 @@ _TOKENIZER_CONFIG = {
     "extra_special_tokens": {"image_token": "<|im_end|>"},
     "chat_template": [{"name": "default", "template": REAL[0]}, {"name": "tool_use", "template": REAL[2]}],
     "tokenizer_class": "PreTrainedTokenizerFast",
-    "model_max_length": 64,
+    "model_max_length": 512,
     "add_bos_token": True,
     "clean_up_tokenization_spaces": False,
 }
@@ -110,7 +110,7 @@ def _metadata() -> dict[str, Any]:
     model = json.loads(_tokenizer().to_str())["model"]
     return {
         "general.architecture": "llama",
-        "llama.context_length": 64,
+        "llama.context_length": 512,
         "llama.embedding_length": 32,
         "llama.block_count": 2,
         "llama.feed_forward_length": 48,

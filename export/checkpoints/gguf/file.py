@@ -55,9 +55,9 @@ class GGUFCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         readers = [_reader(part) for part in _parts(path)]
-        metadata = {name: field.contents() for name, field in readers[0].fields.items()}
         tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
         try:
+            metadata = {name: field.contents() for name, field in readers[0].fields.items()}
             self.config = _config(path, metadata, tensors)
             self.tokenizer = tokenizer_files(path, metadata, self.config)
         except HeadfoldError:

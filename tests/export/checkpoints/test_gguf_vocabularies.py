@@ -147,6 +147,13 @@ def test_what_does_not_fit_is_refused_at_once(case, tmp_path) -> None:
         open_checkpoint(path)
 
 
+def test_text_that_is_no_utf8_is_refused(tmp_path) -> None:
+    field = text("general.name") + struct.pack("<IQ", 8, 2) + b"\xff\xff"
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + field)
+    with pytest.raises(CheckpointError, match="has metadata that makes no sense"):
+        open_checkpoint(tmp_path / "m.gguf")
+
+
 def test_a_special_token_that_is_none_is_named() -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.eos_token_id is 9999, and no token"):
         byte_level("gpt-2", eos_token_id=9999)

@@ -88,6 +88,9 @@ BAD = {
     "a tensor of another model": (tensors(lambda t: t.update(extra=torch.ones(2))), "unexpected tensors: extra"),
     "a tensor of another shape": (tensors(lambda t: t.update({UP: t[UP][:8].clone()})), f"mismatched tensors: {UP}"),
     "NaN": (tensors(lambda t: t[UP].fill_(float("nan"))), f"tensor {UP} holds NaN or infinity"),
+    "more layers than tensors": (config(num_hidden_layers=10**9), "it has 1000000000 layers, and"),
+    "more parameters than there are": (config(vocab_size=10**9), "parameters, and its files 290,016"),
+    "a size below zero": (config(intermediate_size=-2), "no arcee can be made of its configuration"),
     "a pickle": (to_pickle, "pickles are never loaded"),
 }
 
