@@ -36,18 +36,18 @@ def with_tokenizer(files: Mapping[str, bytes], where: Path) -> Mapping[str, byte
         pairs = (line.partition(" ") for line in lines if line and not line.startswith("#version"))
         merges = [(first, second) for first, _, second in pairs]
         tokenizer = Tokenizer(models.BPE(vocab=json.loads(files["vocab.json"]), merges=merges, fuse_unk=False))
+        pre = _CLASSES[kind]
+        if pre == "qwen2":
+            tokenizer.normalizer = normalizers.NFC()
+        tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]()
+        if settings.get("add_prefix_space") and pre == "gpt-2":
+            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        tokenizer.decoder, tokenizer.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=False)
+        _add_tokens(tokenizer, settings, files)
     except CheckpointError:
         raise
-    except Exception as error:  # of json, or of tokenizers, which raises plain Exception
-        raise CheckpointError(f"vocab.json and merges.txt are no tokenizer: {error}", where=where, fix=fix) from error
-    pre = _CLASSES[kind]
-    if pre == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]()
-    if settings.get("add_prefix_space") and pre == "gpt-2":
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder, tokenizer.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=False)
-    _add_tokens(tokenizer, settings, files)
+    except Exception as error:  # of json, of what is no object, or of tokenizers, which raises plain Exception
+        raise CheckpointError(f"the parts of its tokenizer make none: {error}", where=where, fix=fix) from error
     return dict(files) | {"tokenizer.json": tokenizer.to_str(pretty=False).encode()}
 
 

@@ -204,3 +204,21 @@ def test_parts_of_an_unknown_class_are_named(directory) -> None:
         CheckpointError, match=r"no tokenizer.json, and its class is 'MarianTokenizer'.*save_pretrained"
     ):
         open_checkpoint(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("vocab.json", "{"),
+        ("added_tokens.json", "{"),
+        ("added_tokens.json", "[]"),
+        ("added_tokens.json", '{"x": "y"}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"3": "x"}}'),
+    ],
+)
+def test_damaged_parts_are_one_line(name, content, directory) -> None:
+    (directory / "tokenizer.json").unlink()
+    for part, text in {"vocab.json": "{}", "merges.txt": "", "tokenizer_config.json": "{}", name: content}.items():
+        (directory / part).write_text(text)
+    with pytest.raises(CheckpointError, match="the parts of its tokenizer make none"):
+        open_checkpoint(directory)
