@@ -108,6 +108,8 @@ _UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "ABS": torch.abs,
     "NEG": torch.neg,
     "ERF": torch.erf,
+    "SIN": torch.sin,
+    "COS": torch.cos,
     "NOT": torch.logical_not,
 }
 _ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
