@@ -9,7 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from headfold.plugins.cuda_launch import DriverError, LaunchError, call, capability_of, open_driver
+from headfold.plugins.attention.cuda_launch import DriverError, LaunchError, call, capability_of, open_driver
 from headfold.runtime.errors import CapacityError, ProviderError
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: does not wait for the default stream

@@ -12,12 +12,12 @@ from numpy.typing import ArrayLike, NDArray
 from tokenizers import Tokenizer
 
 from headfold.runtime.backend import Backend
-from headfold.runtime.chat_template import Messages
+from headfold.runtime.choosing.generation_settings import FILE, read_generation_settings
+from headfold.runtime.choosing.restrictions import Forbidden
+from headfold.runtime.choosing.sampling import SAMPLING, Sampler, SamplingParameters, check_parameter
 from headfold.runtime.errors import BundleError, CapacityError, InputError, printable
-from headfold.runtime.generation_settings import FILE, read_generation_settings
 from headfold.runtime.manifest import Manifest
-from headfold.runtime.restrictions import Forbidden
-from headfold.runtime.sampling import SAMPLING, Sampler, SamplingParameters, check_parameter
+from headfold.runtime.templates.chat_template import Messages
 from headfold.runtime.text import Detokenizer, Text, Tools
 
 FinishReason = Literal["stop", "length"]

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from headfold.plugins.dtypes import DType, Quantized
 from headfold.plugins.names import is_cache_input, is_cache_output
 from headfold.runtime.errors import BundleError
-from headfold.runtime.json_file import MANIFEST_BYTES, read_object
+from headfold.runtime.files.json_file import MANIFEST_BYTES, read_object
 
 FORMAT_VERSION = 1
 ENGINES_VERSION = 2  # of a bundle with engines, which readers of version 1 refuse

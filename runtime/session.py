@@ -19,7 +19,7 @@ from headfold.plugins.names import caches
 from headfold.runtime.backend import CHUNK, decode_window, prefill_chunks, widened
 from headfold.runtime.cpu import physical_cores
 from headfold.runtime.errors import BundleError, CapacityError, InputError, ProviderError
-from headfold.runtime.graph_file import check_capacity
+from headfold.runtime.files.graph_file import check_capacity
 from headfold.runtime.huge_pages import huge_pages
 from headfold.runtime.manifest import MODEL, Manifest
 

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headfold.plugins.cuda_launch import Kernels, LaunchError
+from headfold.plugins.attention.cuda_launch import Kernels, LaunchError
+from headfold.plugins.attention.kernel_contract import KernelFileError
 from headfold.plugins.dtypes import DTYPES
-from headfold.plugins.kernel_contract import KernelFileError
 from headfold.plugins.names import caches
 from headfold.plugins.tensorrt_library import TensorRTMissing, open_tensorrt
 from headfold.runtime.backend import decode_window, prefill_chunks, widened
 from headfold.runtime.device import Device, Graph
-from headfold.runtime.engine_file import check_engine
 from headfold.runtime.errors import BundleError, CapacityError, EngineError, ProviderError
+from headfold.runtime.files.engine_file import check_engine
 from headfold.runtime.manifest import EngineEntry, Manifest
 
 BUCKET = 256  # positions: decode's mask is a multiple of it wide, so its graph is captured anew every so many tokens
@@ -236,7 +236,7 @@ class TensorRTSession:
         plugin = self.entry.plugin
         if plugin is None:
             return None
-        from headfold.plugins import tensorrt_plugin as ours
+        from headfold.plugins.attention import tensorrt_plugin as ours
 
         where, have = bundle / self.entry.file, (ours.NAMESPACE, ours.NAME, ours.PLUGIN_VERSION)
         if (plugin.namespace, plugin.name, plugin.version) != have:

@@ -6,9 +6,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from headfold.runtime.chat_template import ChatTemplate, Messages
 from headfold.runtime.errors import BundleError, InputError
-from headfold.runtime.json_file import SETTINGS_BYTES, read_object
+from headfold.runtime.files.json_file import SETTINGS_BYTES, read_object
+from headfold.runtime.templates.chat_template import ChatTemplate, Messages
 
 Tools = Sequence[Mapping[str, Any]] | None
 _TOKENIZER_BYTES = 1 << 27  # the largest that we know, of 262,144 tokens, has 33 MB

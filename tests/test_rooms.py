@@ -27,3 +27,9 @@ def test_no_file_is_over_400_lines() -> None:
 def test_every_room_says_what_lives_there() -> None:
     for path in (path for room in ROOMS for path in (ROOT / room).rglob("__init__.py")):
         assert path.read_text().startswith('"""'), path
+
+
+def test_no_folder_has_more_than_ten_modules() -> None:
+    folders = [path.parent for room in ROOMS for path in (ROOT / room).rglob("__init__.py")]
+    modules = {folder: [path for path in folder.glob("*.py") if path.stem != "__init__"] for folder in folders}
+    assert [folder.relative_to(ROOT) for folder, found in modules.items() if len(found) > 10] == []

@@ -15,7 +15,7 @@ import torch
 
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
 from headfold.export.graph.bodies import set_body
-from headfold.plugins.onnx_functions import standard_body
+from headfold.plugins.attention.onnx_functions import standard_body
 from headfold.runtime import load
 
 pytestmark = pytest.mark.real

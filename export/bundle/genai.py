@@ -4,7 +4,7 @@ from typing import Any
 
 from headfold.export.exportables.facts import Facts
 from headfold.plugins.names import cache_input, cache_output
-from headfold.runtime.generation_settings import GenerationSettings
+from headfold.runtime.choosing.generation_settings import GenerationSettings
 
 _TYPES = frozenset(  # decoders of text in onnxruntime-genai 0.18
     [

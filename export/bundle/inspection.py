@@ -17,8 +17,8 @@ from headfold.export.exportables.facts import Facts as ModelFacts
 from headfold.export.exportables.facts import LayerFacts
 from headfold.export.model.config import ModelConfig
 from headfold.plugins.dtypes import DTYPES
-from headfold.runtime.engine_file import check_engine
 from headfold.runtime.errors import printable
+from headfold.runtime.files.engine_file import check_engine
 from headfold.runtime.manifest import MANIFEST, EngineEntry, check_files, read_manifest
 
 if TYPE_CHECKING:

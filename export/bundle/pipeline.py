@@ -27,8 +27,8 @@ from headfold.export.parity.report import ParityReport
 from headfold.export.parity.verify import verify_bundle
 from headfold.export.progress import Reporter
 from headfold.plugins.dtypes import DType, Quantized
+from headfold.runtime.choosing.generation_settings import read_generation_settings
 from headfold.runtime.errors import ConfigError, VerificationError
-from headfold.runtime.generation_settings import read_generation_settings
 from headfold.runtime.manifest import (
     FORMAT_VERSION,
     MANIFEST,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from headfold.runtime.errors import CheckpointError
-from headfold.runtime.json_file import read_object
+from headfold.runtime.files.json_file import read_object
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from headfold.export.cli.shared import BUNDLE, JSON, QUIET, REMOTE_CODE, STEPS, print_json, reporter_for
-from headfold.plugins.schema import Attention
+from headfold.plugins.attention.schema import Attention
 from headfold.runtime.errors import InputError
 
 if TYPE_CHECKING:

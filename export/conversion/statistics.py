@@ -6,7 +6,7 @@ from torch import Tensor
 from headfold.export.conversion.heads import Moments
 from headfold.export.conversion.streams import Streams, blocks
 from headfold.export.model.decoder import Attention
-from headfold.plugins.torch_op import rms_norm, rotate
+from headfold.plugins.attention.torch_op import rms_norm, rotate
 
 
 @torch.inference_mode()

@@ -23,10 +23,10 @@ from headfold.export.engine.network_report import AttentionLayers, ParsedNetwork
 from headfold.export.engine.options import BuildOptions, check_options, profiles
 from headfold.export.engine.preflight import preflight
 from headfold.export.progress import Reporter, quiet_polygraphy
-from headfold.plugins import tensorrt_plugin
+from headfold.plugins.attention import tensorrt_plugin
 from headfold.plugins.dtypes import from_tensorrt
-from headfold.runtime.engine_file import check_engine
 from headfold.runtime.errors import BuildError
+from headfold.runtime.files.engine_file import check_engine
 from headfold.runtime.manifest import (
     ENGINES_VERSION,
     MANIFEST,

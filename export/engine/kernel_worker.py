@@ -13,8 +13,8 @@ from typing import Any
 def answer(job: dict[str, Any]) -> dict[str, Any]:
     """Compile one kernel; what goes wrong is an answer too."""
     from headfold.export.engine.kernels import check_signature
-    from headfold.plugins.kernel_contract import KernelSpec, parameters
-    from headfold.plugins.triton_kernels import compile_kernel
+    from headfold.plugins.attention.kernel_contract import KernelSpec, parameters
+    from headfold.plugins.attention.triton_kernels import compile_kernel
 
     spec, kernel = KernelSpec.model_validate(job["spec"]), job["kernel"]
     try:

@@ -1,7 +1,7 @@
 """Compile the attention kernels a model needs, for GPUs that are not there, into a directory with a kernels.json.
 
 Four kernels per compute capability serve all layers. Code is cached by the hash of everything it depends on, so only what changed is
-compiled; `headfold.plugins.kernel_contract` says what the files hold.
+compiled; `headfold.plugins.attention.kernel_contract` says what the files hold.
 """
 
 import base64
@@ -28,10 +28,8 @@ from pydantic import BaseModel, Field, ValidationError
 from headfold.export.graph.passes import attention_nodes
 from headfold.export.progress import Reporter
 from headfold.export.publishing import publish_file
-from headfold.plugins import tensorrt_plugin
-from headfold.plugins.dtypes import DTYPES, QUANTIZED
-from headfold.plugins.gpus import FLOAT8_SINCE, GPUS
-from headfold.plugins.kernel_contract import (
+from headfold.plugins.attention import kernel_contract, tensorrt_plugin
+from headfold.plugins.attention.kernel_contract import (
     GRIDS,
     MANIFEST,
     PARAMETERS,
@@ -45,12 +43,13 @@ from headfold.plugins.kernel_contract import (
     parameters,
     tiles,
 )
-from headfold.plugins.schema import NORMS
+from headfold.plugins.attention.schema import NORMS
+from headfold.plugins.dtypes import DTYPES, QUANTIZED
+from headfold.plugins.gpus import FLOAT8_SINCE, GPUS
 from headfold.runtime.cpu import physical_cores
 from headfold.runtime.errors import KernelError
 
-_SOURCE = Path(str(importlib.util.find_spec("headfold.plugins").submodule_search_locations[0])) / "triton_kernels.py"  # type: ignore[union-attr, index]
-_NATIVE = "Use --attention native for this model."
+_SOURCE = Path(kernel_contract.__file__).with_name("triton_kernels.py")  # which is not imported here: that needs Triton
 _PTX_SIZES = {"u64": 8, "b64": 8, "u32": 4, "b32": 4, "f32": 4}
 
 

@@ -13,8 +13,8 @@ from onnx_ir.passes import common as common_passes
 from headfold.export.graph.bodies import call_plugin, inline_standard_body
 from headfold.export.graph.experts import experts_nodes
 from headfold.export.graph.passes import attention_nodes
+from headfold.plugins.attention.schema import DOMAIN, OP_TYPE, Attention, AttentionInputs
 from headfold.plugins.names import is_cache_input, is_cache_output
-from headfold.plugins.schema import DOMAIN, OP_TYPE, Attention, AttentionInputs
 from headfold.runtime.errors import BuildError, BundleError
 
 _ELSEWHERE = "The bundle runs in ONNX Runtime."

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headfold.plugins import tensorrt_plugin
+from headfold.plugins.attention import tensorrt_plugin
+from headfold.plugins.attention.schema import AttentionInputs
+from headfold.plugins.attention.torch_op import attend
 from headfold.plugins.dtypes import QUANTIZED, from_tensorrt
-from headfold.plugins.schema import AttentionInputs
-from headfold.plugins.torch_op import attend
 from headfold.runtime.errors import VerificationError
 
 Inputs = Sequence[Tensor | None]

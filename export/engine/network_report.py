@@ -10,9 +10,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from headfold.plugins import tensorrt_plugin
+from headfold.plugins.attention import tensorrt_plugin
+from headfold.plugins.attention.schema import Attention
 from headfold.plugins.names import PARTS, cache_input, cache_output
-from headfold.plugins.schema import Attention
 from headfold.plugins.tensorrt_library import Flavour, TensorRTMissing, open_tensorrt
 from headfold.runtime.errors import BuildError, HeadfoldError
 

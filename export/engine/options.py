@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from headfold.plugins.attention.schema import Attention
 from headfold.plugins.gpus import BFLOAT16_SINCE, FLOAT8_SINCE, RTX_CAPABILITIES
 from headfold.plugins.names import is_cache_input
-from headfold.plugins.schema import Attention
 from headfold.plugins.tensorrt_library import Flavour
 from headfold.runtime.errors import BuildError
 from headfold.runtime.manifest import EngineProfile, Manifest, ShapeRange

@@ -9,7 +9,7 @@ from headfold.runtime.errors import ConfigError
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """How one layer attends, in the words of `headfold.plugins.schema.Attributes`."""
+    """How one layer attends, in the words of `headfold.plugins.attention.schema.Attributes`."""
 
     num_attention_heads: int
     num_key_value_heads: int

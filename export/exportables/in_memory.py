@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from headfold.export.checkpoints.base import TokenizerFiles
-from headfold.export.exportables.transformers_model import TransformersModel
+from headfold.export.exportables.transformers_road.transformers_model import TransformersModel
 
 
 def transformers_in_memory(

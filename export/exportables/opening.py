@@ -42,7 +42,7 @@ def open_exportable(
             where=path,
             fix="pip install 'headfold[transformers]'",
         )
-    from headfold.export.exportables.transformers_model import open_transformers
+    from headfold.export.exportables.transformers_road.transformers_model import open_transformers
 
     exportable = open_transformers(path, trust_remote_code)
     if reporter is not None:

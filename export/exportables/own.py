@@ -57,7 +57,7 @@ class OwnModel:
     def oracle(self, stored: torch.dtype, capacity: int) -> Oracle:
         """See Exportable: transformers' model, loaded by its own code, where it knows this one."""
         if find_spec("transformers") is not None:
-            from headfold.export.exportables.transformers_oracle import oracle_of
+            from headfold.export.exportables.transformers_road.transformers_oracle import oracle_of
 
             oracle = oracle_of(self.checkpoint, stored)
             if oracle is not None:

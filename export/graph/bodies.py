@@ -8,9 +8,9 @@ import onnx_ir as ir
 from onnx_ir.passes import common as common_passes
 
 from headfold.export.graph.passes import attention_nodes
+from headfold.plugins.attention.onnx_functions import onnxruntime_body, standard_body
+from headfold.plugins.attention.schema import ALL_INPUTS, DOMAIN, LAST_INDEX, TABLES, VERSION, AttentionInputs
 from headfold.plugins.dtypes import DTYPES, QUANTIZED, Quantized
-from headfold.plugins.onnx_functions import onnxruntime_body, standard_body
-from headfold.plugins.schema import ALL_INPUTS, DOMAIN, LAST_INDEX, TABLES, VERSION, AttentionInputs
 
 
 def set_body(model: ir.Model, function: onnx.FunctionProto) -> None:

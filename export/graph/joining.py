@@ -4,7 +4,7 @@ import onnx_ir as ir
 
 from headfold.export.graph.passes import attention_nodes
 from headfold.export.graph.recipes import WeightRecipe, add_weight, recipe_of, remove_unread
-from headfold.plugins.schema import AttentionInputs
+from headfold.plugins.attention.schema import AttentionInputs
 
 
 def join_projections(model: ir.Model) -> None:

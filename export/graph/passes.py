@@ -7,8 +7,8 @@ import numpy as np
 import onnx_ir as ir
 
 from headfold.export.graph.recipes import WeightRecipe, add_weight, recipe_of, remove_unread, set_recipe
+from headfold.plugins.attention.schema import ALL_INPUTS, DOMAIN, LAST_INDEX, OP_TYPE
 from headfold.plugins.names import hidden_state, is_cache_output, layer_input
-from headfold.plugins.schema import ALL_INPUTS, DOMAIN, LAST_INDEX, OP_TYPE
 
 
 def name_weights(model: ir.Model, prefix: str, tied: Mapping[str, str]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from headfold.export.graph.passes import attention_nodes
 from headfold.export.graph.recipes import recipe_of
-from headfold.plugins.schema import ALL_INPUTS, INPUTS, TABLES, AttentionInputs
+from headfold.plugins.attention.schema import ALL_INPUTS, INPUTS, TABLES, AttentionInputs
 
 Read = Callable[[str], Tensor]
 Array = NDArray[np.float32]

@@ -14,7 +14,7 @@ from torch import Tensor
 from headfold.export.exportables.base import Tensors
 from headfold.export.graph.recipes import WeightRecipe, recipe_of
 from headfold.export.model.decoder import Scales
-from headfold.plugins.schema import SCALES
+from headfold.plugins.attention.schema import SCALES
 from headfold.runtime.errors import BundleError, CheckpointError, HeadfoldError
 
 _INLINE = 1024  # bytes; smaller tensors stay in the graph, where shape inference can see them

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from headfold.export.model.config import Activation, ModelConfig
 from headfold.export.model.rope import rope_tables
-from headfold.plugins.schema import AttentionInputs, Attributes
-from headfold.plugins.torch_op import attention, rms_norm
+from headfold.plugins.attention.schema import AttentionInputs, Attributes
+from headfold.plugins.attention.torch_op import attention, rms_norm
 
 Scales = tuple[Tensor, Tensor]  # of a layer's quantized keys and values, float32 [Hkv] each
 Cache = list[tuple[Tensor, Tensor]]  # per layer: keys and values, [B, Hkv, C, D] each

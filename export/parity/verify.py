@@ -27,9 +27,9 @@ from headfold.export.parity.probes import make_prompts
 from headfold.export.parity.report import CheckResult, ParityReport
 from headfold.export.parity.tolerances import Precision
 from headfold.export.progress import Reporter
-from headfold.plugins.schema import SCALES, TABLES
+from headfold.plugins.attention.schema import SCALES, TABLES
 from headfold.runtime.errors import BundleError
-from headfold.runtime.graph_file import check_capacity
+from headfold.runtime.files.graph_file import check_capacity
 from headfold.runtime.manifest import MODEL, Manifest, check_files, read_manifest
 
 _TEXT = (

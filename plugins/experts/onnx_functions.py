@@ -9,10 +9,10 @@ import onnx
 from onnx import AttributeProto, FunctionProto, TensorProto, helper
 from onnx.defs import OpSchema
 
+from headfold.plugins.attention.onnx_functions import OPSET
+from headfold.plugins.attention.schema import VERSION
 from headfold.plugins.dtypes import DTYPES, FLOATS
 from headfold.plugins.experts.schema import DOMAIN, INPUTS, OP_TYPE, OUTPUT, ExpertsAttributes
-from headfold.plugins.onnx_functions import OPSET
-from headfold.plugins.schema import VERSION
 
 _OPTIONAL = {"gate_up_bias", "down_bias"}
 _KINDS = {

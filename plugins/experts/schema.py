@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Generic, Literal, TypeVar
 
-from headfold.plugins.schema import DOMAIN as DOMAIN  # both ops are of one domain
+from headfold.plugins.attention.schema import DOMAIN as DOMAIN  # both ops are of one domain
 
 OP_TYPE = "MixtureOfExperts"
 OUTPUT = "output"  # [N, H]

@@ -10,11 +10,11 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from headfold.plugins.cuda_launch import Kernels
-from headfold.plugins.kernel_contract import KernelSpec, workspace_bytes
-from headfold.plugins.launcher import Pointers, Shape
-from headfold.plugins.reference import grouped_query_attention
-from headfold.plugins.schema import AttentionInputs, Attributes
+from headfold.plugins.attention.cuda_launch import Kernels
+from headfold.plugins.attention.kernel_contract import KernelSpec, workspace_bytes
+from headfold.plugins.attention.launcher import Pointers, Shape
+from headfold.plugins.attention.reference import grouped_query_attention
+from headfold.plugins.attention.schema import AttentionInputs, Attributes
 from headfold.runtime.device import Device
 
 TOLERANCES = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}

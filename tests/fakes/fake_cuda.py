@@ -13,8 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from headfold.plugins.dtypes import DTYPES
-from headfold.plugins.kernel_contract import (
+from headfold.plugins.attention.kernel_contract import (
     GRIDS,
     PARAMETERS,
     KernelEntry,
@@ -25,6 +24,7 @@ from headfold.plugins.kernel_contract import (
     splits,
     tiles,
 )
+from headfold.plugins.dtypes import DTYPES
 
 
 class Code(IntEnum):

@@ -21,7 +21,7 @@ from headfold.export.parity.exact.weights import scale_name
 from headfold.export.parity.report import ParityReport
 from headfold.export.parity.verify import verify_bundle
 from headfold.export.progress import Reporter
-from headfold.plugins.schema import ALL_INPUTS, SCALES
+from headfold.plugins.attention.schema import ALL_INPUTS, SCALES
 from headfold.runtime.errors import HeadfoldError
 from headfold.runtime.manifest import read_manifest
 

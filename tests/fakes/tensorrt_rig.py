@@ -8,9 +8,9 @@ from fake_cuda import FakeCuda, write_kernels
 from fake_tensorrt import FakeTensorRT
 
 from headfold.export.bundle.writer import manifest_of, write_json
+from headfold.plugins.attention.kernel_contract import KernelSpec
 from headfold.plugins.gpus import RTX_CAPABILITIES
-from headfold.plugins.kernel_contract import KernelSpec
-from headfold.runtime.engine_file import _FIELDS
+from headfold.runtime.files.engine_file import _FIELDS
 from headfold.runtime.manifest import read_manifest, sha256
 from headfold.runtime.tensorrt_session import TensorRTSession
 

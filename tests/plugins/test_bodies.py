@@ -9,9 +9,9 @@ import torch
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from headfold.plugins.onnx_functions import OPSET, onnxruntime_body, schema, standard_body
-from headfold.plugins.reference import grouped_query_attention
-from headfold.plugins.schema import (
+from headfold.plugins.attention.onnx_functions import OPSET, onnxruntime_body, schema, standard_body
+from headfold.plugins.attention.reference import grouped_query_attention
+from headfold.plugins.attention.schema import (
     ALL_INPUTS,
     DOMAIN,
     LAST_INDEX,
@@ -25,8 +25,8 @@ from headfold.plugins.schema import (
     AttentionInputs,
     Attributes,
 )
-from headfold.plugins.torch_op import attend
-from headfold.plugins.torch_op import grouped_query_attention as torch_op
+from headfold.plugins.attention.torch_op import attend
+from headfold.plugins.attention.torch_op import grouped_query_attention as torch_op
 
 CAPACITY = 32
 HEAD_DIM = 32

@@ -6,16 +6,24 @@ from pathlib import Path
 import pytest
 from fake_cuda import FakeCuda, Misuse, write_kernels
 
-from headfold.plugins import cuda_launch
-from headfold.plugins.cuda_launch import DriverError, Kernels, LaunchError, NoDevice, NoDriver, NoKernel, open_driver
-from headfold.plugins.kernel_contract import (
+from headfold.plugins.attention import cuda_launch
+from headfold.plugins.attention.cuda_launch import (
+    DriverError,
+    Kernels,
+    LaunchError,
+    NoDevice,
+    NoDriver,
+    NoKernel,
+    open_driver,
+)
+from headfold.plugins.attention.kernel_contract import (
     PARAMETERS,
     KernelFileError,
     KernelSpec,
     parameters,
     workspace_bytes,
 )
-from headfold.plugins.launcher import Pointers, Shape
+from headfold.plugins.attention.launcher import Pointers, Shape
 
 SPEC = KernelSpec(num_heads=9, kv_num_heads=3, head_dim=64, rotary_dim=64, dtype="float16", cache_dtype="float16")
 NUMBERS = {"scale": 0.125, "window": -1, "epsilon": 1e-6}

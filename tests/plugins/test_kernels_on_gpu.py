@@ -6,9 +6,9 @@ import pytest
 from attention_problem import Problem, spec
 
 from headfold.export.engine.kernels import compile_spec
-from headfold.plugins.cuda_launch import Kernels
+from headfold.plugins.attention.cuda_launch import Kernels
+from headfold.plugins.attention.kernel_contract import KernelSpec
 from headfold.plugins.gpus import FLOAT8_SINCE, GPUS
-from headfold.plugins.kernel_contract import KernelSpec
 from headfold.runtime.device import Device
 from headfold.runtime.errors import ProviderError
 

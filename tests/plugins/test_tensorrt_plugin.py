@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from headfold.plugins import tensorrt_library, tensorrt_plugin
-from headfold.plugins.kernel_contract import KernelSpec, max_workspace_bytes
-from headfold.plugins.launcher import Pointers, Shape
-from headfold.plugins.schema import INPUTS, NORMS, OUTPUTS, Attributes
+from headfold.plugins import tensorrt_library
+from headfold.plugins.attention import tensorrt_plugin
+from headfold.plugins.attention.kernel_contract import KernelSpec, max_workspace_bytes
+from headfold.plugins.attention.launcher import Pointers, Shape
+from headfold.plugins.attention.schema import INPUTS, NORMS, OUTPUTS, Attributes
 from headfold.plugins.tensorrt_library import TensorRTMissing, open_tensorrt
 
 pytestmark = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx")
@@ -165,7 +166,7 @@ _PARSE = """
 import onnx_ir as ir
 from onnx import TensorProto as T, helper as h
 trt.get_plugin_registry()
-from headfold.plugins import tensorrt_plugin
+from headfold.plugins.attention import tensorrt_plugin
 tensorrt_plugin.register(trt, None)
 value = lambda name, kind, shape: h.make_tensor_value_info(name, kind, shape)
 inputs = [value("query", T.FLOAT16, ["b", "s", 64]), value("key", T.FLOAT16, ["b", "s", 32]), value("value", T.FLOAT16, ["b", "s", 32])]

@@ -17,9 +17,9 @@ from fake_cuda import FakeCuda, write_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headfold.plugins import kernel_contract as contract
-from headfold.plugins.cuda_launch import Kernels
-from headfold.plugins.schema import Attributes
+from headfold.plugins.attention import kernel_contract as contract
+from headfold.plugins.attention.cuda_launch import Kernels
+from headfold.plugins.attention.schema import Attributes
 from headfold.runtime.device import Device
 
 assert "triton" not in sys.modules, "Triton was imported before this module: it can no longer interpret"
@@ -27,7 +27,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # Triton looks at it while it is imported
 try:
     import triton
 
-    from headfold.plugins import triton_kernels
+    from headfold.plugins.attention import triton_kernels
 finally:
     del os.environ["TRITON_INTERPRET"]  # for processes that compile
 triton.knobs.runtime.interpret = True  # for what it imports later

@@ -14,7 +14,7 @@ from headfold.export.exportables.opening import open_exportable
 from headfold.export.parity.verify import verify
 from headfold.export.progress import Reporter
 from headfold.runtime import BundleError, load
-from headfold.runtime.graph_file import check_capacity, initializer_shapes
+from headfold.runtime.files.graph_file import check_capacity, initializer_shapes
 from headfold.runtime.manifest import sha256
 
 Damage = Callable[[Path], object]

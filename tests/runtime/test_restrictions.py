@@ -15,8 +15,8 @@ from transformers.generation import logits_process as hf
 from headfold.export.bundle.genai import genai_config
 from headfold.export.exportables.own import facts_of
 from headfold.runtime import BundleError, InputError, load
-from headfold.runtime.generation_settings import GenerationSettings, read_generation_settings
-from headfold.runtime.restrictions import Forbidden, Restrictions
+from headfold.runtime.choosing.generation_settings import GenerationSettings, read_generation_settings
+from headfold.runtime.choosing.restrictions import Forbidden, Restrictions
 
 VOCAB, ENDS = 8, frozenset({1, 6})
 TOKENS = st.integers(0, VOCAB - 1)

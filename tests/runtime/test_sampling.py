@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
 from headfold.runtime import InputError
-from headfold.runtime.sampling import Sampler, SamplingParameters, candidates, penalized
+from headfold.runtime.choosing.sampling import Sampler, SamplingParameters, candidates, penalized
 
 VOCAB = 50
 

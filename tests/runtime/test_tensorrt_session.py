@@ -12,9 +12,9 @@ from fake_cuda import FakeCuda
 from fake_tensorrt import FakeTensorRT
 from tensorrt_rig import CAPACITY, SPEC, TOLERANCE, Rig
 
-from headfold.plugins import tensorrt_plugin
+from headfold.plugins.attention import tensorrt_plugin
+from headfold.plugins.attention.kernel_contract import read_kernels
 from headfold.plugins.gpus import RTX_CAPABILITIES
-from headfold.plugins.kernel_contract import read_kernels
 from headfold.runtime import (
     CapacityError,
     ProviderError,

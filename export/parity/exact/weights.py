@@ -23,9 +23,9 @@ from headfold.export.graph.recipes import recipe_of
 from headfold.export.model.config import ModelConfig
 from headfold.export.parity.exact.rotary import tables
 from headfold.export.parity.report import CheckResult
+from headfold.plugins.attention.schema import NORMS, SCALES, SINK, TABLES, AttentionInputs, Attributes
 from headfold.plugins.dtypes import QUANTIZED, Quantized
 from headfold.plugins.names import PARTS, cache_input, cache_output
-from headfold.plugins.schema import NORMS, SCALES, SINK, TABLES, AttentionInputs, Attributes
 from headfold.runtime.errors import CheckpointError
 
 _CONSTANT = 16  # elements at most of what is no weight: shapes, axes, scalars

@@ -16,8 +16,8 @@ from headfold.export.engine.build import build_engine
 from headfold.export.engine.options import BuildOptions, profiles
 from headfold.export.progress import Reporter
 from headfold.plugins.tensorrt_library import TensorRTMissing
-from headfold.runtime.engine_file import HEADER_BYTES, check_engine, read_header
 from headfold.runtime.errors import BundleError
+from headfold.runtime.files.engine_file import HEADER_BYTES, check_engine, read_header
 from headfold.runtime.manifest import check_files, read_manifest, sha256
 
 pytestmark = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx")

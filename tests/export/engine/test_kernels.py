@@ -14,9 +14,7 @@ from headfold.export.engine import kernels
 from headfold.export.engine.kernels import check_signature, compile_spec, kernel_spec
 from headfold.export.engine.lowering import lower
 from headfold.export.graph.passes import attention_nodes
-from headfold.plugins.dtypes import DTYPES, FLOATS, QUANTIZED
-from headfold.plugins.gpus import GPUS
-from headfold.plugins.kernel_contract import (
+from headfold.plugins.attention.kernel_contract import (
     PARAMETERS,
     KernelFileError,
     KernelManifest,
@@ -31,6 +29,8 @@ from headfold.plugins.kernel_contract import (
     tiles,
     workspace_bytes,
 )
+from headfold.plugins.dtypes import DTYPES, FLOATS, QUANTIZED
+from headfold.plugins.gpus import GPUS
 from headfold.runtime.errors import KernelError
 from headfold.runtime.manifest import MODEL
 
@@ -167,9 +167,12 @@ def test_another_signature_is_an_error(expected, message) -> None:
 def test_a_planted_parameter_is_caught_in_the_compiler(tmp_path, monkeypatch) -> None:
     """Through the real process and the real PTX: the contract says i32 where the kernel was compiled with a pointer."""
     real = subprocess.Popen
-    plant = "from headfold.export.engine import kernel_worker; from headfold.plugins import kernel_contract as c; " + (
-        "honest = c.parameters; import headfold.plugins.triton_kernels; "
-        "c.parameters = lambda s, k: honest(s, k)[:-1]; kernel_worker.main()"
+    plant = (
+        "from headfold.export.engine import kernel_worker; from headfold.plugins.attention import kernel_contract as c; "
+        + (
+            "honest = c.parameters; import headfold.plugins.attention.triton_kernels; "
+            "c.parameters = lambda s, k: honest(s, k)[:-1]; kernel_worker.main()"
+        )
     )
     monkeypatch.setattr(subprocess, "Popen", lambda command, **o: real([command[0], "-c", plant], **o))
     with pytest.raises(KernelError, match=r"Triton cannot compile it: KernelError: .*the launcher passes"):

@@ -12,8 +12,8 @@ from onnx import TensorProto, helper
 from headfold.export.engine.kernels import kernel_spec
 from headfold.export.engine.lowering import attention_nodes, lower, spell_out_argmax
 from headfold.export.engine.preflight import preflight
+from headfold.plugins.attention.schema import ALL_INPUTS, DOMAIN, INPUTS, SINK, TABLES
 from headfold.plugins.experts import schema as experts
-from headfold.plugins.schema import ALL_INPUTS, DOMAIN, INPUTS, SINK, TABLES
 from headfold.runtime.errors import BuildError, BundleError
 from headfold.runtime.manifest import MODEL
 

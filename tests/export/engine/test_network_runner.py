@@ -26,8 +26,8 @@ from headfold.export.parity.report import ParityReport
 from headfold.export.parity.tolerances import Precision
 from headfold.export.parity.verify import precision_of
 from headfold.export.progress import Reporter
-from headfold.plugins import tensorrt_plugin
-from headfold.plugins.schema import INPUTS
+from headfold.plugins.attention import tensorrt_plugin
+from headfold.plugins.attention.schema import INPUTS
 from headfold.runtime.errors import BuildError, HeadfoldError, VerificationError
 from headfold.runtime.manifest import MODEL
 

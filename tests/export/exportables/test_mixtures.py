@@ -7,8 +7,8 @@ from random_transformers import save_random
 from torch import Tensor, nn
 
 from headfold.export.bundle.pipeline import ExportOptions, export_bundle
-from headfold.export.exportables.experts import _OWN, learn_gates
 from headfold.export.exportables.opening import open_exportable
+from headfold.export.exportables.transformers_road.experts import _OWN, learn_gates
 from headfold.export.graph.experts import attributes_of, experts_nodes
 from headfold.export.graph.recipes import WeightRecipe, recipe_of
 from headfold.export.progress import Reporter

@@ -15,7 +15,7 @@ from headfold.export.graph.passes import attention_nodes
 from headfold.export.graph.trace import export_graph
 from headfold.export.parity.verify import verify_bundle
 from headfold.export.progress import Reporter
-from headfold.plugins.schema import AttentionInputs
+from headfold.plugins.attention.schema import AttentionInputs
 
 CAPACITY = 256
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}

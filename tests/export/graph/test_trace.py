@@ -18,7 +18,7 @@ from headfold.export.graph.passes import expose_hidden_states
 from headfold.export.graph.trace import export_graph
 from headfold.export.graph.weights import attach_weights, save_model
 from headfold.export.model.config import FEED_FORWARDS, RopeConfig
-from headfold.plugins.onnx_functions import standard_body
+from headfold.plugins.attention.onnx_functions import standard_body
 from headfold.runtime import CheckpointError
 
 CAPACITY = 32

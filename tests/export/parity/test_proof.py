@@ -30,7 +30,7 @@ from headfold.export.bundle.pipeline import export_bundle
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
 from headfold.export.exportables.oracle import DecoderOracle, Past, QuantizedCache
 from headfold.export.exportables.own import OwnModel
-from headfold.export.exportables.transformers_oracle import oracle_of
+from headfold.export.exportables.transformers_road.transformers_oracle import oracle_of
 from headfold.export.model.config import RopeConfig
 from headfold.export.model.rope import rope_tables
 from headfold.export.parity.exact.rotary import tables

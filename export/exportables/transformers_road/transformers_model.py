@@ -15,12 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from headfold.export.checkpoints.base import TokenizerFiles
 from headfold.export.checkpoints.hf_tensors import stored_sizes
 from headfold.export.checkpoints.side_files import side_files
-from headfold.export.exportables import experts
-from headfold.export.exportables.attending import NAME, OpCache
 from headfold.export.exportables.base import Master, Road
 from headfold.export.exportables.facts import Facts
 from headfold.export.exportables.oracle import Oracle
-from headfold.export.exportables.transformers_oracle import TransformersOracle, decoder_layers, quiet
+from headfold.export.exportables.transformers_road import experts
+from headfold.export.exportables.transformers_road.attending import NAME, OpCache
+from headfold.export.exportables.transformers_road.transformers_oracle import TransformersOracle, decoder_layers, quiet
 from headfold.export.model.decoder import Cache, sequence_layout
 from headfold.plugins.dtypes import Quantized
 from headfold.runtime.errors import CheckpointError, ConfigError

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from headfold.plugins.attention.schema import AttentionInputs, Attributes
 from headfold.plugins.dtypes import QUANTIZED
-from headfold.plugins.schema import AttentionInputs, Attributes
 
 Array = NDArray[Any]
 
@@ -17,7 +17,7 @@ Array = NDArray[Any]
 def grouped_query_attention(inputs: AttentionInputs[Array], attributes: Attributes) -> tuple[Array, Array, Array]:
     """Append the new tokens to the caches and attend causally, one query at a time.
 
-    Shapes are those of `headfold.plugins.schema`. Computes in float64 and returns the dtype of `query`.
+    Shapes are those of `headfold.plugins.attention.schema`. Computes in float64 and returns the dtype of `query`.
     With scales [Hkv] the caches are int8, or float8_e4m3fn of ml_dtypes, and stand for `stored * scale`: a new token is rounded to the
     nearest (half to even), held to the dtype's range, and attended to as it is stored.
     Sources: grouped heads, Ainslie et al. 2023 section 2.2; RoPE, Su et al. 2021 section 3.4.2; RMSNorm, Zhang and

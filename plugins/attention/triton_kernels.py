@@ -1,6 +1,7 @@
 """The kernels of headfold::GroupedQueryAttention in Triton: append, prefill and decode (one source), reduce; and how they compile.
 
-Parameters in order, grids and tiles are those of `headfold.plugins.kernel_contract`. The same source runs in Triton's interpreter on
+Parameters in order, grids and tiles are those of `headfold.plugins.attention.kernel_contract`. The same source runs in Triton's
+interpreter on
 a CPU (TRITON_INTERPRET=1 before Triton is imported) and compiles for a GPU that is not there. Triton is imported only here.
 
 Names in capitals are compile-time constants: HKV and G heads, D head size, DP its power of two, R rotated dimensions.
@@ -19,7 +20,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from headfold.plugins.kernel_contract import KernelName, KernelSpec, constants, parameters, tiles
+from headfold.plugins.attention.kernel_contract import KernelName, KernelSpec, constants, parameters, tiles
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: no bit is left for a fraction, so adding it rounds half to even

@@ -21,7 +21,7 @@ from headfold.export.checkpoints.base import Checkpoint
 from headfold.export.checkpoints.gguf.file import GGUFCheckpoint
 from headfold.export.checkpoints.hf import HuggingFaceCheckpoint
 from headfold.export.exportables.oracle import Answer, Array, Past, QuantizedCache, Tokens, as_array
-from headfold.plugins.torch_op import dequantize, quantize
+from headfold.plugins.attention.torch_op import dequantize, quantize
 from headfold.runtime.errors import ConfigError, VerificationError
 
 _OPTIONS: dict[str, Any] = {"attn_implementation": "eager", "dtype": torch.float32}

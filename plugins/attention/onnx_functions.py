@@ -1,8 +1,8 @@
 """headfold::GroupedQueryAttention for ONNX: its operator schema, and the function bodies a graph can carry for it.
 
 ONNX Runtime inlines `onnxruntime_body` and runs its own kernel; `standard_body` has only standard ops, for everybody else.
-Both obey `headfold.plugins.schema`. A body belongs to one model: whether it has q/k norms or sinks, how much of a head RoPE rotates and
-how its cache is stored are the same in all its layers.
+Both obey `headfold.plugins.attention.schema`. A body belongs to one model: whether it has q/k norms or sinks, how much of a head
+RoPE rotates and how its cache is stored are the same in all its layers.
 """
 
 from collections.abc import Sequence
@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper
 from onnx.defs import OpSchema
 
-from headfold.plugins.dtypes import DTYPES, FLOATS, QUANTIZED, Quantized
-from headfold.plugins.schema import (
+from headfold.plugins.attention.schema import (
     ALL_INPUTS,
     DOMAIN,
     INPUTS,
@@ -23,6 +22,7 @@ from headfold.plugins.schema import (
     TABLES,
     VERSION,
 )
+from headfold.plugins.dtypes import DTYPES, FLOATS, QUANTIZED, Quantized
 
 _SINK_INPUT = 11  # of com.microsoft.GroupQueryAttention
 OPSET = 24  # of the default domain: the first with TensorScatter

@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from headfold.runtime.choosing.restrictions import Restrictions
+from headfold.runtime.choosing.sampling import SAMPLING, check_parameter
 from headfold.runtime.errors import BundleError
-from headfold.runtime.json_file import SETTINGS_BYTES, read_object
-from headfold.runtime.restrictions import Restrictions
-from headfold.runtime.sampling import SAMPLING, check_parameter
+from headfold.runtime.files.json_file import SETTINGS_BYTES, read_object
 
 FILE = "generation_config.json"
 _FIX = "Correct the checkpoint's file, and export again."

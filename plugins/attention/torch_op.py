@@ -1,6 +1,6 @@
 """headfold::GroupedQueryAttention in torch: differentiable eager maths, and the registered op that an export traces.
 
-Shapes are those of `headfold.plugins.schema`.
+Shapes are those of `headfold.plugins.attention.schema`.
 """
 
 from typing import cast
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headfold.plugins.schema import ALL_INPUTS, LAST_INDEX, AttentionInputs, Attributes
+from headfold.plugins.attention.schema import ALL_INPUTS, LAST_INDEX, AttentionInputs, Attributes
 
 
 def attend(inputs: AttentionInputs[Tensor], attributes: Attributes) -> Tensor:
@@ -80,7 +80,7 @@ def _append(
 
 
 def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """What an int8 or float8_e4m3fn cache stores of `x` [B, Hkv, S, D]; `scale` is [Hkv]. See `headfold.plugins.schema`."""
+    """What an int8 or float8_e4m3fn cache stores of `x` [B, Hkv, S, D]; `scale` is [Hkv]. See `headfold.plugins.attention.schema`."""
     real = x.float() / scale[:, None, None]
     if dtype == torch.int8:
         return real.round().clamp(-128, 127).to(dtype)

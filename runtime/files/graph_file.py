@@ -7,7 +7,7 @@ Field numbers are onnx.proto's, which never change.
 from collections.abc import Iterator
 from pathlib import Path
 
-from headfold.plugins.schema import TABLES
+from headfold.plugins.attention.schema import TABLES
 from headfold.runtime.errors import BundleError
 
 _GRAPH, _INITIALIZER, _DIMS, _NAME = 7, 5, 1, 8  # of ModelProto, GraphProto, TensorProto

@@ -18,8 +18,8 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from headfold.runtime import template_worker
 from headfold.runtime.errors import BundleError, InputError
+from headfold.runtime.templates import template_worker
 
 Messages = Sequence[Mapping[str, Any]]
 _LONGEST = 1 << 18  # characters of a template; the longest that we know has 30,000

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from headfold.plugins.attention.kernel_contract import KernelSpec, max_workspace_bytes
+from headfold.plugins.attention.launcher import Launcher, Pointers, Shape
+from headfold.plugins.attention.schema import DOMAIN, INPUTS, NORMS, OP_TYPE, OUTPUTS, SCALES, VERSION, Attributes
 from headfold.plugins.dtypes import FLOATS, QUANTIZED, from_tensorrt
-from headfold.plugins.kernel_contract import KernelSpec, max_workspace_bytes
-from headfold.plugins.launcher import Launcher, Pointers, Shape
-from headfold.plugins.schema import DOMAIN, INPUTS, NORMS, OP_TYPE, OUTPUTS, SCALES, VERSION, Attributes
 
 NAME, PLUGIN_VERSION, NAMESPACE = OP_TYPE, str(VERSION), DOMAIN
 ALIASES = {1: INPUTS.index("past_key"), 2: INPUTS.index("past_value")}  # output: the input whose memory it is

@@ -16,8 +16,8 @@ from transformers.cache_utils import Cache
 from headfold.export.exportables.facts import LayerFacts
 from headfold.export.model.decoder import Cache as Caches
 from headfold.export.model.decoder import Layout
-from headfold.plugins.schema import AttentionInputs, Attributes
-from headfold.plugins.torch_op import attention
+from headfold.plugins.attention.schema import AttentionInputs, Attributes
+from headfold.plugins.attention.torch_op import attention
 from headfold.runtime.errors import ConfigError
 
 NAME = "headfold"  # of the attention, in `config._attn_implementation`

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from headfold.runtime.choosing.restrictions import Forbidden
 from headfold.runtime.errors import InputError
-from headfold.runtime.restrictions import Forbidden
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _COLDEST = 1e-6  # below it float32 logits divided by the temperature overflow

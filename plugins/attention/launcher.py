@@ -1,12 +1,13 @@
 """What the TensorRT plugin asks of whatever launches the attention kernels: device addresses, sizes, and one call.
 
-`cuda_launch.Kernels` is one; tests pass fakes. Plain data: nothing here needs CUDA. Shapes are those of `headfold.plugins.schema`.
+`cuda_launch.Kernels` is one; tests pass fakes. Plain data: nothing here needs CUDA. Shapes are those of
+`headfold.plugins.attention.schema`.
 """
 
 from dataclasses import dataclass
 from typing import Protocol
 
-from headfold.plugins.kernel_contract import KernelSpec
+from headfold.plugins.attention.kernel_contract import KernelSpec
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import ctypes
 from pathlib import Path
 from typing import Any
 
-from headfold.plugins.kernel_contract import (
+from headfold.plugins.attention.kernel_contract import (
     SCRATCH,
     KernelEntry,
     KernelFileError,
@@ -21,7 +21,7 @@ from headfold.plugins.kernel_contract import (
     read_kernels,
     splits,
 )
-from headfold.plugins.launcher import Pointers, Shape
+from headfold.plugins.attention.launcher import Pointers, Shape
 
 _CTYPES: dict[str, Any] = {"i32": ctypes.c_int32, "fp32": ctypes.c_float}
 _STATIC_SHARED = 48 << 10  # bytes of shared memory that every kernel may use; for more it has to be asked
@@ -89,7 +89,7 @@ def capability_of(driver: Any, device: Any) -> int:
 
 
 class Kernels:
-    """A set of kernels, loaded into the current context; see `headfold.plugins.launcher.Launcher`.
+    """A set of kernels, loaded into the current context; see `headfold.plugins.attention.launcher.Launcher`.
 
     Args:
         directory: has a kernels.json.

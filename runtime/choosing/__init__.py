@@ -1,0 +1,1 @@
+"""Which token comes next: settings, restrictions, sampling. May import errors and files."""

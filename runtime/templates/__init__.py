@@ -1,0 +1,1 @@
+"""Chat templates, run apart from this process, with bounds. May import errors."""
