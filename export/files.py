@@ -10,7 +10,20 @@ from pathlib import Path
 
 # The disk is full, or may not be written: the user's to mend, so one line and no traceback.
 CANNOT_WRITE = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP}
+    {
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EACCES,
+        errno.EROFS,
+        errno.EPERM,
+        errno.EBUSY,  # a mount point
+        errno.EXDEV,  # a lower layer of an overlay
+        errno.ENAMETOOLONG,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ELOOP,
+    }
 )
 _NOT_HERE = frozenset({errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP})  # of this kernel or file system
 _AT_FDCWD = -100
@@ -30,37 +43,68 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(directory: Path) -> None:
-    """Force every file of a directory, and the directory itself, to the disk."""
+    """Force every file of a directory, and the directory itself, to the disk; links are not followed."""
     for path in directory.rglob("*"):
-        sync(path)
+        if not path.is_symlink():
+            sync(path)
     sync(directory)
 
 
 @contextmanager
-def lock(directory: Path, wait: bool = True) -> Iterator[None]:
-    """Hold a directory: one process at a time, whatever its id and its container; the lock goes with the process.
+def lock(directory: Path) -> Iterator[bool]:
+    """Wait for a directory and hold it: one process at a time, whatever its id and its container.
 
-    Windows has no such locks: there nobody waits, and leftovers are not removed.
+    Yields whether it is held, since Windows and some network file systems have no such locks; on others only processes on the same
+    machine see it. The lock goes with the process.
 
     Raises:
-        OSError: it is held and `wait` is not set, or it is gone.
+        FileNotFoundError: it is gone.
     """
-    if sys.platform == "win32":
-        if not wait:
-            raise OSError(errno.EWOULDBLOCK, "no locks on directories here", str(directory))
-        yield
-        return
-    import fcntl
+    with _hold(directory, os.O_RDONLY, wait=True) as held:
+        yield held
 
+
+@contextmanager
+def lock_file(path: Path) -> Iterator[bool]:
+    """Make a file and hold it, as `lock` does, but without waiting; other machines see that, too.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        FileNotFoundError: its directory is gone.
+    """
+    with _hold(path, os.O_RDWR | os.O_CREAT, wait=False) as held:
+        yield held
+
+
+@contextmanager
+def _hold(path: Path, flags: int, wait: bool) -> Iterator[bool]:
+    if sys.platform == "win32":
+        yield False
+        return
     while True:
-        descriptor = os.open(directory, os.O_RDONLY)
+        descriptor = os.open(path, flags, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            if directory.stat().st_ino == os.fstat(descriptor).st_ino:  # not exchanged while we waited
-                yield
+            held = _flock(descriptor, wait)
+            if os.path.samestat(path.stat(), os.fstat(descriptor)):  # not another one by now
+                yield held
                 return
         finally:
             os.close(descriptor)
+
+
+def _flock(descriptor: int, wait: bool) -> bool:
+    """False where the file system has no locks."""
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno not in _NOT_HERE | {errno.ENOLCK, errno.EBADF}:
+            raise
+        return False
+    return True
 
 
 def rename_without_replacing(source: Path, target: Path) -> None:

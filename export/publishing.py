@@ -1,7 +1,9 @@
 """Publish a directory or a file so that it is whole or not there: made beside its place, synced to disk, then put there in one step.
 
-A process that is killed leaves the old or the new; what it left half-made is removed by the next one that publishes to the same place,
-known by its name and by a lock that nobody holds any more. Nothing that exists is replaced unless the caller says so.
+Work is done in a staging directory beside the target: `new` is what will be published, `old` what it replaces where the two cannot
+be exchanged in one step, and `lock` is held by the process that works there, whatever its id and its container. A process that is
+killed leaves the old or the new; what it left half-made is undone by the next one that publishes to the same place. Nothing that
+exists is replaced unless the caller says so, and nothing is deleted while it is the only copy.
 """
 
 import hashlib
@@ -9,13 +11,14 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from headfold.export.files import CANNOT_WRITE, exchange, lock, rename_without_replacing, sync, sync_tree
+from headfold.export.files import CANNOT_WRITE, exchange, lock, lock_file, rename_without_replacing, sync, sync_tree
 from headfold.runtime.errors import HeadfoldError
 
-_STAGE, _ASIDE = ".headfold-stage-", ".headfold-old-"
+_STAGING = ".headfold-stage-"
+_NEW, _OLD, _LOCK = "new", "old", "lock"
 Check = Callable[[Path], None]  # raises unless the directory may be replaced
 Complete = Callable[[Path, Path], None]  # given the old directory and the new one, just before they change places
 
@@ -28,52 +31,74 @@ def publish(target: Path, replace: Check | None = None, complete: Complete | Non
         target: where it goes; a link is followed.
         replace: whether what is there may go; without, nothing that exists, or appears meanwhile, is touched. Called again once the old
             one has moved, since somebody may have put something into it.
-        complete: what the new one takes over from the old one; nobody else publishes to `target` meanwhile.
+        complete: what the new one takes over from the old one, which must be there; nobody else publishes to `target` meanwhile.
 
     Raises:
         FileExistsError: `target` exists and `replace` is None.
+        FileNotFoundError: `target` is gone and `complete` needs it.
         OSError: the disk is full or may not be written.
     """
     target = Path(os.path.realpath(target))
-    recover(target)
-    stage, held = _new_stage(target)
-    try:
-        yield stage
-        if replace is None or not target.exists():
-            sync_tree(stage)
-            rename_without_replacing(stage, target)
+    with _staging(target) as staging:
+        new = staging / _NEW
+        new.mkdir()
+        yield new
+        if complete is None and (replace is None or not target.exists()):
+            sync_tree(new)
+            rename_without_replacing(new, target)
         else:
-            _swap(stage, target, replace, complete)
+            _swap(staging, target, replace, complete)
         sync(target.parent)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)  # gone already after a success, or the old directory
-        held.close()
 
 
-def _swap(stage: Path, target: Path, replace: Check, complete: Complete | None) -> None:
+def _swap(staging: Path, target: Path, replace: Check | None, complete: Complete | None) -> None:
+    """Put `new` in the place of `target`. What fails between two renames is put right by `_settle`."""
+    new, old = staging / _NEW, staging / _OLD
+    check = replace or (lambda _: None)
     with lock(target):
-        replace(target)
         if complete is not None:
-            complete(target, stage)
-        sync_tree(stage)
-        if exchange(stage, target):
+            complete(target, new)
+        check(target)
+        sync_tree(new)
+        if exchange(new, target):
             try:
-                replace(stage)
-            except Exception:
-                exchange(stage, target)
+                check(new)
+            except BaseException:
+                exchange(new, target)
                 raise
             return
-        aside = target.with_name(f"{_ASIDE}{_key(target)}-{secrets.token_hex(8)}")  # `recover` puts it back
-        rename_without_replacing(target, aside)
+        rename_without_replacing(target, old)
+        rename_without_replacing(new, target)
         try:
-            rename_without_replacing(stage, target)
-            replace(aside)
-        except Exception:
-            if target.exists():
-                target.rename(stage)
-            aside.rename(target)
+            check(old)
+        except BaseException:
+            target.rename(new)
             raise
-        shutil.rmtree(aside)
+
+
+def publish_file(target: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` make a file beside `target`, which then takes its place. Raises OSError."""
+    target = Path(os.path.realpath(target))
+    with _staging(target) as staging:
+        new = staging / _NEW
+        write(new)
+        sync(new)
+        new.replace(target)
+        sync(target.parent)
+
+
+@contextmanager
+def scratch(target: Path) -> Iterator[Path]:
+    """A directory beside `target` that is gone afterwards; one that a killed process left goes with the next."""
+    with _staging(target) as staging:
+        (staging / _NEW).mkdir()
+        yield staging / _NEW
+
+
+def discard(directory: Path) -> None:
+    """Remove a directory, so that under its name it is whole or gone. Raises OSError."""
+    with _staging(directory) as staging:
+        directory.rename(staging / _NEW)
 
 
 def recover(target: Path) -> None:
@@ -81,18 +106,71 @@ def recover(target: Path) -> None:
 
     What cannot be removed stays: it is in nobody's way, and another process may be removing it, too.
     """
-    key = _key(target)
     if not target.parent.is_dir():
         return
-    for aside in target.parent.glob(f"{_ASIDE}{key}-*"):
-        with suppress(OSError), lock(aside, wait=False):
-            if target.exists():
-                shutil.rmtree(aside, ignore_errors=True)
-            else:  # killed between the two renames
-                aside.rename(target)
-    for stage in target.parent.glob(f"{_STAGE}{key}-*"):
-        with suppress(OSError), lock(stage, wait=False):
-            shutil.rmtree(stage, ignore_errors=True)
+    for staging in target.parent.glob(f"{_STAGING}{_key(target)}-*"):
+        with suppress(OSError):
+            with lock_file(staging / _LOCK) as held:
+                _put_back(staging, target)
+                if not held:  # it may be at work
+                    continue
+                _settle(staging, target)
+            _close(staging)
+
+
+@contextmanager
+def _staging(target: Path) -> Iterator[Path]:
+    """A staging directory of this process's own, empty."""
+    recover(target)
+    with ExitStack() as leaving:
+        staging, held = _take_staging(target)
+        leaving.callback(_close, staging)
+        leaving.enter_context(held)
+        leaving.callback(_settle, staging, target)
+        yield staging
+
+
+def _take_staging(target: Path) -> tuple[Path, ExitStack]:
+    """A new staging directory, and its lock."""
+    while True:
+        staging = target.with_name(f"{_STAGING}{_key(target)}-{secrets.token_hex(8)}")
+        staging.mkdir()
+        with suppress(BlockingIOError, FileNotFoundError), ExitStack() as held:
+            held.enter_context(lock_file(staging / _LOCK))
+            return staging, held.pop_all()
+        # another process took it for a leftover in the moment before it was locked
+
+
+def _settle(staging: Path, target: Path) -> None:
+    """Put back what a failure left without its place, and remove the rest."""
+    _put_back(staging, target)
+    new, old = staging / _NEW, staging / _OLD
+    if old.exists() and new.exists():  # somebody took the place meanwhile: `old` is the only copy, and stays
+        return
+    for rest in (new, old):
+        if rest.is_dir() and not rest.is_symlink():
+            shutil.rmtree(rest, ignore_errors=True)
+        else:
+            rest.unlink(missing_ok=True)
+
+
+def _put_back(staging: Path, target: Path) -> None:
+    """The old one has moved, and the new one not yet taken its place."""
+    if (staging / _OLD).exists() and not target.exists():
+        with suppress(FileExistsError):
+            rename_without_replacing(staging / _OLD, target)
+
+
+def _close(staging: Path) -> None:
+    """Remove an empty staging directory, after its lock is released: network file systems keep the names of open files."""
+    with suppress(OSError):
+        if not (staging / _OLD).exists():
+            shutil.rmtree(staging)
+
+
+def _key(target: Path) -> str:
+    """Of the target's name, so that a long one does not become longer."""
+    return hashlib.sha256(os.fsencode(target.name)).hexdigest()[:12]
 
 
 @contextmanager
@@ -106,53 +184,3 @@ def one_line(kind: type[HeadfoldError], where: Path, fix: str) -> Iterator[None]
         if error.errno not in CANNOT_WRITE:
             raise
         raise kind(f"cannot write: {error.strerror or error}", where=where, fix=fix) from error
-
-
-def publish_file(target: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` make a file beside `target`, which then takes its place. Raises OSError."""
-    target = Path(os.path.realpath(target))
-    with scratch(target) as directory:
-        stage = directory / "file"
-        write(stage)
-        sync(stage)
-        stage.replace(target)
-    sync(target.parent)
-
-
-@contextmanager
-def scratch(target: Path) -> Iterator[Path]:
-    """A directory beside `target` that is gone afterwards; one that a killed process left goes with the next."""
-    recover(target)
-    directory, held = _new_stage(target)
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-        held.close()
-
-
-class _Held:
-    """The lock that says that a stage's process lives."""
-
-    def __init__(self, stage: Path) -> None:
-        self._stack = lock(stage, wait=False)
-        self._stack.__enter__()
-
-    def close(self) -> None:
-        self._stack.__exit__(None, None, None)
-
-
-def _new_stage(target: Path) -> tuple[Path, _Held]:
-    while True:
-        stage = target.with_name(f"{_STAGE}{_key(target)}-{secrets.token_hex(8)}")
-        stage.mkdir()
-        try:
-            return stage, _Held(stage)
-        except OSError:  # another process took it for a leftover in the moment before it was locked
-            if stage.exists():
-                raise
-
-
-def _key(target: Path) -> str:
-    """Of the target's name, so that a long one does not become longer."""
-    return hashlib.sha256(os.fsencode(target.name)).hexdigest()[:12]

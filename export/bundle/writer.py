@@ -4,12 +4,13 @@
 """
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from headfold.export.publishing import Complete, one_line, publish
+from headfold.export.publishing import one_line, publish
 from headfold.runtime.errors import BundleError, HeadfoldError
 from headfold.runtime.manifest import MANIFEST, FileEntry, Manifest, read_manifest, sha256
 
@@ -17,16 +18,16 @@ _FIX = "Free some space or choose another place with -o."
 
 
 @contextmanager
-def staged(output: Path, force: bool, complete: Complete | None = None) -> Iterator[Path]:
+def staged(output: Path, force: bool) -> Iterator[Path]:
     """A new directory beside `output` that takes its place when the block ends without an exception, and vanishes otherwise.
 
-    With `force` it replaces a bundle; `complete` is that of `publish`.
+    With `force` it replaces a bundle.
 
     Raises:
         BundleError: `output` exists and `force` is not set, or it is no bundle of ours; its parent is no directory; the disk is full.
     """
     check_output(output, force)
-    with one_line(BundleError, output, _FIX), publish(output, check_ours if force else None, complete) as stage:
+    with one_line(BundleError, output, _FIX), publish(output, check_ours if force else None) as stage:
         yield stage
 
 
@@ -37,6 +38,10 @@ def check_output(output: Path, force: bool) -> None:
             if not force:
                 raise BundleError(
                     "already exists", where=output, fix="Choose another place, or replace it with --force."
+                )
+            if os.path.ismount(output):
+                raise BundleError(
+                    "is a mount point, so nothing takes its place", where=output, fix="Choose a name in it."
                 )
             check_ours(output)
         parent = output.resolve().parent

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from headfold.export.checkpoints.base import Checkpoint
 from headfold.export.checkpoints.families import config_to_json
@@ -42,7 +43,7 @@ def write_hf(stage: Path, checkpoint: Checkpoint, dtype: torch.dtype, max_shard_
     for number, names in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {name: checkpoint.read(name).to(dtype).contiguous() for name in names}
-        save_file(tensors, stage / file, metadata={"format": "pt"})
+        save_tensors(tensors, stage / file)
         weight_map |= dict.fromkeys(names, file)
     total = sum(torch.Size(shape).numel() for shape in checkpoint.shapes().values()) * dtype.itemsize
     if len(shards) > 1:
@@ -51,6 +52,12 @@ def write_hf(stage: Path, checkpoint: Checkpoint, dtype: torch.dtype, max_shard_
     _write_json(stage / CONFIG, content)
     for name, data in checkpoint.tokenizer.files.items():
         (stage / name).write_bytes(data)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file, for whom the user's umask lets read its directory; safetensors itself writes for the owner alone."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -3,8 +3,6 @@
 TensorRT-RTX builds for many GPUs on a machine that has none; full TensorRT builds on the GPU it builds for.
 """
 
-import os
-import shutil
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ import polygraphy.config
 import torch
 from polygraphy.exception import PolygraphyException
 
-from headfold.export.bundle.writer import file_entry, staged, write_json
+from headfold.export.bundle.additions import adding
 from headfold.export.engine.lowering import lower
 from headfold.export.engine.network_report import AttentionLayers, ParsedNetwork, kind, open_flavour, parse, report
 from headfold.export.engine.options import BuildOptions, check_options, profiles
@@ -29,7 +27,6 @@ from headfold.runtime.errors import BuildError
 from headfold.runtime.files.engine_file import check_engine
 from headfold.runtime.manifest import (
     ENGINES_VERSION,
-    MANIFEST,
     MODEL,
     EngineEntry,
     EngineProfile,
@@ -72,10 +69,11 @@ def build_engine(bundle: Path, options: BuildOptions, reporter: Reporter) -> Bui
         layers = report(parsed, options.attention, manifest.cache.num_hidden_layers)
     file = f"{ENGINES}/{options.target}-{options.attention}.engine"
 
-    def take_over(old: Path, new: Path) -> None:
-        _take_over(old, new, manifest, entry)
+    def update(current: Manifest) -> Manifest:
+        check_options(options, bundle, current)
+        return _with_engine(current, manifest, entry, bundle)
 
-    with staged(bundle, force=True, complete=take_over) as stage:
+    with adding(bundle, update, KERNELS if options.attention == "plugin" else None) as stage:
         plugin = _add_kernels(stage, manifest, options, lowered, reporter) if options.attention == "plugin" else None
         with reporter.step("build the engine"):
             engine = _serialize(parsed, manifest, options, reporter)
@@ -248,34 +246,19 @@ def _add_kernels(
     )
 
 
-def _take_over(bundle: Path, stage: Path, built_from: Manifest, entry: EngineEntry) -> None:
-    """Complete a stage that has the new engine: the bundle's other files, as links to the same bytes, and its manifest anew.
-
-    Another build may have added its engine meanwhile, and keeps it.
+def _with_engine(current: Manifest, built_from: Manifest, entry: EngineEntry, bundle: Path) -> Manifest:
+    """The bundle's manifest as it is now with the new engine; another build may have added its own meanwhile, and keeps it.
 
     Raises:
-        BuildError: the bundle is another one than the engine was built from.
+        BuildError: the bundle is another one than the engine was built from, or has got an engine whose kernels would be lost.
     """
-    manifest = read_manifest(bundle)
-    if manifest.files.get(MODEL) != built_from.files[MODEL]:
+    if current.files.get(MODEL) != built_from.files[MODEL]:
         raise BuildError("was replaced while its engine was built", where=bundle, fix="Build again.")
-    new = {path.relative_to(stage).as_posix() for path in stage.rglob("*") if path.is_file()}
-    for name in manifest.files:
-        if name in new or (entry.plugin is not None and name.startswith(f"{KERNELS}/")):
-            continue
-        (stage / name).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(bundle / name, stage / name)
-        except OSError:  # a disk without links
-            shutil.copy2(bundle / name, stage / name)
-    engines = [e for e in manifest.engines if e.file != entry.file]
+    engines = [e for e in current.engines if e.file != entry.file]
     if entry.plugin is not None:  # one set of kernels serves all engines of a bundle
+        known = {e.file for e in built_from.engines}
+        if any(e.plugin is not None and e.file not in known for e in engines):
+            raise BuildError("got another engine with kernels of its own meanwhile", where=bundle, fix="Build again.")
         engines = [e.model_copy(update={"plugin": entry.plugin}) if e.plugin is not None else e for e in engines]
-    kept = {name: file for name, file in manifest.files.items() if (stage / name).is_file() and name not in new}
-    made = {name: file_entry(stage / name) for name in new}
-    update = {
-        "format_version": max(ENGINES_VERSION, manifest.format_version),
-        "engines": [*engines, entry],
-        "files": dict(sorted((kept | made).items())),
-    }
-    write_json(stage / MANIFEST, manifest.model_copy(update=update).model_dump())
+    version = max(ENGINES_VERSION, current.format_version)
+    return current.model_copy(update={"format_version": version, "engines": [*engines, entry]})

@@ -5,7 +5,6 @@ optimizer's state and `state.json` beside it. Nothing is a pickle.
 """
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -24,11 +22,11 @@ from torch.distributed.checkpoint.state_dict import (
 
 from headfold.export.checkpoints.base import Checkpoint
 from headfold.export.checkpoints.hf import HuggingFaceCheckpoint
-from headfold.export.checkpoints.hf_writer import write_hf
+from headfold.export.checkpoints.hf_writer import save_tensors, write_hf
 from headfold.export.checkpoints.side_files import read_json
 from headfold.export.files import CANNOT_WRITE
 from headfold.export.model.decoder import Decoder
-from headfold.export.publishing import publish, publish_file
+from headfold.export.publishing import discard, publish, publish_file
 from headfold.runtime.errors import CheckpointError, InputError
 
 OPTIMIZER, STATE, LOG = "optimizer.safetensors", "state.json", "log.jsonl"
@@ -98,10 +96,10 @@ def save_state(
         directory.mkdir(parents=True, exist_ok=True)
         with publish(target, replace=_check_ours) as stage:  # of a run that resumed from before it
             write_hf(stage, checkpoint, torch.float32)
-            save_file(dict(optimizer), stage / OPTIMIZER)
+            save_tensors(dict(optimizer), stage / OPTIMIZER)
             (stage / STATE).write_text(json.dumps(vars(state), indent=1) + "\n")
-    for old in checkpoints(directory)[:-keep]:
-        shutil.rmtree(old)
+        for old in checkpoints(directory)[:-keep]:
+            discard(old)
     return target
 
 

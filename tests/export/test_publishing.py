@@ -1,5 +1,6 @@
 """Old or new, whole, whatever happens: a kill at every step of publishing, races, leftovers of processes that are all number 1."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from headfold.export import publishing
-from headfold.export.files import exchange, lock, rename_without_replacing
+from headfold.export.files import exchange, lock_file, rename_without_replacing
 from headfold.export.publishing import publish, publish_file
 
 # Publishes version 2 over version 1, and dies like a killed process before the N-th call that changes the disk.
@@ -31,7 +32,7 @@ def counted(function):
 if not exchanging:
     files._rename = lambda *_: 38  # ENOSYS: a system that can neither exchange nor refuse to replace
 files._rename = counted(files._rename)
-for name in ("mkdir", "rename", "unlink", "rmdir", "fsync", "open"):
+for name in ("mkdir", "rename", "unlink", "rmdir", "fsync", "open", "close"):
     setattr(os, name, counted(getattr(os, name)))
 with publishing.publish(target, replace=lambda old: None) as stage:
     (stage / "a").write_text("2")
@@ -106,27 +107,129 @@ def test_what_somebody_puts_into_the_old_one_at_the_last_moment_brings_it_back(t
 
 def test_a_stage_whose_process_lives_stays_and_one_whose_process_died_goes(tmp_path) -> None:
     target = tmp_path / "b"
-    abandoned, _held = publishing._new_stage(target)
-    _held.close()
-    living, held = publishing._new_stage(target)
-    first(target)
-    assert not abandoned.exists()
-    assert living.exists()
-    held.close()
+    with publishing._staging(target) as living:
+        abandoned = living.with_name(f"{living.name}1")
+        (abandoned / "new").mkdir(parents=True)
+        first(target)
+        assert not abandoned.exists()
+        assert living.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
 def test_processes_that_are_all_number_1_do_not_take_each_other_for_dead(tmp_path) -> None:
     inside = ["unshare", "--pid", "--fork", "--mount-proc"]
     if not shutil.which("unshare") or subprocess.run([*inside, "true"], check=False, capture_output=True).returncode:
         pytest.skip("no namespaces of process ids here")
-    source = "from pathlib import Path; from headfold.export.publishing import publish, _new_stage\n"
-    source += f"t = Path({str(tmp_path / 'b')!r})\n"
-    killed = source + "import os; _new_stage(t); assert os.getpid() < 3; os._exit(137)"
-    works = source + "\nwith publish(t) as stage: (stage / 'a').write_text('1')"
+    source = "from pathlib import Path; from headfold.export.publishing import publish\n"
+    source += f"import os\nwith publish(Path({str(tmp_path / 'b')!r})) as stage:\n    (stage / 'a').write_text('1')\n"
+    killed = source + "    assert os.getpid() < 3; os._exit(137)"
+    waits = source + "    print(flush=True); input()"
     subprocess.run([*inside, sys.executable, "-c", killed], check=False)
     assert len(list(tmp_path.iterdir())) == 1
-    subprocess.run([*inside, sys.executable, "-c", works], check=True)
+    living = subprocess.Popen(
+        [*inside, sys.executable, "-c", waits], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert living.stdout is not None
+    living.stdout.readline()
+    subprocess.run([*inside, sys.executable, "-c", source], check=True)
+    assert len(list(tmp_path.iterdir())) == 2
+    living.communicate("\n")
+    assert living.returncode == 1  # the other was first, and it replaces nothing
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_an_interrupt_between_two_renames_puts_the_old_one_back(tmp_path, monkeypatch) -> None:
+    target = tmp_path / "b"
+    first(target)
+
+    def interrupted(source: Path, to: Path) -> None:
+        if to == target and source.name == "new":
+            raise KeyboardInterrupt
+        source.rename(to)
+
+    monkeypatch.setattr(publishing, "exchange", lambda *_: False)
+    monkeypatch.setattr(publishing, "rename_without_replacing", interrupted)
+    with pytest.raises(KeyboardInterrupt), publish(target, replace=lambda old: None) as stage:
+        (stage / "a").write_text("2")
+    assert versions(target) == {"1"}
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_the_only_copy_stays_when_somebody_takes_its_place_between_two_renames(tmp_path, monkeypatch) -> None:
+    target = tmp_path / "b"
+    first(target)
+
+    def taken(source: Path, to: Path) -> None:
+        if to == target and source.name == "new":
+            target.write_text("theirs")
+        rename_without_replacing(source, to)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(publishing, "exchange", lambda *_: False)
+        patched.setattr(publishing, "rename_without_replacing", taken)
+        with pytest.raises(FileExistsError), publish(target, replace=lambda old: None) as stage:
+            (stage / "a").write_text("2")
+    publishing.recover(target)
+    assert target.read_text() == "theirs"
+    target.unlink()
+    publishing.recover(target)
+    assert versions(target) == {"1"}
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def no_locks(monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+
+
+def windows(monkeypatch) -> None:
+    monkeypatch.setattr("sys.platform", "win32")
+
+
+@pytest.mark.parametrize("system", [no_locks, windows])
+def test_without_locks_all_but_the_removal_of_leftovers_works(system, tmp_path, monkeypatch) -> None:
+    target, leftover = tmp_path / "b", tmp_path / f"{publishing._STAGING}{publishing._key(tmp_path / 'b')}-1"
+    (leftover / "old").mkdir(parents=True)
+    (leftover / "old" / "a").write_text("0")
+    with monkeypatch.context() as patched:
+        system(patched)
+        publishing.recover(target)
+        assert versions(target) == {"0"}  # the only copy is put back all the same
+        (leftover / "new").mkdir()
+        for text in "12":
+            with publish(target, replace=lambda old: None) as stage:
+                (stage / "a").write_text(text)
+        publish_file(tmp_path / "f", lambda stage: stage.write_text("1"))
+        assert (leftover / "new").exists()  # its process may live
+    publishing.recover(target)
+    assert versions(target) == {"2"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "f"]
+
+
+def test_what_is_to_be_completed_must_be_there(tmp_path) -> None:
+    target = tmp_path / "b"
+    first(target)
+
+    def late() -> None:
+        with publish(target, complete=lambda old, new: None):
+            target.rename(tmp_path / "moved")
+
+    with pytest.raises(FileNotFoundError):
+        late()
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]
+
+
+def test_a_killed_removal_leaves_no_half(tmp_path, monkeypatch) -> None:
+    target = tmp_path / "b"
+    first(target)
+    code = "import os, pathlib, shutil, sys; from headfold.export.publishing import discard\n"
+    code += "shutil.rmtree = lambda *a, **k: os._exit(137); discard(pathlib.Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", code, target], check=False)
+    assert not target.exists()
+    publishing.recover(target)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_two_at_once_make_two_that_are_whole_one_after_the_other(tmp_path) -> None:
@@ -195,5 +298,5 @@ def test_the_systems_renames_do_what_they_say(tmp_path) -> None:
         assert (tmp_path / "a" / "is").read_text() == "b"
     rename_without_replacing(tmp_path / "a", tmp_path / "c")
     assert not (tmp_path / "a").exists()
-    with lock(tmp_path / "b"), pytest.raises(OSError, match="unavailable"), lock(tmp_path / "b", wait=False):
+    with lock_file(tmp_path / "l"), pytest.raises(BlockingIOError), lock_file(tmp_path / "l"):
         pass

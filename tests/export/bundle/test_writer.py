@@ -8,32 +8,17 @@ import time
 from pathlib import Path
 
 import pytest
+from least_bundle import fill
 
-from headfold.export.bundle.writer import manifest_of, staged, write_json
-from headfold.plugins.names import caches
+from headfold.export.bundle.writer import check_output, staged
 from headfold.runtime import BundleError
-from headfold.runtime.manifest import Manifest, read_manifest
+from headfold.runtime.manifest import read_manifest
 
 PROGRAM = Path(sys.executable).parent / "headfold"
 
 
 def names(path: Path) -> list[str]:
     return sorted(entry.name for entry in path.iterdir())
-
-
-def fill(stage: Path, vocab_size: int) -> Manifest:
-    """The least that is a bundle."""
-    (stage / "model.onnx").write_bytes(b"graph")
-    fields = {"format_version": 1, "headfold_version": "0", "source": "s", "config": {}, "parameters": 1}
-    specs = [
-        [{"name": name, "dtype": "float32", "shape": [1]} for name in names]
-        for names in (caches(1), caches(1).values())
-    ]
-    more = {"dtype": "float32", "logits": "last", "inputs": specs[0], "outputs": specs[1], "tools": {}, "parity": None}
-    cache = {"num_hidden_layers": 1, "num_key_value_heads": 1, "head_dim": 1, "capacity": 1}
-    manifest = manifest_of(stage, vocab_size=vocab_size, cache=cache, **fields, **more)
-    write_json(stage / "manifest.json", manifest.model_dump())
-    return manifest
 
 
 def test_a_finished_block_is_published(tmp_path) -> None:
@@ -99,6 +84,13 @@ def test_a_directory_that_appears_meanwhile_is_not_touched(tmp_path) -> None:
         export()
     assert names(tmp_path) == ["b"]
     assert names(tmp_path / "b") == ["manifest.json"]
+
+
+def test_a_mount_point_is_refused_before_any_work(tmp_path, monkeypatch) -> None:
+    (tmp_path / "b").mkdir()  # empty, as a container's volume
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "b")
+    with pytest.raises(BundleError, match="is a mount point, so nothing takes its place"):
+        check_output(tmp_path / "b", force=True)
 
 
 def test_permission_is_one_line(tmp_path, monkeypatch) -> None:
