@@ -50,6 +50,7 @@ from headfold.runtime.cpu import physical_cores
 from headfold.runtime.errors import KernelError
 
 _SOURCE = Path(kernel_contract.__file__).with_name("triton_kernels.py")  # which is not imported here: that needs Triton
+_NATIVE = "Use --attention native for this model."
 _PTX_SIZES = {"u64": 8, "b64": 8, "u32": 4, "b32": 4, "f32": 4}
 
 

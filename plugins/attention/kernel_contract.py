@@ -1,8 +1,7 @@
 """What the Triton kernels, their compiler and their launcher agree on: parameters in order, tiles, grids, workspace, kernels.json.
 
-Plain data and pure functions; nothing here needs Triton, CUDA or a GPU. Shapes are named as in
-`headfold.plugins.attention.schema`; G = Hq / Hkv
-is the number of query heads that share a key/value head.
+Plain data and pure functions; nothing here needs Triton, CUDA or a GPU. Shapes are named as in `headfold.plugins.attention.schema`;
+G = Hq / Hkv is the number of query heads that share a key/value head.
 """
 
 import hashlib

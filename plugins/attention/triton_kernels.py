@@ -1,8 +1,8 @@
 """The kernels of headfold::GroupedQueryAttention in Triton: append, prefill and decode (one source), reduce; and how they compile.
 
 Parameters in order, grids and tiles are those of `headfold.plugins.attention.kernel_contract`. The same source runs in Triton's
-interpreter on
-a CPU (TRITON_INTERPRET=1 before Triton is imported) and compiles for a GPU that is not there. Triton is imported only here.
+interpreter on a CPU (TRITON_INTERPRET=1 before Triton is imported) and compiles for a GPU that is not there.
+Triton is imported only here.
 
 Names in capitals are compile-time constants: HKV and G heads, D head size, DP its power of two, R rotated dimensions.
 Sources: online softmax, Milakov and Gimelshein 2018 section 3; tiling, FlashAttention-2 (Dao 2023) algorithm 1; splitting the keys,
