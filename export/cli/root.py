@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 import rich_click as click
-from click.exceptions import Abort, ClickException, Exit, NoArgsIsHelpError, UsageError
+from click.exceptions import Abort, ClickException, Exit, UsageError
 
 from headfold.export.cli.build import build
 from headfold.export.cli.convert import convert
@@ -20,6 +20,7 @@ from headfold.export.cli.generate import chat, generate
 from headfold.export.cli.inspect import inspect
 from headfold.export.cli.train import study, sweep, uptrain
 from headfold.export.cli.verify import verify
+from headfold.export.files import CANNOT_WRITE
 from headfold.runtime.errors import HeadfoldError, printable
 
 click.rich_click.TEXT_MARKUP = "markdown"
@@ -41,22 +42,36 @@ class Group(click.RichGroup):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """See click.Group.main."""
+        if not kwargs.get("standalone_mode", True):  # who calls us deals with what is raised
+            return super().main(*args, **kwargs)
         for stream in (sys.stdout, sys.stderr):  # an encoding without some characters shows others in their place
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
         try:
+            try:
+                sys.exit(self._run(*args, **kwargs))
+            finally:
+                sys.stdout.flush()
+        except (BrokenPipeError, SystemExit) as error:
+            # click and rich make exit code 1 of a pipe whose reader has seen enough; ours means a failed verification
+            if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
+                raise
+            for broken in (sys.stdout, sys.stderr):  # nothing more can be written, at exit neither
+                os.dup2(os.open(os.devnull, os.O_WRONLY), broken.fileno())
+            sys.exit(_BROKEN_PIPE)
+
+    def _run(self, *args: Any, **kwargs: Any) -> int:
+        """The exit code."""
+        try:
             code = super().main(*args, **kwargs | {"standalone_mode": False})
-        except NoArgsIsHelpError as error:
-            error.show()
-            sys.exit(error.exit_code)
         except ClickException as error:
             context = error.ctx if isinstance(error, UsageError) else None
             hint = f" See {context.command_path} --help." if context is not None else ""
             click.echo(f"headfold: error: {printable(error.format_message())}{hint}", err=True)
-            sys.exit(error.exit_code)
+            return error.exit_code
         except Abort:
-            sys.exit(_INTERRUPTED)
-        sys.exit(code if isinstance(code, int) else 0)
+            return _INTERRUPTED
+        return code if isinstance(code, int) else 0
 
     def invoke(self, ctx: click.Context) -> Any:
         """See click.Group.invoke."""
@@ -65,12 +80,7 @@ class Group(click.RichGroup):
         except KeyboardInterrupt:
             click.echo("headfold: interrupted", err=True)
             sys.exit(_INTERRUPTED)
-        except BrokenPipeError:  # who reads has seen enough
-            os.dup2(
-                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-            )  # nothing more can be written, at exit neither
-            sys.exit(_BROKEN_PIPE)
-        except (ClickException, Exit, Abort):
+        except (ClickException, Exit, Abort, BrokenPipeError):
             raise
         except Exception as error:
             if ctx.params.get("debug"):
@@ -84,6 +94,8 @@ def explain(error: Exception) -> tuple[str, int]:
     """One line for a person, and the exit code."""
     if isinstance(error, HeadfoldError):
         return f"error: {error}", error.exit_code
+    if isinstance(error, OSError) and error.errno in CANNOT_WRITE and error.filename is not None:
+        return f"error: {printable(str(error.filename))}: {error.strerror}.", 2
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
         package = error.name.partition(".")[0]
         extra = next((extra for extra, packages in _EXTRAS.items() if package in packages), None)

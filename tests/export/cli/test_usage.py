@@ -85,15 +85,26 @@ def test_a_package_that_is_missing_names_its_extra(monkeypatch, tmp_path) -> Non
         assert f'{package} is not installed. Install it: pip install "headfold[{extra}]".' in run.stderr
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(toy_checkpoint) -> None:
-    process = subprocess.Popen(
-        [PROGRAM, "inspect", toy_checkpoint, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert process.stdout is not None
-    process.stdout.close()
-    assert process.wait() in (141, -signal.SIGPIPE)
-    assert process.stderr is not None
-    assert process.stderr.read() == b""
+@pytest.mark.parametrize(
+    ("arguments", "closed"),
+    [
+        (["inspect", "CHECKPOINT", "--json"], "stdout"),
+        (["inspect", "CHECKPOINT"], "stdout"),
+        (["--help"], "stdout"),
+        ([], "stdout"),
+        (["--version"], "stdout"),
+        (["inspect", "nothing"], "stderr"),
+    ],
+)
+def test_a_reader_that_has_seen_enough_is_no_error(arguments, closed, toy_checkpoint) -> None:
+    command = [PROGRAM, *(toy_checkpoint if part == "CHECKPOINT" else part for part in arguments)]
+    read, write = os.pipe()
+    os.close(read)
+    open_one = "stderr" if closed == "stdout" else "stdout"
+    run = subprocess.run(command, **{closed: write, open_one: subprocess.PIPE}, check=False)
+    os.close(write)
+    assert run.returncode == 141
+    assert not getattr(run, open_one)
 
 
 def test_an_interrupt_is_130_and_leaves_nothing(toy_checkpoint, tmp_path) -> None:
