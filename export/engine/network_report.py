@@ -16,7 +16,11 @@ from headfold.plugins.names import PARTS, cache_input, cache_output
 from headfold.plugins.tensorrt_library import Flavour, TensorRTMissing, open_tensorrt
 from headfold.runtime.errors import BuildError, HeadfoldError
 
-NATIVE_LAYERS = ("KV_CACHE_UPDATE", "ROTARY_EMBEDDING", "ATTENTION")  # per attention: two, two and one
+NATIVE_LAYERS = (
+    "KV_CACHE_UPDATE",
+    "ROTARY_EMBEDDING",
+    "ATTENTION",
+)  # per attention: two, two (none without RoPE) and one
 PLUGIN_LAYER = "PLUGIN_V3"
 
 
@@ -170,14 +174,16 @@ def report(parsed: ParsedNetwork, attention: Attention, num_layers: int) -> list
     counts: list[Counter[str]] = [Counter() for _ in range(num_layers)]
     inputs = {parsed.network.get_input(i).name for i in range(parsed.network.num_inputs)}
     index = -1
-    first = {"native": "ROTARY_EMBEDDING", "plugin": PLUGIN_LAYER}[attention]
+    last = {"native": "ATTENTION", "plugin": PLUGIN_LAYER}[
+        attention
+    ]  # of one attention, which the next one's come behind
     for layer in parsed.layers():
         name = {"ATTENTION_INPUT": "ATTENTION", "ATTENTION_OUTPUT": ""}.get(kind(layer), kind(layer))
         if name not in (*NATIVE_LAYERS, PLUGIN_LAYER):
             continue
-        if name == first and (index < 0 or _complete(counts[index], attention)):
+        if index < num_layers - 1 and (index < 0 or counts[index][last]):
             index += 1
-        counts[min(max(index, 0), num_layers - 1)][name] += 1
+        counts[index][name] += 1
     in_place = aliases(parsed)
     result = []
     for i, count in enumerate(counts):
@@ -198,5 +204,6 @@ def report(parsed: ParsedNetwork, attention: Attention, num_layers: int) -> list
 
 
 def _complete(count: Counter[str], attention: Attention) -> bool:
-    wanted = {PLUGIN_LAYER: 1} if attention == "plugin" else dict(zip(NATIVE_LAYERS, (2, 2, 1), strict=True))
-    return dict(count) == wanted
+    if attention == "plugin":
+        return dict(count) == {PLUGIN_LAYER: 1}
+    return [count[name] for name in (*NATIVE_LAYERS, PLUGIN_LAYER)] in ([2, 2, 1, 0], [2, 0, 1, 0])

@@ -27,7 +27,7 @@ from headfold.export.parity.tolerances import Precision
 from headfold.export.parity.verify import precision_of
 from headfold.export.progress import Reporter
 from headfold.plugins.attention import tensorrt_plugin
-from headfold.plugins.attention.schema import INPUTS
+from headfold.plugins.attention.schema import INPUTS, TABLES
 from headfold.runtime.errors import BuildError, HeadfoldError, VerificationError
 from headfold.runtime.manifest import MODEL
 
@@ -163,6 +163,18 @@ def test_the_report_refuses_layers_that_were_not_asked_for(trt, tensorrt_toy) ->
     assert layers[1].aliased == {f"present.1.{kv}": f"past_key_values.1.{kv}" for kv in ("key", "value")}
     with pytest.raises(BuildError, match="not what --attention plugin asks for"):
         report(native, "plugin", 2)
+
+
+def test_attention_that_does_not_rotate_is_reported_layer_by_layer(trt, tensorrt_toy, tmp_path) -> None:
+    path = tensorrt_toy("float16").bundle / MODEL
+    model = ir.load(path)
+    for node in attention_nodes(model):
+        for name in TABLES:
+            node.replace_input_with(INPUTS.index(name), None)
+    ir.save(model, tmp_path / MODEL, external_data=f"{MODEL}.data")
+    lowered = lower(tmp_path / MODEL, "native", 40)
+    layers = report(parse(trt, lowered, tmp_path / MODEL), "native", 2)
+    assert [layer.layers for layer in layers] == [{"KV_CACHE_UPDATE": 2, "ATTENTION": 1}] * 2
 
 
 def test_float16_results_are_rounded_after_every_layer(trt) -> None:
