@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from headfold.export.model.decoder import Decoder, Scales
+from headfold.runtime.errors import ConfigError
 
 _SMALLEST = 1e-8  # of a scale: a head that is always zero stays zero
 
@@ -29,6 +30,9 @@ def cache_scales(decoder: Decoder, tokens: Tensor, dtype: torch.dtype) -> list[S
         decoder: with a cache that is not quantized.
         tokens: int64 [N, S] to calibrate on.
         dtype: int8 or float8_e4m3fn.
+
+    Raises:
+        ConfigError: the keys or values hold NaN or infinity.
     """
     largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
     seen = []
@@ -38,6 +42,11 @@ def cache_scales(decoder: Decoder, tokens: Tensor, dtype: torch.dtype) -> list[S
         magnitudes = [x.float().abs().amax((0, 2, 3)) for pair in cache for x in pair]  # [Hkv] each
         seen.append(torch.stack(magnitudes))  # [2 L, Hkv]
     scales = (torch.stack(seen).amax(0) / largest).clamp(min=_SMALLEST)
+    if not scales.isfinite().all():
+        raise ConfigError(
+            "the model's keys or values hold NaN or infinity, which no scale fits",
+            fix="Leave out --kv-cache, or correct the weights.",
+        )
     return list(zip(scales[::2], scales[1::2], strict=True))
 
 

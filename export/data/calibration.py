@@ -44,7 +44,7 @@ def calibration_tokens(
         reporter: told what goes on.
 
     Raises:
-        DataError: see `tokenize`; or less data than one sequence.
+        DataError: see `tokenize`; less data than one sequence; or a model that computes NaN.
     """
     reporter = reporter or Reporter(quiet=True)
     length = min(length, decoder.capacity)
@@ -66,6 +66,11 @@ def calibration_tokens(
             for step in range(1, length):
                 seen = torch.ones(rows, step, dtype=torch.long)
                 logits = decoder(tokens[:, -1:], seen, cache, last_only=True).logits[:, -1].float()  # [N, V]
+                if not logits.isfinite().all():
+                    raise DataError(
+                        "the model computes NaN or infinity, so it writes no text to calibrate on",
+                        fix="Leave out --kv-cache, or correct the weights.",
+                    )
                 chosen = torch.multinomial(logits.softmax(-1), 1, generator=generator)
                 tokens = torch.cat((tokens, chosen), 1)
                 advance(1)

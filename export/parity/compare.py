@@ -20,7 +20,7 @@ from headfold.export.exportables.oracle import Answer, Array, Oracle, Past, Quan
 from headfold.export.graph.passes import cut_layers, keep_new_rows
 from headfold.export.parity.layers import Finding, ask, judge, layer_checks, layer_feed, layer_results
 from headfold.export.parity.probes import Feed, Pasts, Place, Step, make_places, make_rows, make_steps
-from headfold.export.parity.report import CheckResult, LayerResult, ParityReport, compare_logits
+from headfold.export.parity.report import CheckResult, LayerResult, ParityReport, agreed, compare_logits
 from headfold.export.parity.runners import CachedRunner, LayersRunner, OrtRunner, Outputs, prepared
 from headfold.export.parity.tolerances import MARGIN, Precision
 from headfold.export.progress import Reporter, quiet_polygraphy
@@ -264,11 +264,13 @@ def _whole_checks(
             expected = expected_outputs(step, asked.answers, subject.all_logits)
             unsure = _unsure(step, doubt, subject.all_logits)
             names = ["logits", *(filter(is_cache_output, expected) if number == len(pairs) - 1 else ())]
+            both = {x: agreed(expected[x], outputs[x]) for x in names}
+            expected, found = ({x: pair[side] for x, pair in both.items()} for side in (0, 1))
             limits = {x: max(precision.tolerance.limit(x, expected[x]), unsure.get(x, 0)) for x in names}
-            results = _errors(name, expected, outputs, limits)
+            results = _errors(name, expected, found, limits)
             logits += results[:1]
             caches += results[1:]
-            agreements.append(compare_logits(expected["logits"], outputs["logits"]))
+            agreements.append(compare_logits(expected["logits"], found["logits"]))
         cosine, kl, top1 = zip(*agreements, strict=True)
         agreement = {"cosine": min(cosine), "kl": max(kl), "top1": float(np.mean(top1))}
         checks += [
@@ -309,7 +311,9 @@ def _unsure(step: Step, doubt: Doubt | None, all_logits: bool) -> dict[str, floa
     return {name: MARGIN * float(np.abs(narrow[name] - wide[name]).max(initial=0)) for name in narrow}
 
 
-def _errors(name: str, expected: dict[str, Array], actual: Outputs, limits: dict[str, float]) -> list[CheckResult]:
+def _errors(
+    name: str, expected: dict[str, Array], actual: dict[str, Array], limits: dict[str, float]
+) -> list[CheckResult]:
     """The outputs that have a limit, in their order."""
     found = []
     for output, limit in limits.items():
@@ -342,6 +346,7 @@ def _greedy_check(
     chosen = np.array([outputs["logits"][0, -1].argmax() for outputs in steps], np.int64)
     wanted = asked.rows[0][asked.prompt :]
     lost = first.max(1, initial=-np.inf) - first[np.arange(len(first)), chosen]
+    lost[chosen == wanted] = 0  # of NaN, too
     allowed = precision.tolerance.limit("logits", first)
     if doubt is not None:
         allowed = max(allowed, MARGIN * float(np.abs(doubt[0][0].logits - doubt[1][0].logits).max()))
@@ -359,8 +364,8 @@ def _exposed(precision: Precision, answer: Answer, prompt: int, outputs: Outputs
     """The residual stream of the first prompt after each layer, of a candidate whose layers cannot be cut apart."""
     results = []
     for layer, stream in enumerate(answer.hidden_states):
-        right = stream[:prompt]
-        error = float(np.abs(right - outputs[hidden_state(layer)][0]).max())
+        right, actual = agreed(stream[:prompt], outputs[hidden_state(layer)][0])
+        error = float(np.abs(right - actual).max())
         limit = precision.tolerance.limit(hidden_state(layer), right)
         results.append(LayerResult(layer, error, limit, bool(error <= limit)))  # NaN is not
     return results

@@ -10,7 +10,7 @@ import numpy as np
 
 from headfold.export.exportables.oracle import Answer, Array, Oracle, QuantizedCache
 from headfold.export.parity.probes import Feed, Pasts, Place, feed
-from headfold.export.parity.report import CheckResult, LayerResult
+from headfold.export.parity.report import CheckResult, LayerResult, agreed
 from headfold.export.parity.runners import Outputs
 from headfold.export.parity.tolerances import MARGIN, Precision
 from headfold.plugins.names import PARTS, cache_input, cache_output, hidden_state, layer_input
@@ -97,7 +97,7 @@ def judge(
     for layer in range(layers):
         right = np.stack([answer.hidden_states[layer] for answer in answers])  # [B, S, hidden]
         before = np.stack([answer.hidden_states[layer - 1] for answer in answers]) if layer else np.zeros_like(right)
-        spread = update * np.abs(right - before).max() + 4 * np.finfo(np.float32).eps * np.abs(right)
+        spread = update * _largest(right - before) + 4 * np.finfo(np.float32).eps * np.abs(right)
         unsure = _unsure([[a.hidden_states[layer] for a in side] for side in doubt or ()])
         found.append(
             _finding(
@@ -109,7 +109,7 @@ def judge(
             whole = outputs[cache_output(layer, name)]  # [B, Hkv, from the shortest past on, D]
             begins = [past - start for past in place.pasts]
             actual = np.stack([whole[row, :, begin : begin + length] for row, begin in enumerate(begins)])
-            spread = np.full(right.shape, stored if precision.cache is not None else stored * np.abs(right).max())
+            spread = np.full(right.shape, stored if precision.cache is not None else stored * _largest(right))
             unsure = _unsure([[a.cache[layer][part] for a in side] for side in doubt or ()])
             found.append(
                 _finding(place.check, layer, cache_output(layer, name), right, actual, np.maximum(spread, unsure))
@@ -128,7 +128,13 @@ def _unsure(sides: Sequence[Sequence[Array]]) -> float:
     return MARGIN * max(float(np.abs(a - b).max(initial=0)) for a, b in zip(*sides, strict=True))
 
 
+def _largest(numbers: Array) -> float:
+    return float(np.abs(numbers).max(initial=0, where=np.isfinite(numbers)))
+
+
 def _finding(place: str, layer: int, tensor: str, right: Array, actual: Array, allowed: Array) -> Finding:
+    right, actual = agreed(right, actual)
+    allowed = np.where(np.isfinite(allowed), allowed, 0)
     errors = np.abs(right.astype(np.float64) - actual)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = np.where(errors == 0, 0, errors / allowed)  # nothing may be allowed where all is zero

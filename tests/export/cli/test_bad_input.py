@@ -250,6 +250,25 @@ def test_nan_can_be_allowed(checkpoint, tmp_path) -> None:
     assert CliRunner().invoke(main, arguments).exit_code == 0
 
 
+@pytest.mark.parametrize("name", [NORM, "model.layers.0.mlp.down_proj.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_nan_that_is_allowed_is_proven_to_be_where_the_checkpoint_has_it(name, dtype, checkpoint, tmp_path) -> None:
+    tensors(lambda t: t[name].view(-1)[3::48].fill_(float("nan")))(checkpoint)
+    arguments = ["export", str(checkpoint), "-o", str(tmp_path / "b"), "--allow-nan", "--dtype", dtype, "-q"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    fails(["generate", str(tmp_path / "b"), "the fox", "-n", "2"], "the logits of token 1 of answer 0 are NaN")
+
+
+@pytest.mark.parametrize("data", [[], ["--data", "DATA"]])
+def test_a_quantized_cache_of_nan_is_refused(data, checkpoint, tmp_path) -> None:
+    tensors(lambda t: t["model.embed_tokens.weight"][:, 3].fill_(float("nan")))(checkpoint)
+    (tmp_path / "text.txt").write_text("the lazy dog " * 99)
+    given = [str(tmp_path / "text.txt") if part == "DATA" else part for part in data]
+    arguments = ["export", str(checkpoint), "-o", str(tmp_path / "b"), "--allow-nan", "--kv-cache", "int8", "-q"]
+    fails([*arguments, *given], "NaN or infinity")
+
+
 def test_debug_shows_the_traceback(tmp_path, monkeypatch) -> None:
     arguments = ["--debug", "inspect", str(tmp_path / "nothing")]
     monkeypatch.setattr("sys.argv", ["headfold", *arguments])

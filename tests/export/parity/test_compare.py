@@ -18,7 +18,7 @@ from headfold.export.model.config import ModelConfig
 from headfold.export.model.decoder import Decoder
 from headfold.export.parity.compare import Subject, verify_graph
 from headfold.export.parity.probes import make_prompts, pad
-from headfold.export.parity.report import ParityReport, compare_logits
+from headfold.export.parity.report import ParityReport, agreed, compare_logits
 from headfold.export.parity.tolerances import Precision
 from headfold.export.progress import Reporter
 
@@ -92,6 +92,16 @@ def test_nan_fails(config, verified) -> None:
     report = verified(config, weights=lambda t: t["model.layers.2.mlp.down_proj.weight"][0].fill_(float("nan")))
     assert not report.passed
     assert report.first_bad_layer == 2
+
+
+def test_nan_and_infinity_are_agreed_only_where_both_are_the_same() -> None:
+    nan, inf = np.nan, np.inf
+    expected, actual = np.array([nan, inf, -inf, nan, inf, 1]), np.array([nan, inf, -inf, 2, -inf, nan])
+    left, right = agreed(expected, actual)
+    np.testing.assert_array_equal(left, [0, 0, 0, nan, inf, 1])
+    np.testing.assert_array_equal(right, [0, 0, 0, 2, -inf, nan])
+    finite = np.ones(6)
+    assert agreed(finite, actual)[1] is actual
 
 
 def test_a_lost_window_fails(config, verified) -> None:
