@@ -28,7 +28,7 @@ from headfold.export.parity.verify import verify_bundle
 from headfold.export.progress import Reporter
 from headfold.plugins.dtypes import DType, Quantized
 from headfold.runtime.choosing.generation_settings import read_generation_settings
-from headfold.runtime.errors import ConfigError, VerificationError
+from headfold.runtime.errors import BundleError, CheckpointError, ConfigError, VerificationError
 from headfold.runtime.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -40,6 +40,7 @@ from headfold.runtime.manifest import (
     TensorSpec,
     cache_spec,
 )
+from headfold.runtime.text import Text
 
 PARITY = "parity.json"
 _STATUS = Path("/proc/self/status")  # of Linux
@@ -92,6 +93,7 @@ def export_bundle(source: Exportable, output: Path, options: ExportOptions, repo
     capacity = _capacity(options.capacity, facts.capacity)
     dtype = getattr(torch, options.dtype)
     with staged(output, options.force) as stage:
+        _write_side_files(stage, source, capacity)  # first: what is wrong with them is known before the work is done
         scales, quantization = (
             _calibrate(source, capacity, options.cache, reporter, stage) if options.cache else ([], None)
         )
@@ -111,7 +113,6 @@ def export_bundle(source: Exportable, output: Path, options: ExportOptions, repo
         del model, tensors
         peak = max(_peak_memory() - before, 0)
         reporter.note(f"peak memory of the export: {peak / 2**20:,.0f} MiB, {peak / weight_bytes:.2f} x the weights")
-        _write_side_files(stage, source, capacity)
         fields: dict[str, Any] = {
             "format_version": _format_version(source, quantization),
             "headfold_version": version("headfold"),
@@ -203,6 +204,12 @@ def _write_side_files(stage: Path, source: Exportable, capacity: int) -> None:
         ids = {"bos_token_id": facts.bos_token_id, "eos_token_id": eos or None, "pad_token_id": facts.pad_token_id}
         write_json(stage / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
     settings = read_generation_settings(stage)
+    try:
+        Text(stage)
+    except BundleError as error:
+        raise CheckpointError(
+            error.what, where=source.path, fix="Correct it, or take it out of the checkpoint."
+        ) from error
     if len(set(facts.cache_shapes)) == 1:  # onnxruntime-genai knows one shape for all layers
         write_json(stage / "genai_config.json", genai_config(facts, capacity, settings))
 

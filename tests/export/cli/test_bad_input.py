@@ -124,6 +124,15 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config is a list": (lambda p: (p / "config.json").write_text("[]"), "is no JSON object"),
     "unknown model_type": (config(model_type="llamax"), "transformers cannot read its configuration"),
     "a model with a state": (config(model_type="mamba"), "mamba has a state beside keys and values"),
+    "broken tokenizer": (lambda p: (p / "tokenizer.json").write_text("{}"), "is no tokenizer"),
+    "broken template": (
+        lambda p: (p / "chat_template.jinja").write_text("{% for m in messages %}"),
+        "its chat template is broken",
+    ),
+    "broken generation settings": (
+        lambda p: (p / "generation_config.json").write_text('{"eos_token_id": "x"}'),
+        "eos_token_id",
+    ),
     "no model_type": (config(model_type=None), "model_type is missing"),
     "unknown activation": (config(hidden_act="xielu"), "hidden_act 'xielu' is not implemented"),
     "unknown RoPE": (
