@@ -3,8 +3,14 @@
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"  # Triton looks at it while it is imported, and transformers' experts import it
+with suppress(ImportError):
+    import headfold.plugins.attention.triton_kernels  # noqa: F401  before anybody else does
+del os.environ["TRITON_INTERPRET"]  # for processes that compile
 
 import pytest
 import torch

@@ -103,8 +103,11 @@ def export_graph(
     del model.graph.outputs[-len(shapes) :]  # the residual stream: named values, not outputs
     name_weights(model, prefix="decoder.", tied=_tied(master.decoder))
     fold_transposes(model)
-    fold_rotations(model, tensors.read, capacity)
-    fold_norms(model)
+    if (
+        dtype == torch.float32
+    ):  # in 16 bits models cast in between, and the rules would lose the casts: it stays spelled out
+        fold_rotations(model, tensors.read, capacity)
+        fold_norms(model)
     drop_idle_reshapes(model)
     join_projections(model)
     ir.passes.Sequential(

@@ -4,13 +4,11 @@ The interpreter computes float16 products in float32, as tensor cores do; its bf
 in float32 (UPCAST).
 """
 
-import os
-import sys
-
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
+import triton
 from attention_problem import Problem as BaseProblem
 from attention_problem import spec
 from fake_cuda import FakeCuda, write_kernels
@@ -18,18 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headfold.plugins.attention import kernel_contract as contract
+from headfold.plugins.attention import triton_kernels  # imported to interpret, in tests/conftest.py
 from headfold.plugins.attention.cuda_launch import Kernels
 from headfold.plugins.attention.schema import Attributes
 from headfold.runtime.device import Device
 
-assert "triton" not in sys.modules, "Triton was imported before this module: it can no longer interpret"
-os.environ["TRITON_INTERPRET"] = "1"  # Triton looks at it while it is imported
-try:
-    import triton
-
-    from headfold.plugins.attention import triton_kernels
-finally:
-    del os.environ["TRITON_INTERPRET"]  # for processes that compile
 triton.knobs.runtime.interpret = True  # for what it imports later
 
 KERNELS = {

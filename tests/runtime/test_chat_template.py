@@ -13,7 +13,8 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from headfold.runtime import BundleError, HeadfoldError, InputError, chat_template, load, template_worker
+from headfold.runtime import BundleError, HeadfoldError, InputError, load
+from headfold.runtime.templates import chat_template, template_worker
 from headfold.runtime.text import Text
 
 HELLO = [{"role": "user", "content": "hello"}]

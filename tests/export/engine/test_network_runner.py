@@ -291,7 +291,7 @@ def test_refuses_a_second_reader_of_a_cache_updated_in_place(trt) -> None:
     [
         ("Softmax", {"axis": -1}, "is a SOFTMAX"),
         ("ArgMax", {"axis": -1}, "is a TOPK"),
-        ("Sin", {}, "does SIN"),
+        ("Tan", {}, "does TAN"),
         ("LeakyRelu", {"alpha": 0.1}, "does LEAKY_RELU"),
     ],
 )
