@@ -30,6 +30,7 @@ _HUB = frozenset(
     {".cache", ".git", ".gitattributes", ".gitignore", "README.md"}
 )  # what a hub's download adds; never read
 _FIX = "Export the bundle again."
+Road = Literal["headfold", "transformers"]
 
 
 def _inside(name: str) -> str:
@@ -169,7 +170,7 @@ class Manifest(_Strict):
     format_version: int = Field(ge=1, le=ROADS_VERSION)
     headfold_version: str
     source: str  # name of the checkpoint's file or directory, without its path
-    road: Literal["headfold", "transformers", "module"] = "headfold"  # who made the model of its weights
+    road: Road = "headfold"  # who made the model of its weights
     config: dict[
         str, Any
     ]  # as JSON: ModelConfig of headfold.export.model.config, on other roads Facts of headfold.export.exportables

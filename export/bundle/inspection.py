@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -19,16 +19,13 @@ from headfold.export.model.config import ModelConfig
 from headfold.plugins.dtypes import DTYPES
 from headfold.runtime.errors import printable
 from headfold.runtime.files.engine_file import check_engine
-from headfold.runtime.manifest import MANIFEST, EngineEntry, check_files, read_manifest
-
-if TYPE_CHECKING:
-    from headfold.export.exportables.opening import Via
+from headfold.runtime.manifest import MANIFEST, EngineEntry, Road, check_files, read_manifest
 
 Facts = dict[str, Any]
 _LONGEST = 4000  # characters of one fact
 
 
-def inspect_path(path: Path, via: "Via | None" = None, trust_remote_code: bool = False) -> Facts:
+def inspect_path(path: Path, via: Road | None = None, trust_remote_code: bool = False) -> Facts:
     """Facts of the bundle or checkpoint at `path`; sizes are in bytes. A bundle's files are checked against its manifest.
 
     Raises:
@@ -37,7 +34,7 @@ def inspect_path(path: Path, via: "Via | None" = None, trust_remote_code: bool =
     return _bundle(path) if (path / MANIFEST).exists() else _checkpoint(path, via, trust_remote_code)
 
 
-def _checkpoint(path: Path, via: "Via | None", trust_remote_code: bool) -> Facts:
+def _checkpoint(path: Path, via: Road | None, trust_remote_code: bool) -> Facts:
     from headfold.export.exportables.opening import open_exportable  # here, for they import torch
     from headfold.export.exportables.own import OwnModel
 

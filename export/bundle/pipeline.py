@@ -18,7 +18,7 @@ from headfold.export.bundle.writer import check_output, file_entry, manifest_of,
 from headfold.export.checkpoints.opening import load_decoder
 from headfold.export.data.calibration import CALIBRATION, calibration_tokens, write_tokens
 from headfold.export.data.calibration import TOKENS as CALIBRATION_TOKENS
-from headfold.export.exportables.base import Exportable
+from headfold.export.exportables.base import Exportable, no_quantized_cache
 from headfold.export.exportables.own import OwnModel
 from headfold.export.graph.trace import export_graph
 from headfold.export.graph.weights import attach_weights, cache_scales_by_name, save_model
@@ -149,11 +149,7 @@ def _calibrate(
 ) -> tuple[list[Scales], QuantizationSpec]:
     """The cache's scales, and what they cost; the decoder that this takes is gone afterwards."""
     if not isinstance(source, OwnModel):
-        raise ConfigError(
-            "a quantized cache is made only for families that headfold has a table of",
-            where=source.path,
-            fix="Leave --kv-cache out.",
-        )
+        raise no_quantized_cache(source.path)
     checkpoint = source.checkpoint
     stored = getattr(torch, options.dtype)
     with reporter.step("read the checkpoint"):

@@ -11,7 +11,7 @@ from headfold.plugins.dtypes import FLOATS, QUANTIZED, DType, Quantized
 from headfold.runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from headfold.export.exportables.opening import Via
+    from headfold.runtime.manifest import Road
 
 
 @click.command()
@@ -57,7 +57,7 @@ def export(
     decode_steps: int,
     force: bool,
     target: str | None,
-    via: "Via | None",
+    via: "Road | None",
     trust_remote_code: bool,
     as_json: bool,
     quiet: bool,

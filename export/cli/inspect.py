@@ -8,7 +8,7 @@ import rich_click as click
 from headfold.export.cli.shared import JSON, REMOTE_CODE, VIA, print_json
 
 if TYPE_CHECKING:
-    from headfold.export.exportables.opening import Via
+    from headfold.runtime.manifest import Road
 
 
 @click.command()
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @VIA
 @REMOTE_CODE
 @JSON
-def inspect(path: str, via: "Via | None", trust_remote_code: bool, as_json: bool) -> None:
+def inspect(path: str, via: "Road | None", trust_remote_code: bool, as_json: bool) -> None:
     """Show what is in a checkpoint or a bundle: its road, architecture, parameters, heads, bytes of weights and cache, parity.
 
     **Example**: `headfold inspect smol --json`

@@ -53,7 +53,7 @@ def verify(
 
     `headfold verify smol --against ./SmolLM2-135M-Instruct --backend tensorrt-network --attention plugin`
     """
-    from headfold.export.exportables.opening import open_exportable, road_of
+    from headfold.export.exportables.opening import open_exportable
     from headfold.export.parity.rendering import render
     from headfold.export.parity.verify import verify as verify_against
 
@@ -70,7 +70,7 @@ def verify(
     reporter = reporter_for(quiet)
 
     def opened(manifest: "Manifest") -> "Exportable":
-        return open_exportable(Path(source), road_of(manifest), trust_remote_code, reporter)
+        return open_exportable(Path(source), manifest.road, trust_remote_code, reporter)
 
     report = verify_against(bundle, opened, decode_steps, reporter, candidate)
     if as_json:

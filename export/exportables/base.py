@@ -1,12 +1,12 @@
 """What can be exported is to the rest of headfold: facts, a module to trace, tensors read one at a time, an oracle, tokenizer files.
 
-Three makers of it: `own.py` for families with a table, `transformers_model.py` for whatever transformers loads, `own_module.py` for
-a person's own. Behind them nobody asks which.
+Two makers of it: `own.py` for families with a table, `transformers_model.py` for whatever transformers loads. Behind them nobody
+asks which.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,8 @@ from headfold.export.checkpoints.base import TokenizerFiles
 from headfold.export.exportables.facts import Facts
 from headfold.export.exportables.oracle import Oracle
 from headfold.plugins.dtypes import Quantized
-
-Road = Literal["headfold", "transformers", "module"]
+from headfold.runtime.errors import ConfigError
+from headfold.runtime.manifest import Road
 
 
 class Tensors(Protocol):
@@ -44,6 +44,15 @@ class Master(nn.Module):
     """
 
     decoder: nn.Module
+
+
+def no_quantized_cache(path: Path) -> ConfigError:
+    """What to raise of a model that cannot have one."""
+    return ConfigError(
+        "a quantized cache is made only for families that headfold has a table of",
+        where=path,
+        fix="Leave --kv-cache out.",
+    )
 
 
 class Exportable(Protocol):

@@ -2,7 +2,6 @@
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 from headfold.export.checkpoints.families import FAMILIES, OWN
 from headfold.export.checkpoints.opening import open_checkpoint
@@ -11,13 +10,11 @@ from headfold.export.exportables.base import Exportable
 from headfold.export.exportables.own import OwnModel
 from headfold.export.progress import Reporter
 from headfold.runtime.errors import ConfigError
-from headfold.runtime.manifest import Manifest
-
-Via = Literal["headfold", "transformers"]
+from headfold.runtime.manifest import Road
 
 
 def open_exportable(
-    path: Path, via: Via | None = None, trust_remote_code: bool = False, reporter: Reporter | None = None
+    path: Path, via: Road | None = None, trust_remote_code: bool = False, reporter: Reporter | None = None
 ) -> Exportable:
     """Open a checkpoint for export: a GGUF file, a Hugging Face directory, or `organisation/name` on its hub.
 
@@ -48,18 +45,3 @@ def open_exportable(
     if reporter is not None:
         reporter.note(f"{exportable.facts.model_type}: by way of transformers")
     return exportable
-
-
-def road_of(manifest: Manifest) -> Via:
-    """The road on which what a bundle was made from is opened again.
-
-    Raises:
-        ConfigError: it was a person's own module, which is nowhere but in their program.
-    """
-    if manifest.road == "module":
-        raise ConfigError(
-            "was made from a module in memory",
-            where=manifest.source,
-            fix="Call headfold.export.verify_module with that module.",
-        )
-    return manifest.road

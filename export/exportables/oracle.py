@@ -4,14 +4,15 @@ An oracle sees one sequence at a time and no padding, so it knows nothing of bat
 transformers' model is in `transformers_oracle.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from headfold.export.model.decoder import Decoder, Scales
 from headfold.plugins.dtypes import Quantized
@@ -101,23 +102,35 @@ class DecoderOracle:
         for pair, before in zip(caches, past.layers if past is not None else [], strict=False):
             for all_tokens, old in zip(pair, before, strict=True):
                 all_tokens[0, :, :start] = old.to(all_tokens.dtype)
-        heard: list[Tensor] = []
-
-        def hook(_module: Any, _inputs: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
-            heard.append(output[0][0])
-            if given is None:
-                return output
-            return torch.from_numpy(given[len(heard) - 1]).to(output[0].dtype)[None], output[1]
-
-        handles = [layer.register_forward_hook(hook) for layer in decoder.model.layers]
-        try:
-            mask = torch.ones(1, start + len(tokens), dtype=torch.long)
+        mask = torch.ones(1, start + len(tokens), dtype=torch.long)
+        with handed_on(decoder.model.layers, given) as heard:
             logits = decoder(torch.from_numpy(tokens)[None], mask, caches).logits[0]
-        finally:
-            for handle in handles:
-                handle.remove()
         new = [(as_array(keys[0, :, start:]), as_array(values[0, :, start:])) for keys, values in caches]
         return Answer(as_array(logits), [as_array(x) for x in heard], new)
+
+
+@contextmanager
+def handed_on(layers: Iterable[nn.Module], given: Sequence[Array] | None) -> Iterator[list[Tensor]]:
+    """What each layer computes inside the block, [S, hidden], for one sequence; `given` is what goes on to the next one instead.
+
+    A layer's output is the residual stream [1, S, hidden], alone or first in a tuple.
+    """
+    heard: list[Tensor] = []
+
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        x = output[0] if isinstance(output, tuple) else output
+        heard.append(x[0])
+        if given is None:
+            return output
+        x = torch.from_numpy(given[len(heard) - 1]).to(x.dtype)[None]
+        return (x, *output[1:]) if isinstance(output, tuple) else x
+
+    handles = [layer.register_forward_hook(hook) for layer in layers]
+    try:
+        yield heard
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def as_array(x: Tensor) -> Array:

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from headfold.export.checkpoints.base import Checkpoint, TokenizerFiles
 from headfold.export.checkpoints.opening import load_decoder
-from headfold.export.exportables.base import Master, Road
+from headfold.export.exportables.base import Master
 from headfold.export.exportables.facts import Facts, LayerFacts
 from headfold.export.exportables.oracle import DecoderOracle, Oracle
 from headfold.export.model.config import ModelConfig
 from headfold.export.model.decoder import Cache, Decoder
 from headfold.export.model.rope import rope_tables
 from headfold.plugins.dtypes import Quantized
+from headfold.runtime.manifest import Road
 
 
 class OwnModel:

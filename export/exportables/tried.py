@@ -1,6 +1,6 @@
 """What transformers' models are tried with: a tiny random configuration of each, odd sizes, windows shorter than the prompts.
 
-`scripts/parity_zoo` exports and proves them all, `headfold families` lists them, tests take a sample.
+`scripts/parity_zoo` exports and proves them all, tests take a sample.
 """
 
 from typing import Any

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as common_passes
 
 from headfold.export.graph.passes import attention_nodes
+from headfold.export.graph.recipes import shared_constant
 from headfold.plugins.attention.onnx_functions import onnxruntime_body, standard_body
 from headfold.plugins.attention.schema import ALL_INPUTS, DOMAIN, LAST_INDEX, TABLES, VERSION, AttentionInputs
 from headfold.plugins.dtypes import DTYPES, QUANTIZED, Quantized
@@ -119,14 +120,7 @@ def _tables_of_no_turn(model: ir.Model, inputs: AttentionInputs[ir.Value]) -> di
     dtype, capacity = inputs.query.dtype, inputs.past_key.shape[2]
     assert dtype is not None
     assert isinstance(capacity, int)
-    tables = {}
-    for name, number in zip(TABLES, (1, 0), strict=True):
-        table = model.graph.initializers.get(f"no_turn.{name}")
-        if table is None:
-            content = ir.tensor(np.full((capacity, 1), number, dtype.numpy()), dtype, name=f"no_turn.{name}")
-            table = ir.Value(
-                name=content.name, shape=ir.Shape([capacity, 1]), type=ir.TensorType(dtype), const_value=content
-            )
-            model.graph.register_initializer(table)
-        tables[name] = table
-    return tables
+    return {
+        name: shared_constant(model, f"no_turn.{name}", np.full((capacity, 1), number, dtype.numpy()), dtype)
+        for name, number in zip(TABLES, (1, 0), strict=True)
+    }

@@ -1,9 +1,10 @@
 """The products that make queries, keys and values of the same input become one: a runtime starts one for each token, not three."""
 
+import numpy as np
 import onnx_ir as ir
 
 from headfold.export.graph.passes import attention_nodes
-from headfold.export.graph.recipes import WeightRecipe, add_weight, recipe_of, remove_unread
+from headfold.export.graph.recipes import WeightRecipe, add_weight, recipe_of, remove_unread, shared_constant
 from headfold.plugins.attention.schema import AttentionInputs
 
 
@@ -55,12 +56,8 @@ def _join(model: ir.Model, parts: list[_Projection]) -> None:
     product = tape.op("MatMul", [parts[0].x, weight])
     if parts[0].bias is not None:
         product = tape.op("Add", [product, _joined(model, [part.bias for part in parts])])
-    name = "widths." + ".".join(str(part.width) for part in parts)  # the same in most layers
-    widths = model.graph.initializers.get(name)
-    if widths is None:
-        widths = ir.Value(name=name, shape=ir.Shape([len(parts)]), type=ir.TensorType(ir.DataType.INT64))
-        widths.const_value = ir.tensor([part.width for part in parts], name=name)
-        model.graph.register_initializer(widths)
+    sizes = [part.width for part in parts]  # the same in most layers
+    widths = shared_constant(model, "widths." + ".".join(map(str, sizes)), np.array(sizes))
     outputs = tape.op_multi_out("Split", [product, widths], {"axis": -1}, num_outputs=len(parts))
     model.graph.insert_before(parts[0].product, tape.nodes)
     for part, output in zip(parts, outputs, strict=True):

@@ -3,9 +3,11 @@
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _KEY = "headfold.recipe"  # among a value's metadata
@@ -80,6 +82,17 @@ def add_weight(model: ir.Model, recipe: WeightRecipe, shape: Sequence[int], like
     set_recipe(value, recipe)
     assert like.dtype is not None
     value.const_value = ir.LazyTensor(_no_value, dtype=like.dtype, shape=ir.Shape(shape), name=value.name)
+    model.graph.register_initializer(value)
+    return value
+
+
+def shared_constant(model: ir.Model, name: str, content: NDArray[Any], dtype: ir.DataType | None = None) -> ir.Value:
+    """The initializer `name`, which is no weight: one for all that want it. Its `content` is that of `dtype`, by default numpy's."""
+    known = model.graph.initializers.get(name)
+    if known is not None:
+        return known
+    tensor = ir.tensor(content, dtype, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(content.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     model.graph.register_initializer(value)
     return value
 

@@ -15,11 +15,12 @@ from onnx_ir.passes import common as common_passes
 from torch import Tensor
 
 from headfold.export.graph.passes import attention_nodes
-from headfold.export.graph.recipes import recipe_of
+from headfold.export.graph.recipes import recipe_of, shared_constant
 from headfold.plugins.attention.schema import ALL_INPUTS, INPUTS, TABLES, AttentionInputs
 
 Read = Callable[[str], Tensor]
 Array = NDArray[np.float32]
+Order = dict[ir.Node, int]  # the place of each node in the graph
 _CHUNK = 512  # positions run at a time
 _FARTHEST = 64  # nodes between a query and what it is rotated from
 _TOLERANCE = 1e-5  # of numbers of order 1, made of one product or two: float32's eps is 1.2e-7
@@ -52,18 +53,19 @@ def fold_rotations(model: ir.Model, read: Read, capacity: int) -> int:
     nodes = attention_nodes(model)
     if any(AttentionInputs[ir.Value | None].of_node(node.inputs).tables is not None for node in nodes):
         return 0
+    order = {node: index for index, node in enumerate(model.graph)}
     known: dict[tuple[object, ...], _Tables | None] = {}
     folded: dict[int, tuple[_Rotation, _Rotation, _Tables]] = {}
     for layer, node in enumerate(nodes):
         inputs = AttentionInputs[ir.Value | None].of_node(node.inputs)
         found = [
-            _rotation(model, value, node, part)
+            _rotation(order, value, node, part)
             for value, part in ((inputs.query, "num_heads"), (inputs.key, "kv_num_heads"))
         ]
         query, key = found
         if query is None or key is None:
             continue
-        tables = [_tables(model, rotation, read, capacity, known) for rotation in (query, key)]
+        tables = [_tables(model, order, rotation, read, capacity, known) for rotation in (query, key)]
         if tables[0] is None or tables[1] is None or not _equal(tables[0], tables[1]):
             continue
         folded[layer] = query, key, tables[0]
@@ -106,27 +108,21 @@ class _Values:
                 return pair
         suffix = f".{len(self._pairs)}" if self._pairs else ""
         cos, sin = (
-            self._add(f"{name}{suffix}", table) for name, table in zip(TABLES, (tables.cos, tables.sin), strict=True)
+            shared_constant(self._model, f"{name}{suffix}", table.astype(self._dtype.numpy()))
+            for name, table in zip(TABLES, (tables.cos, tables.sin), strict=True)
         )
         self._pairs.append((tables, (cos, sin)))
         return cos, sin
-
-    def _add(self, name: str, table: Array) -> ir.Value:
-        tensor = ir.tensor(table.astype(self._dtype.numpy()), name=name)
-        value = ir.Value(name=name, shape=ir.Shape(table.shape), type=ir.TensorType(self._dtype), const_value=tensor)
-        self._model.graph.register_initializer(value)
-        return value
 
 
 def _equal(a: _Tables, b: _Tables) -> bool:
     return a.interleaved == b.interleaved and np.array_equal(a.cos, b.cos) and np.array_equal(a.sin, b.sin)
 
 
-def _rotation(model: ir.Model, rotated: ir.Value | None, node: ir.Node, heads: str) -> _Rotation | None:
+def _rotation(order: Order, rotated: ir.Value | None, node: ir.Node, heads: str) -> _Rotation | None:
     """Go back from the op's input to the nearest value of rank 4 that all its data comes from, once positions have come in."""
     if rotated is None or rotated.producer() is None:
         return None
-    order = {producer: index for index, producer in enumerate(model.graph)}
     open_values, positioned = {rotated}, False
     for _ in range(_FARTHEST):
         latest = max(open_values, key=lambda value: order[value.producer()])  # type: ignore[index]
@@ -168,13 +164,18 @@ def _comes_from(value: ir.Value, name: str) -> bool:
 
 
 def _tables(
-    model: ir.Model, rotation: _Rotation, read: Read, capacity: int, known: dict[tuple[object, ...], _Tables | None]
+    model: ir.Model,
+    order: Order,
+    rotation: _Rotation,
+    read: Read,
+    capacity: int,
+    known: dict[tuple[object, ...], _Tables | None],
 ) -> _Tables | None:
     """The tables of a rotation at every position; None if it is none. What is spelled alike, of the same values, is run once."""
     nodes, outside = _between(rotation)
     key = (_spelling(nodes, rotation), rotation.size, rotation.heads_first)
     if key not in known:
-        run = _runner(model, rotation, nodes, outside, read)
+        run = _runner(model, rotation, sorted(nodes, key=order.__getitem__), outside, read)
         known[key] = _measured(run, rotation, capacity)
     return known[key]
 
@@ -217,8 +218,7 @@ def _spelling(nodes: list[ir.Node], rotation: _Rotation) -> tuple[object, ...]:
 def _runner(
     model: ir.Model, rotation: _Rotation, nodes: list[ir.Node], outside: set[ir.Value], read: Read
 ) -> Callable[[Array, int], Array]:
-    """Runs what lies between on heads [n, H, D] at positions `first` and behind: the op's input [n, H, D], in float32."""
-    order = {node: index for index, node in enumerate(model.graph)}
+    """Runs what lies between, `nodes` in order, on heads [n, H, D] at positions from `first` on: the op's input [n, H, D], float32."""
     wide = ir.DataType.FLOAT
     names = {
         value: ir.Value(name=value.name, shape=value.shape, type=ir.TensorType(value.dtype))
@@ -239,7 +239,7 @@ def _runner(
             names[value].const_value = value.const_value
         if names[value].const_value is not None:
             initializers.append(names[value])
-    for node in sorted(nodes, key=lambda node: order[node]):
+    for node in nodes:
         copy = ir.Node(
             node.domain,
             node.op_type,
@@ -324,13 +324,7 @@ def _unrotated(model: ir.Model, rotation: _Rotation, node: ir.Node) -> ir.Value:
     tape = ir.tape.Tape()
     if rotation.heads_first:
         value = tape.op("Transpose", [value], {"perm": [0, 2, 1, 3]})
-    name = f"heads.{width}"
-    shape = model.graph.initializers.get(name)
-    if shape is None:
-        shape = ir.Value(name=name, shape=ir.Shape([3]), type=ir.TensorType(ir.DataType.INT64))
-        shape.const_value = ir.tensor(np.array([0, 0, width]), name=name)
-        model.graph.register_initializer(shape)
-    flat = tape.op("Reshape", [value, shape])
+    flat = tape.op("Reshape", [value, shared_constant(model, f"heads.{width}", np.array([0, 0, width]))])
     flat.type, flat.shape = rotation.rotated.type, rotation.rotated.shape
     model.graph.insert_before(node, tape.nodes)
     return flat

@@ -42,10 +42,18 @@ def attach_weights(model: ir.Model, tensors: Tensors, tables: Mapping[str, Tenso
     return total
 
 
+def scale_name(layer: int, part: str) -> str:
+    """The initializer that holds a layer's cache scales; `part` is one of SCALES."""
+    return f"model.layers.{layer}.self_attn.{part}"
+
+
 def cache_scales_by_name(scales: Sequence[Scales]) -> dict[str, Tensor]:
     """The scales of a quantized cache, of each layer, by the names they have in a graph."""
-    names = [f"model.layers.{layer}.self_attn.{name}" for layer in range(len(scales)) for name in SCALES]
-    return dict(zip(names, (scale for pair in scales for scale in pair), strict=True))
+    return {
+        scale_name(layer, part): scale
+        for layer, pair in enumerate(scales)
+        for part, scale in zip(SCALES, pair, strict=True)
+    }
 
 
 def _reader(

@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 from polygraphy.comparator import Comparator
-from polygraphy.datatype import DataType
 
 from headfold.export.exportables.oracle import Oracle
 from headfold.export.parity.compare import expected_outputs
 from headfold.export.parity.probes import make_rows, make_steps
 from headfold.export.parity.report import compare_logits
-from headfold.export.parity.runners import Outputs
+from headfold.export.parity.runners import Outputs, feed_metadata
 from headfold.export.parity.tolerances import Precision
 from headfold.export.progress import quiet_polygraphy
 from headfold.plugins.dtypes import DType
@@ -57,11 +56,8 @@ class BackendRunner(BaseRunner):  # type: ignore[misc]
         self._backend = self._cache = None
 
     def get_input_metadata_impl(self) -> TensorMetadata:
-        """See `headfold.export.parity.runners`."""
-        metadata = TensorMetadata()
-        for name in ("input_ids", "attention_mask"):
-            metadata.add(name, dtype=DataType.INT64, shape=(-1, -1))
-        return metadata
+        """See there."""
+        return feed_metadata()
 
     def infer_impl(self, feed_dict: Any) -> Outputs:
         """Logits [B, 1, V] of each row's last real token."""

@@ -32,6 +32,14 @@ Outputs = OrderedDict[str, NDArray[Any]]
 Pass = Callable[[ir.Model], object]
 
 
+def feed_metadata() -> TensorMetadata:
+    """What polygraphy may feed; see module: the caches are a runner's own business."""
+    metadata = TensorMetadata()
+    for name in ("input_ids", "attention_mask"):
+        metadata.add(name, dtype=DataType.INT64, shape=(-1, -1))
+    return metadata
+
+
 class CachedRunner(BaseRunner):  # type: ignore[misc]
     """A compiled graph, which sees each token once: the rest is in its cache. What a backend has to offer is `start` and `step`."""
 
@@ -47,11 +55,8 @@ class CachedRunner(BaseRunner):  # type: ignore[misc]
         raise NotImplementedError
 
     def get_input_metadata_impl(self) -> TensorMetadata:
-        """See module: the caches are the runner's own business."""
-        metadata = TensorMetadata()
-        for name in ("input_ids", "attention_mask"):
-            metadata.add(name, dtype=DataType.INT64, shape=(-1, -1))
-        return metadata
+        """See there."""
+        return feed_metadata()
 
     def infer_impl(self, feed_dict: Any) -> Outputs:
         """See module."""

@@ -58,14 +58,9 @@ class Precision:
     cache: Quantized | None = None
 
     @property
-    def in_float32(self) -> bool:
-        """Whether all is computed in float32, so that float64 tells how exact it can be."""
-        return self.cache is None and self.dtype == "float32"
-
-    @property
     def narrow(self) -> bool:
         """Whether a near-tie of two tokens may fall the other way."""
-        return self.cache is not None or not self.in_float32
+        return self.cache is not None or self.dtype != "float32"
 
     @property
     def tolerance(self) -> Tolerance:

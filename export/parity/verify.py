@@ -11,7 +11,7 @@ from headfold.export.exportables.base import Exportable
 from headfold.export.exportables.oracle import Oracle
 from headfold.export.exportables.own import OwnModel
 from headfold.export.graph.trace import export_graph
-from headfold.export.graph.weights import load_model
+from headfold.export.graph.weights import load_model, scale_name
 from headfold.export.parity.compare import Candidate, Subject, verify_graph
 from headfold.export.parity.exact.weights import (
     prove_attributes,
@@ -19,7 +19,6 @@ from headfold.export.parity.exact.weights import (
     prove_scales,
     prove_tables,
     prove_weights,
-    scale_name,
     stored_cache,
     table_names,
 )

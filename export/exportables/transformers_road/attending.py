@@ -21,7 +21,7 @@ from headfold.plugins.attention.torch_op import attention
 from headfold.runtime.errors import ConfigError
 
 NAME = "headfold"  # of the attention, in `config._attn_implementation`
-_OTHER = "headfold can export this model only with another attention: see `headfold.export.export_module`."
+_OTHER = "headfold exports decoders whose every layer attends causally, to keys and values of its own."
 _current: ContextVar["OpCache"] = ContextVar("the cache of the forward pass that is running")
 
 

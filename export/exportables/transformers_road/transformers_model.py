@@ -4,7 +4,8 @@ Only here and in `attending.py` the export imports transformers, the extra `head
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from headfold.export.checkpoints.base import TokenizerFiles
 from headfold.export.checkpoints.hf_tensors import stored_sizes
 from headfold.export.checkpoints.side_files import side_files
-from headfold.export.exportables.base import Master, Road
+from headfold.export.exportables.base import Master, no_quantized_cache
 from headfold.export.exportables.facts import Facts
 from headfold.export.exportables.oracle import Oracle
 from headfold.export.exportables.transformers_road import experts
@@ -24,6 +25,7 @@ from headfold.export.exportables.transformers_road.transformers_oracle import Tr
 from headfold.export.model.decoder import Cache, sequence_layout
 from headfold.plugins.dtypes import Quantized
 from headfold.runtime.errors import CheckpointError, ConfigError
+from headfold.runtime.manifest import Road
 
 Load = Callable[[torch.dtype, str], PreTrainedModel]  # in a dtype, with an attention implementation
 
@@ -62,7 +64,8 @@ class TransformersModel:
 
     def master(self, dtype: torch.dtype, capacity: int, all_logits: bool, cache: Quantized | None = None) -> Master:
         """See Exportable."""
-        self._refuse_quantized(cache is not None)
+        if cache is not None:
+            raise no_quantized_cache(self.path)
         return TransformersMaster(_on_meta(self.config, dtype, self.path), len(self.facts.layers), all_logits)
 
     def tensors(self, dtype: torch.dtype) -> "ModelTensors":
@@ -80,14 +83,6 @@ class TransformersModel:
     def reference(self, stored: torch.dtype, capacity: int, arithmetic: torch.dtype) -> Oracle:
         """See Exportable; transformers computes norms and softmax in float32 at most."""
         return TransformersOracle(self._load(stored, "eager").to(arithmetic))
-
-    def _refuse_quantized(self, asked: bool) -> None:
-        if asked:
-            raise ConfigError(
-                "a quantized cache is made only for families that headfold has a table of",
-                where=self.path,
-                fix="Leave --kv-cache out.",
-            )
 
 
 class TransformersMaster(Master):
@@ -253,10 +248,8 @@ def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, path: Path) -> PreTra
         raise ConfigError(
             f"no {config.model_type} can be made of its configuration: {_line(error)}", where=path, fix=_BELONGS
         ) from error
-    try:
+    with _found_in(path):
         experts.learn_gates(model)
-    except ConfigError as error:
-        raise ConfigError(error.what, where=f"{path}: {error.where}", fix=error.fix) from error
     return cast(PreTrainedModel, model.eval().requires_grad_(False))
 
 
@@ -271,11 +264,10 @@ def _facts(model: PreTrainedModel, path: Path) -> Facts:
     with torch.device("meta"):
         ids = torch.zeros(1, 3, dtype=torch.long)
         try:
-            _, cache, hidden = master.run(ids, torch.ones_like(ids), None)
-        except ConfigError as error:
-            raise ConfigError(
-                error.what, where=f"{path}: {error.where}" if error.where else path, fix=error.fix
-            ) from error
+            with _found_in(path):
+                _, cache, hidden = master.run(ids, torch.ones_like(ids), None)
+        except ConfigError:
+            raise
         except Exception as error:  # whatever a model's own code raises when it finds no cache of its own kind
             raise ConfigError(
                 f"{config.model_type} does not run with headfold's cache: {_line(error)}", where=path, fix=_ROAD
@@ -305,6 +297,16 @@ def _facts(model: PreTrainedModel, path: Path) -> Facts:
         eos_token_id=tuple(eos) if isinstance(eos, list | tuple) else (eos,),
         pad_token_id=text.pad_token_id,
     )
+
+
+@contextmanager
+def _found_in(path: Path) -> Iterator[None]:
+    """What is refused inside the block says of which checkpoint it is."""
+    try:
+        yield
+    except ConfigError as error:
+        where = f"{path}: {error.where}" if error.where else path
+        raise ConfigError(error.what, where=where, fix=error.fix) from error
 
 
 def _line(error: BaseException) -> str:

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from headfold.export.checkpoints.base import Checkpoint
 from headfold.export.checkpoints.gguf.file import GGUFCheckpoint
 from headfold.export.checkpoints.hf import HuggingFaceCheckpoint
-from headfold.export.exportables.oracle import Answer, Array, Past, QuantizedCache, Tokens, as_array
+from headfold.export.exportables.oracle import Answer, Array, Past, QuantizedCache, Tokens, as_array, handed_on
 from headfold.plugins.attention.torch_op import dequantize, quantize
 from headfold.runtime.errors import ConfigError, VerificationError
 
@@ -132,23 +132,9 @@ class TransformersOracle:
         dtype = next(self._model.parameters()).dtype
         before = past.layers if past is not None else [None] * len(self._layers)
         kept = [_KeepsNew(pair, cache, i, dtype) for i, pair in enumerate(before)]
-        heard: list[Tensor] = []
-
-        def hook(_module: Any, _inputs: Any, output: Any) -> Any:
-            x = output[0] if isinstance(output, tuple) else output
-            heard.append(x[0])
-            if given is None:
-                return output
-            x = torch.from_numpy(given[len(heard) - 1]).to(x.dtype)[None]
-            return (x, *output[1:]) if isinstance(output, tuple) else x
-
-        handles = [layer.register_forward_hook(hook) for layer in self._layers]
-        try:
-            ids = torch.from_numpy(tokens)[None]
+        ids = torch.from_numpy(tokens)[None]
+        with handed_on(self._layers, given) as heard:
             logits = self._model(ids, past_key_values=Cache(layers=kept), use_cache=True).logits[0]
-        finally:
-            for handle in handles:
-                handle.remove()
         new = [(as_array(layer.new[0][0]), as_array(layer.new[1][0])) for layer in kept]
         return Answer(as_array(logits), [as_array(x) for x in heard], new)
 

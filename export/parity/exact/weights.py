@@ -20,6 +20,7 @@ from headfold.export.exportables.facts import Facts, LayerFacts
 from headfold.export.exportables.oracle import Oracle, QuantizedCache
 from headfold.export.graph.passes import attention_nodes
 from headfold.export.graph.recipes import recipe_of
+from headfold.export.graph.weights import scale_name
 from headfold.export.model.config import ModelConfig
 from headfold.export.parity.exact.rotary import tables
 from headfold.export.parity.report import CheckResult
@@ -34,11 +35,6 @@ _SCALE_ERROR = {
     "float16": 1e-2,
     "bfloat16": 5e-2,
 }  # a maximum of keys that were computed with rounded weights
-
-
-def scale_name(layer: int, part: str) -> str:
-    """The initializer that holds a layer's cache scales; `part` is one of SCALES."""
-    return f"model.layers.{layer}.self_attn.{part}"
 
 
 def prove_weights(
@@ -179,7 +175,7 @@ def prove_attributes(model: ir.Model, facts: Facts, own: ModelConfig | None) -> 
             actual = getattr(Attributes, name, math.nan) if attribute is None else attribute.value
             if np.float32(actual) != np.float32(wanted):
                 faults.append((where, f"{name} is {actual}, not {wanted}"))
-        names = {name: value.name for name, value in inputs.given().items() if value is not None}
+        names = {name: value.name for name, value in inputs.given().items()}
         wanted_inputs = {f"past_{part}": cache_input(layer, part) for part in PARTS} | _own_inputs(own, layer)
         wanted_inputs |= {part: scale_name(layer, part) for part in SCALES if part in names}
         faults += [(where, f"{x} is {names.get(x)}") for x, name in wanted_inputs.items() if names.get(x) != name]
