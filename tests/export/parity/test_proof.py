@@ -111,11 +111,10 @@ def test_the_first_wrong_layer_is_named(honest: Make, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_what_we_misread_is_seen_by_transformers(family, tmp_path) -> None:
+def test_what_we_misread_is_seen_by_transformers(family, honest: Make, tmp_path) -> None:
     """A checkpoint of which we believe another RoPE, when exporting and when verifying: our own decoder would agree."""
     config = FAMILIES[family]
-    export(tmp_path, config, random_weights(config), FORMATS["float32"])
-    checkpoint = open_checkpoint(tmp_path / "checkpoint")
+    checkpoint = open_checkpoint(honest(family, "float32").source)
     checkpoint.config = replace(config, rope=replace(config.rope, rope_theta=2 * config.rope.rope_theta))
     export_bundle(OwnModel(checkpoint), tmp_path / "misread", FORMATS["float32"], QUIET)
     manifest = read_manifest(tmp_path / "misread")
@@ -126,11 +125,10 @@ def test_what_we_misread_is_seen_by_transformers(family, tmp_path) -> None:
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_the_oracles_agree_after_any_past(family, stored, tmp_path) -> None:
+def test_the_oracles_agree_after_any_past(family, stored, honest: Make) -> None:
     """Transformers' model and our decoder: whole, after a past beyond the window, with a quantized cache, and layer by layer."""
     config = FAMILIES[family]
-    bundle = export(tmp_path, config, random_weights(config), FORMATS["float32"])
-    checkpoint = open_checkpoint(bundle.source)
+    checkpoint = open_checkpoint(honest(family, "float32").source)
     ours, theirs = DecoderOracle(load_decoder(checkpoint, stored).float()), oracle_of(checkpoint, stored)
     assert theirs is not None
     heads, size = config.num_key_value_heads, config.head_dim
