@@ -102,25 +102,26 @@ def read(directory: Path) -> Subjects:
         theirs = names.get_name(name, try_suffixes=(".weight",))
         assert theirs is not None
         tensors[theirs] = checkpoint.read(name).numpy()
-    return Subjects(directory / "checkpoint", directory / "shards", directory / "bundle", _metadata(), tensors)
+    metadata = _metadata(Tokenizer.from_file(str(directory / "checkpoint" / "tokenizer.json")))
+    return Subjects(directory / "checkpoint", directory / "shards", directory / "bundle", metadata, tensors)
 
 
-def _metadata() -> dict[str, Any]:
-    vocabulary = sorted(_tokenizer().get_vocab().items(), key=lambda entry: entry[1])
-    model = json.loads(_tokenizer().to_str())["model"]
+def _metadata(tokenizer: Tokenizer) -> dict[str, Any]:
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    model = json.loads(tokenizer.to_str())["model"]
     return {
         "general.architecture": "llama",
-        "llama.context_length": 512,
-        "llama.embedding_length": 32,
-        "llama.block_count": 2,
-        "llama.feed_forward_length": 48,
-        "llama.attention.head_count": 2,
-        "llama.attention.head_count_kv": 1,
-        "llama.attention.key_length": 16,
-        "llama.attention.value_length": 16,
+        "llama.context_length": _CONFIG.max_position_embeddings,
+        "llama.embedding_length": _CONFIG.hidden_size,
+        "llama.block_count": _CONFIG.num_hidden_layers,
+        "llama.feed_forward_length": _CONFIG.intermediate_size,
+        "llama.attention.head_count": _CONFIG.num_attention_heads,
+        "llama.attention.head_count_kv": _CONFIG.num_key_value_heads,
+        "llama.attention.key_length": _CONFIG.head_dim,
+        "llama.attention.value_length": _CONFIG.head_dim,
         "llama.attention.layer_norm_rms_epsilon": 1e-5,
         "llama.rope.freq_base": 10000.0,
-        "llama.rope.dimension_count": 16,
+        "llama.rope.dimension_count": _CONFIG.rotary_dim,
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "smollm",
         "tokenizer.ggml.tokens": [token for token, _ in vocabulary],
