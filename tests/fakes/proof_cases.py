@@ -11,11 +11,11 @@ import torch
 from headfold.export.bundle.pipeline import CacheCalibration, ExportOptions, export_bundle
 from headfold.export.checkpoints.base import MemoryCheckpoint
 from headfold.export.checkpoints.hf_writer import save_hf
+from headfold.export.checkpoints.shapes import expected_shapes
 from headfold.export.exportables.opening import open_exportable
 from headfold.export.graph.passes import attention_nodes
 from headfold.export.graph.recipes import recipe_of
 from headfold.export.model.config import ModelConfig, RopeConfig
-from headfold.export.model.decoder import Decoder
 from headfold.export.model.rope import rope_tables
 from headfold.export.parity.exact.weights import scale_name
 from headfold.export.parity.report import ParityReport
@@ -78,9 +78,9 @@ def random_weights(config: ModelConfig, seed: int = 0, std: float = 0.2) -> dict
     """Large enough that everything matters."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
-    for name, tensor in Decoder(config).state_dict().items():
+    for name, shape in expected_shapes(config).items():
         norm = name.endswith("norm.weight") or "layernorm.weight" in name
-        weights[name] = torch.randn(tensor.shape, generator=generator) * std + (1.0 if norm else 0.0)
+        weights[name] = torch.randn(shape, generator=generator) * std + (1.0 if norm else 0.0)
     return weights
 
 
@@ -115,9 +115,13 @@ def caught(bundle: Bundle, fault: "Fault", directory: Path) -> str | None:
 Fault = Callable[[ir.Model, ModelConfig], None]
 
 
-def _change(value: ir.Value, change: Callable[[np.ndarray], None], array: np.ndarray | None = None) -> None:
-    content = value.const_value.numpy().copy() if array is None else array
+def _change(value: ir.Value, change: Callable[[np.ndarray], None]) -> None:
+    content = value.const_value.numpy().copy()
     change(content)
+    _replace(value, content)
+
+
+def _replace(value: ir.Value, content: np.ndarray) -> None:
     value.const_value = ir.tensor(np.ascontiguousarray(content), dtype=value.const_value.dtype, name=value.name)
     value.shape = ir.Shape(content.shape)
 
@@ -158,14 +162,15 @@ def swapped_caches(model: ir.Model, config: ModelConfig) -> None:
 def _tables(model: ir.Model, config: ModelConfig, change: Callable[[np.ndarray], np.ndarray]) -> None:
     for name in ("cos_cache", "sin_cache"):
         value = model.graph.initializers[name]
-        _change(value, lambda x: None, change(value.const_value.numpy().copy()).astype(value.const_value.numpy().dtype))
+        old = value.const_value.numpy()
+        _replace(value, change(old).astype(old.dtype))
 
 
 def other_theta(model: ir.Model, config: ModelConfig) -> None:
     other = replace(config, rope=replace(config.rope, rope_theta=config.rope.rope_theta * 1.001))
     for name, table in zip(("cos_cache", "sin_cache"), rope_tables(other, config.max_position_embeddings), strict=True):
         value = model.graph.initializers[name]
-        _change(value, lambda x: None, table.numpy().astype(value.const_value.numpy().dtype))
+        _replace(value, table.numpy().astype(value.const_value.numpy().dtype))
 
 
 def zeroed_tables(model: ir.Model, config: ModelConfig) -> None:
@@ -258,7 +263,7 @@ def ignored_padding(model: ir.Model, config: ModelConfig) -> None:
 def smaller_scales(model: ir.Model, config: ModelConfig) -> None:
     for part in SCALES:
         value = model.graph.initializers[scale_name(config.num_hidden_layers - 1, part)]
-        _change(value, lambda x: None, value.const_value.numpy() * np.float32(0.9))
+        _replace(value, value.const_value.numpy() * np.float32(0.9))
 
 
 FAULTS: dict[str, Fault] = {
