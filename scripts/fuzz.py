@@ -20,6 +20,8 @@ from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import transformers  # noqa: F401 now, and not in each process
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "fakes"))
 from fuzzing import subjects
 from fuzzing.attempt import Failure, Tries, serve
 from fuzzing.kinds import KINDS

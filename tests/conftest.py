@@ -14,7 +14,8 @@ del os.environ["TRITON_INTERPRET"]  # for processes that compile
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
+from toy_tokenizer import toy_tokenizer
 
 from headfold.export.bundle.pipeline import ExportOptions, export_bundle
 from headfold.export.checkpoints.base import MemoryCheckpoint, TokenizerFiles
@@ -62,7 +63,6 @@ def memory_checkpoint() -> Callable[[ModelConfig], MemoryCheckpoint]:
     return random_checkpoint
 
 
-SPECIAL = ["<eos>", "<bos>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -72,20 +72,7 @@ TOY = replace(CONFIG, vocab_size=300, num_hidden_layers=2)
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    """Byte-level, all 256 bytes are tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=TOY.vocab_size,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=[AddedToken(token, special=True) for token in SPECIAL],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(
-        ["the quick brown fox jumps over the lazy dog and the lazy dog sleeps on"] * 4, trainer
-    )
-    return tokenizer
+    return toy_tokenizer(TOY.vocab_size)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,8 @@ import gguf
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
+from toy_tokenizer import SPECIAL, toy_tokenizer
 
 from fuzzing.templates import REAL
 from headfold.export.bundle.pipeline import ExportOptions, export_bundle
@@ -34,13 +35,12 @@ _CONFIG = ModelConfig(
     bos_token_id=1,
     eos_token_id=(0,),
 )
-_SPECIAL = ["<eos>", "<bos>", "<|im_start|>", "<|im_end|>"]
 _TOKENIZER_CONFIG = {
     "bos_token": "<bos>",
     "eos_token": {"content": "<eos>", "lstrip": False, "special": True},
     "pad_token": None,
     "added_tokens_decoder": {"0": {"content": "<eos>", "special": True}},
-    "additional_special_tokens": _SPECIAL[2:],
+    "additional_special_tokens": SPECIAL[2:],
     "extra_special_tokens": {"image_token": "<|im_end|>"},
     "chat_template": [{"name": "default", "template": REAL[0]}, {"name": "tool_use", "template": REAL[2]}],
     "tokenizer_class": "PreTrainedTokenizerFast",
@@ -59,7 +59,7 @@ _GENERATION_CONFIG = {
 _SPECIAL_TOKENS = {
     "bos_token": {"content": "<bos>", "lstrip": False},
     "eos_token": "<eos>",
-    "additional_special_tokens": _SPECIAL[2:],
+    "additional_special_tokens": SPECIAL[2:],
 }
 
 
@@ -77,7 +77,7 @@ class Subjects:
 def make(directory: Path) -> None:
     """Write the directories; takes seconds."""
     directory.mkdir()
-    tokenizer = _tokenizer()
+    tokenizer = toy_tokenizer(_CONFIG.vocab_size)
     files = {
         "tokenizer.json": tokenizer.to_str().encode(),
         "tokenizer_config.json": json.dumps(_TOKENIZER_CONFIG).encode(),
@@ -125,7 +125,7 @@ def _metadata(tokenizer: Tokenizer) -> dict[str, Any]:
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "smollm",
         "tokenizer.ggml.tokens": [token for token, _ in vocabulary],
-        "tokenizer.ggml.token_type": [3 if token in _SPECIAL else 1 for token, _ in vocabulary],
+        "tokenizer.ggml.token_type": [3 if token in SPECIAL else 1 for token, _ in vocabulary],
         "tokenizer.ggml.merges": [" ".join(pair) for pair in model["merges"]],
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 0,
@@ -133,20 +133,3 @@ def _metadata(tokenizer: Tokenizer) -> dict[str, Any]:
         "tokenizer.ggml.add_bos_token": True,
         "tokenizer.chat_template": REAL[0],
     }
-
-
-def _tokenizer() -> Tokenizer:
-    """Byte-level, all 256 bytes are tokens, and some words."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=_CONFIG.vocab_size,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=[AddedToken(token, special=True) for token in _SPECIAL],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(
-        ["the quick brown fox jumps over the lazy dog and the lazy dog sleeps on"] * 4, trainer
-    )
-    return tokenizer
