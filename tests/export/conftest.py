@@ -11,11 +11,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from headfold.export.bundle.pipeline import ExportOptions, export_bundle
 from headfold.export.checkpoints.base import MemoryCheckpoint, TokenizerFiles
 from headfold.export.checkpoints.hf_writer import save_hf
 from headfold.export.checkpoints.opening import open_checkpoint
+from headfold.export.exportables.opening import open_exportable
 from headfold.export.model.config import ModelConfig
 from headfold.export.model.initialize import new_decoder
+from headfold.export.progress import Reporter
 
 TRAINED = ModelConfig(
     model_type="llama",
@@ -73,6 +76,14 @@ def toys(tmp_path_factory) -> Path:
     save_hf(directory / "mha", MemoryCheckpoint(directory, TRAINED, decoder.state_dict(), files), torch.float32)
     save_hf(directory / "student", pool(open_checkpoint(directory / "mha"), 2), torch.float32)
     return directory
+
+
+@pytest.fixture(scope="session")
+def toy_bundle(toy_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of `toy_checkpoint`. Unproven. Not to be changed: copy it."""
+    path = tmp_path_factory.mktemp("toy") / "bundle"
+    export_bundle(open_exportable(toy_checkpoint), path, ExportOptions(verify=False), Reporter(quiet=True))
+    return path
 
 
 @pytest.fixture

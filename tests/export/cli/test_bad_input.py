@@ -12,12 +12,9 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from headfold.export.bundle.pipeline import ExportOptions, export_bundle
 from headfold.export.checkpoints.hf_writer import save_hf
 from headfold.export.checkpoints.opening import open_checkpoint
 from headfold.export.cli import main
-from headfold.export.exportables.opening import open_exportable
-from headfold.export.progress import Reporter
 
 
 @pytest.fixture
@@ -26,17 +23,10 @@ def checkpoint(toy_checkpoint: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(toy_checkpoint, tmp_path / "checkpoint"))
 
 
-@pytest.fixture(scope="module")
-def good_bundle(toy_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("good") / "bundle"
-    export_bundle(open_exportable(toy_checkpoint), path, ExportOptions(verify=False), Reporter(quiet=True))
-    return path
-
-
 @pytest.fixture
-def bundle(good_bundle: Path, tmp_path: Path) -> Path:
+def bundle(toy_bundle: Path, tmp_path: Path) -> Path:
     """A copy to damage."""
-    return Path(shutil.copytree(good_bundle, tmp_path / "bundle"))
+    return Path(shutil.copytree(toy_bundle, tmp_path / "bundle"))
 
 
 def fails(arguments: list[str], *parts: str, stdin: str = "") -> None:
@@ -220,9 +210,9 @@ PROMPTS: dict[str, tuple[list[str], str, str]] = {
 
 
 @pytest.mark.parametrize("case", PROMPTS)
-def test_prompts(case, good_bundle) -> None:
+def test_prompts(case, toy_bundle) -> None:
     arguments, stdin, message = PROMPTS[case]
-    fails(["generate", str(good_bundle), *arguments], message, stdin=stdin)
+    fails(["generate", str(toy_bundle), *arguments], message, stdin=stdin)
 
 
 def test_outputs(checkpoint, bundle, tmp_path) -> None:

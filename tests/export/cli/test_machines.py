@@ -3,12 +3,10 @@
 import io
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from headfold.export.exportables.opening import open_exportable
 from headfold.export.progress import Reporter
 from headfold.plugins import tensorrt_library
 from headfold.runtime import cpu, huge_pages
@@ -38,15 +36,6 @@ def headfold(
     return python(code, lacking, **environment)
 
 
-@pytest.fixture(scope="module")
-def bundle(toy_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from headfold.export.bundle.pipeline import ExportOptions, export_bundle
-
-    path = tmp_path_factory.mktemp("machines") / "bundle"
-    export_bundle(open_exportable(toy_checkpoint), path, ExportOptions(verify=False), Reporter(quiet=True))
-    return path
-
-
 COMMANDS = {
     "export": (["export", "CHECKPOINT", "-o", "OUT", "-q"], {"torch"}, "export"),
     "verify": (["verify", "BUNDLE", "--against", "CHECKPOINT", "-q"], {"polygraphy"}, "export"),
@@ -65,11 +54,11 @@ COMMANDS = {
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_package_that_is_missing_is_named_with_the_extra_that_brings_it(
-    command, bundle, toy_checkpoint, tmp_path
+    command, toy_bundle, toy_checkpoint, tmp_path
 ) -> None:
     arguments, lacking, extra = COMMANDS[command]
     (tmp_path / "x.txt").write_text("the fox " * 99)
-    places = {"CHECKPOINT": toy_checkpoint, "BUNDLE": bundle, "OUT": tmp_path / "out", "x.txt": tmp_path / "x.txt"}
+    places = {"CHECKPOINT": toy_checkpoint, "BUNDLE": toy_bundle, "OUT": tmp_path / "out", "x.txt": tmp_path / "x.txt"}
     result = headfold(*(places.get(a, a) for a in arguments), lacking=lacking)
     lines = result.stderr.decode().splitlines()
     assert result.returncode == 2, result.stderr
@@ -78,10 +67,10 @@ def test_a_package_that_is_missing_is_named_with_the_extra_that_brings_it(
     assert next(iter(lacking)) in lines[0]
 
 
-def test_serving_and_inspecting_a_bundle_need_no_extra_of_export(bundle) -> None:
+def test_serving_and_inspecting_a_bundle_need_no_extra_of_export(toy_bundle) -> None:
     lacking = {"torch", "onnx", "onnx_ir", "onnxscript", "polygraphy", "safetensors", "gguf", "transformers"}
-    assert headfold("generate", bundle, "hi", "-n", "1", lacking=lacking).returncode == 0
-    assert headfold("inspect", bundle, lacking=lacking | {"onnxruntime"}).returncode == 0
+    assert headfold("generate", toy_bundle, "hi", "-n", "1", lacking=lacking).returncode == 0
+    assert headfold("inspect", toy_bundle, lacking=lacking | {"onnxruntime"}).returncode == 0
 
 
 def test_every_module_imports_where_python_has_no_unix(tmp_path) -> None:
@@ -120,17 +109,17 @@ def test_proc_may_be_hidden(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
-def test_characters_that_the_output_has_not_are_replaced(encoding, bundle, tmp_path) -> None:
+def test_characters_that_the_output_has_not_are_replaced(encoding, toy_bundle, tmp_path) -> None:
     place = tmp_path / "世界🦊"
-    place.symlink_to(bundle)
+    place.symlink_to(toy_bundle)
     for arguments in (["inspect", place], ["inspect", place, "--json"], ["inspect", tmp_path / "🦊"]):
         result = headfold(*arguments, PYTHONIOENCODING=encoding)
         assert result.returncode == (2 if arguments[-1] == tmp_path / "🦊" else 0), result.stderr
         assert b"Traceback" not in result.stderr
 
 
-def test_standard_input_that_is_no_text(bundle) -> None:
-    code = f"from headfold.export.cli import main; main(['generate', {str(bundle)!r}, '-'])"
+def test_standard_input_that_is_no_text(toy_bundle) -> None:
+    code = f"from headfold.export.cli import main; main(['generate', {str(toy_bundle)!r}, '-'])"
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, input=b"\xff\xfe\xfa", capture_output=True, check=False)
     assert result.returncode in (0, 2)  # 0 where Python's locale takes any byte
