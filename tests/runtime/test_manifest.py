@@ -9,13 +9,13 @@ from typing import Any
 
 import onnx
 import pytest
+from hub_cache import hub_snapshot
 
 from headfold.export.exportables.opening import open_exportable
 from headfold.export.parity.verify import verify
 from headfold.export.progress import Reporter
 from headfold.runtime import BundleError, load
 from headfold.runtime.files.graph_file import check_capacity, initializer_shapes
-from headfold.runtime.manifest import sha256
 
 Damage = Callable[[Path], object]
 
@@ -152,14 +152,7 @@ def test_a_damaged_bundle_is_refused(name: str, toy, tmp_path: Path) -> None:
 
 
 def test_links_are_fine_where_the_sha256_is_right(toy, tmp_path: Path) -> None:
-    """As snapshot_download leaves them: into the hub's cache of blobs, which are named by their SHA-256."""
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
-    blobs.mkdir()
-    snapshot.mkdir(parents=True)
-    for file in toy.path.iterdir():
-        blob = Path(shutil.copy(file, blobs / sha256(file)))
-        (snapshot / file.name).symlink_to(Path("../../blobs", blob.name))
-    assert load(snapshot).generate([5], max_new_tokens=1).token_ids == toy.greedy([5], 1)
+    assert load(hub_snapshot(toy.path, tmp_path)).generate([5], max_new_tokens=1).token_ids == toy.greedy([5], 1)
 
 
 def test_what_a_hub_adds_is_fine(toy, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from hub_cache import hub_snapshot
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -135,13 +136,7 @@ def test_side_files_that_are_links_out_of_the_checkpoint_are_refused(directory, 
 
 
 def test_the_hubs_cache_is_all_links_and_opens(directory, tmp_path_factory) -> None:
-    model = tmp_path_factory.mktemp("hub") / "models--org--toy"
-    snapshot, blobs = model / "snapshots" / "abc", model / "blobs"
-    snapshot.mkdir(parents=True)
-    blobs.mkdir()
-    for number, path in enumerate(directory.iterdir()):
-        (blobs / str(number)).write_bytes(path.read_bytes())
-        (snapshot / path.name).symlink_to(Path("../../blobs") / str(number))
+    snapshot = hub_snapshot(directory, tmp_path_factory.mktemp("hub") / "models--org--toy")
     assert open_checkpoint(snapshot).tokenizer.files == open_checkpoint(directory).tokenizer.files
 
 

@@ -3,7 +3,6 @@
 A sample of both; all of it is `scripts/prove --all`.
 """
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -11,6 +10,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from hub_cache import hub_snapshot
 from proof_cases import (
     FAMILIES,
     FAULTS,
@@ -79,13 +79,7 @@ def test_an_honest_bundle_passes(family, kind, honest: Make) -> None:
 @pytest.mark.parametrize(("family", "kind"), [("llama", "float32"), ("mistral", "float16"), ("qwen3", "int8 cache")])
 def test_a_bundle_of_links_into_a_hubs_cache_is_proven_too(family, kind, honest: Make, tmp_path) -> None:
     bundle = honest(family, kind)
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
-    blobs.mkdir()
-    snapshot.mkdir(parents=True)
-    for number, file in enumerate(bundle.path.iterdir()):
-        shutil.copy(file, blobs / str(number))
-        (snapshot / file.name).symlink_to(blobs / str(number))
-    report = prove(replace(bundle, path=snapshot))
+    report = prove(replace(bundle, path=hub_snapshot(bundle.path, tmp_path)))
     assert report.passed, report.failure()
 
 
