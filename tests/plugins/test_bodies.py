@@ -1,5 +1,8 @@
 """Both ONNX bodies and the torch op against the numpy reference: prefill, decode, ragged, chunked, window, softcap, q/k norm."""
 
+import functools
+from collections.abc import Callable
+
 import ml_dtypes
 import numpy as np
 import onnx
@@ -144,6 +147,25 @@ def make_feeds(
     return feeds | ({name: normal(HEAD_DIM) for name in NORMS} if qk_norm else {})
 
 
+Comparer = Callable[[np.ndarray, np.ndarray], None]
+close = functools.partial(np.testing.assert_allclose, atol=TOLERANCE)
+
+
+def exact(actual: np.ndarray, expected: np.ndarray) -> None:
+    np.testing.assert_array_equal(actual.astype(np.float32), expected.astype(np.float32))
+
+
+def compare(backend: str, attributes: Attributes, feeds: Feeds, same_cache: Comparer) -> None:
+    """With the reference: the output, and what is defined of the caches, by `same_cache`."""
+    actual = BACKENDS[backend](attributes, feeds)
+    expected = grouped_query_attention(AttentionInputs(**feeds), attributes)
+    close(actual[0], expected[0])
+    new = feeds["query"].shape[1]
+    for row, length in enumerate(feeds["past_lengths"]):  # behind the last token the cache is undefined
+        for cache in (1, 2):
+            same_cache(*(x[cache][row, :, : length + new] for x in (actual, expected)))
+
+
 CASES = {
     "prefill of two": ([0, 0], 9, {}),
     "decode of one": ([7], 1, {}),
@@ -167,13 +189,7 @@ def test_equals_the_reference(case: str, heads: tuple[int, int], backend: str) -
     attributes = Attributes(*heads, scale=HEAD_DIM**-0.5, **options)
     rotated = HEAD_DIM // 2 if case == "partial RoPE" else HEAD_DIM
     feeds = make_feeds(np.random.default_rng(0), attributes, past, new, rotated, case == "q/k norm")
-    actual = BACKENDS[backend](attributes, feeds)
-    expected = grouped_query_attention(AttentionInputs(**feeds), attributes)
-    np.testing.assert_allclose(actual[0], expected[0], atol=TOLERANCE)
-    for row, length in enumerate(past):  # behind the last token the cache is undefined
-        for cache in (1, 2):
-            end = length + new
-            np.testing.assert_allclose(actual[cache][row, :, :end], expected[cache][row, :, :end], atol=TOLERANCE)
+    compare(backend, attributes, feeds, close)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -189,13 +205,7 @@ def test_optional_inputs_of_version_2(case: str, rotary: bool, sinks: bool, back
         feeds = {name: x for name, x in feeds.items() if name not in TABLES}
     if sinks:
         feeds[SINK] = rng.standard_normal(6).astype(np.float32)
-    actual = BACKENDS[backend](attributes, feeds)
-    expected = grouped_query_attention(AttentionInputs(**feeds), attributes)
-    np.testing.assert_allclose(actual[0], expected[0], atol=TOLERANCE)
-    for row, length in enumerate(past):
-        for cache in (1, 2):
-            end = length + new
-            np.testing.assert_allclose(actual[cache][row, :, :end], expected[cache][row, :, :end], atol=TOLERANCE)
+    compare(backend, attributes, feeds, close)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -207,15 +217,7 @@ def test_quantized_caches_equal_the_reference(case: str, cache: str, backend: st
     past, new, options = CASES[case]
     attributes = Attributes(6, 2, scale=HEAD_DIM**-0.5, **options)
     feeds = make_feeds(np.random.default_rng(0), attributes, past, new, HEAD_DIM, case == "q/k norm", cache)
-    actual = BACKENDS[backend](attributes, feeds)
-    expected = grouped_query_attention(AttentionInputs(**feeds), attributes)
-    np.testing.assert_allclose(actual[0], expected[0], atol=TOLERANCE)
-    for row, length in enumerate(past):
-        for which in (1, 2):
-            end = length + new
-            np.testing.assert_array_equal(
-                actual[which][row, :, :end].astype(np.float32), expected[which][row, :, :end].astype(np.float32)
-            )
+    compare(backend, attributes, feeds, exact)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
