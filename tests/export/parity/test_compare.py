@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from proof_cases import ignored_padding, swapped_caches
 
 from headfold.export.exportables.oracle import DecoderOracle
 from headfold.export.exportables.own import OwnModel, facts_of
@@ -128,13 +129,7 @@ def test_a_wrong_rope_pairing_fails(config, verified) -> None:
 
 
 def test_swapped_caches_fail(config, verified) -> None:
-    def swap(model: ir.Model) -> None:
-        node = next(node for node in model.graph if node.op_type == "GroupedQueryAttention")
-        key, value = node.inputs[3], node.inputs[4]
-        node.replace_input_with(3, value)
-        node.replace_input_with(4, key)
-
-    report = verified(config, graph=swap)
+    report = verified(config, graph=lambda model: swapped_caches(model, config))
     failing = {check.name for check in report.checks if not check.passed}
     assert "decode" in failing
     assert "prefill" not in failing  # a new cache is empty: only steps that have a past can show it
@@ -142,19 +137,7 @@ def test_swapped_caches_fail(config, verified) -> None:
 
 def test_padding_that_is_not_understood_fails(config, verified) -> None:
     """A graph that takes every column of the mask for a token is right alone, and wrong in a batch."""
-
-    def ignore(model: ir.Model) -> None:
-        mask = next(value for value in model.graph.inputs if value.name == "attention_mask")
-        one = ir.node(
-            "Max", [mask, ir.Value(name="ones", const_value=ir.tensor(np.ones((1, 1), np.int64), name="ones"))]
-        )
-        model.graph.initializers["ones"] = one.inputs[1]
-        for user, index in mask.uses():
-            user.replace_input_with(index, one.outputs[0])
-        one.replace_input_with(0, mask)
-        model.graph.insert_before(model.graph[0], one)
-
-    report = verified(config, graph=ignore)
+    report = verified(config, graph=lambda model: ignored_padding(model, config))
     failing = {check.name for check in report.checks if not check.passed}
     assert {"ragged batch, left padding", "ragged batch, right padding"} <= failing
     assert not {"prefill", "decode", "chunked prefill"} & failing
