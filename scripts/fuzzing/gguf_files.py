@@ -11,12 +11,7 @@ from numpy.typing import NDArray
 from fuzzing.mutations import INTEGERS, ODD, Raw, damaged_bytes
 
 _FORMATS = {
-    0: "<B",
-    1: "<b",
-    2: "<H",
-    3: "<h",
     4: "<I",
-    5: "<i",
     6: "<f",
     7: "<?",
     10: "<Q",
@@ -33,7 +28,7 @@ def gguf_file(rng: Random, metadata: Mapping[str, Any], tensors: Mapping[str, ND
     metadata = dict(metadata)
     for _ in range(rng.choice((0, 1, 1, 2, 3))):
         _change(rng, metadata)
-    pieces = _pieces(rng, metadata, tensors)
+    pieces = _pieces(metadata, tensors)
     for _ in range(rng.choice((0, 0, 1, 1, 3))):
         _damage(rng, pieces)
     data = b"".join(piece if isinstance(piece, bytes) else struct.pack(*piece) for piece in pieces)
@@ -62,7 +57,7 @@ def _change(rng: Random, metadata: dict[str, Any]) -> None:
         metadata["x"] = 1
 
 
-def _pieces(rng: Random, metadata: Mapping[str, Any], tensors: Mapping[str, NDArray[np.float32]]) -> list[Piece]:
+def _pieces(metadata: Mapping[str, Any], tensors: Mapping[str, NDArray[np.float32]]) -> list[Piece]:
     pieces: list[Piece] = [b"GGUF", ("<I", 3), ("<Q", len(tensors)), ("<Q", len(metadata))]
     for key, value in metadata.items():
         kind = _kind(value)

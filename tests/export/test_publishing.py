@@ -221,7 +221,7 @@ def test_what_is_to_be_completed_must_be_there(tmp_path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["moved"]
 
 
-def test_a_killed_removal_leaves_no_half(tmp_path, monkeypatch) -> None:
+def test_a_killed_removal_leaves_no_half(tmp_path) -> None:
     target = tmp_path / "b"
     first(target)
     code = "import os, pathlib, shutil, sys; from headfold.export.publishing import discard\n"

@@ -105,11 +105,9 @@ def test_sentencepiece_is_the_tokenizer_that_transformers_converts_it_to() -> No
         assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(text).ids
 
 
-def small(path: Path, part: tuple[int, int] | None = None, **metadata: int) -> None:
+def small(path: Path) -> None:
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_uint32("llama.block_count", 1)
-    for name, value in metadata.items():
-        writer.add_uint32(name.replace("__", "."), value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()

@@ -166,9 +166,7 @@ def test_a_download_takes_the_files_that_the_index_names_and_no_others(directory
 
 
 @pytest.mark.parametrize("kind", ["Qwen2Tokenizer", "GPT2Tokenizer"])
-def test_a_tokenizer_in_parts_is_put_together_as_transformers_does(
-    kind, tokenizer, directory, tmp_path_factory
-) -> None:
+def test_a_tokenizer_in_parts_is_put_together_as_transformers_does(kind, directory) -> None:
     definition = json.loads((directory / "tokenizer.json").read_text())
     (directory / "tokenizer.json").unlink()
     vocab = definition["model"]["vocab"]

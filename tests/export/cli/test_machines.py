@@ -73,7 +73,7 @@ def test_serving_and_inspecting_a_bundle_need_no_extra_of_export(toy_bundle) -> 
     assert headfold("inspect", toy_bundle, lacking=lacking | {"onnxruntime"}).returncode == 0
 
 
-def test_every_module_imports_where_python_has_no_unix(tmp_path) -> None:
+def test_every_module_imports_where_python_has_no_unix() -> None:
     """As on Windows."""
     code = """
 import importlib, pkgutil, headfold.export, headfold.plugins, headfold.runtime

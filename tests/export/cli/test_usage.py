@@ -119,7 +119,7 @@ def test_an_interrupt_is_130_and_leaves_nothing(toy_checkpoint, tmp_path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_encoding_without_some_characters_shows_others(toy_checkpoint) -> None:
+def test_an_encoding_without_some_characters_shows_others() -> None:
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     run = subprocess.run([PROGRAM, "inspect", "☃"], env=environment, capture_output=True, check=False)
     assert run.returncode == 2
