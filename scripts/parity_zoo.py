@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "fakes"))
-from random_transformers import random_model
+from random_transformers import random_model, save_random
 
 from headfold.export.bundle.pipeline import ExportOptions, export_bundle
 from headfold.export.exportables.opening import open_exportable
@@ -53,8 +53,7 @@ def attempt(name: str) -> list[str]:
     """Its row of the table."""
     with tempfile.TemporaryDirectory() as directory:
         model, bundle = Path(directory) / "model", Path(directory) / "bundle"
-        random_model(name).save_pretrained(model)
-        source = open_exportable(model, "transformers")
+        source = open_exportable(save_random(name, model), "transformers")
         result = export_bundle(source, bundle, ExportOptions(decode_steps=NEW), Reporter(quiet=True))
         assert result.parity is not None
         kinds = sorted(
