@@ -27,8 +27,10 @@ from headfold.export.conversion.layers import ConvertOptions, Init
 from headfold.export.data.token_data import tokenize
 from headfold.export.model.config import ModelConfig
 from headfold.export.progress import Reporter
-from headfold.export.training.loop import TrainOptions, evaluate, train
+from headfold.export.training.evaluation import evaluate
+from headfold.export.training.loop import train
 from headfold.export.training.losses import Loss
+from headfold.export.training.options import TrainOptions
 from headfold.runtime.errors import TrainingError
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -19,7 +19,7 @@ import torch
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
 from headfold.export.data.token_data import TokenData, tokenize
 from headfold.export.progress import Reporter
-from headfold.export.training.loop import evaluate
+from headfold.export.training.evaluation import evaluate
 
 sys.path.insert(0, str(Path(__file__).parent))
 from corpus import corpus

@@ -16,7 +16,8 @@ from headfold.export.checkpoints.shapes import expected_shapes
 from headfold.export.cli import main
 from headfold.export.conversion.ffn import plain_to_gated
 from headfold.export.data.token_data import TokenData
-from headfold.export.training.loop import TrainOptions, train
+from headfold.export.training.loop import train
+from headfold.export.training.options import TrainOptions
 from headfold.runtime.errors import ConfigError
 
 PLAIN = {"relu": "reglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu", "silu": "swiglu"}

@@ -17,9 +17,12 @@ from safetensors.torch import load_file
 
 from headfold.export.checkpoints.opening import open_checkpoint
 from headfold.export.data.token_data import TokenData
+from headfold.export.model.initialize import new_decoder
 from headfold.export.training import loop as training
-from headfold.export.training.loop import TrainOptions, evaluate, new_decoder, train
+from headfold.export.training.evaluation import evaluate
+from headfold.export.training.loop import train
 from headfold.export.training.losses import objective
+from headfold.export.training.options import TrainOptions
 from headfold.export.training.state import checkpoints, latest, read_log
 from headfold.runtime.errors import CheckpointError, DataError, InputError, TrainingError
 from tests.export.conftest import TRAINED
