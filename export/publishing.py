@@ -118,6 +118,20 @@ def recover(target: Path) -> None:
             _close(staging)
 
 
+def sweep(directory: Path) -> None:
+    """Remove what killed processes left half-made in `directory`, whatever it was to become there.
+
+    For a directory whose files are published once under names that do not come again. What had been replaced stays for `recover`.
+    """
+    for staging in directory.glob(f"{_STAGING}*"):
+        with suppress(OSError):
+            with lock_file(staging / _LOCK) as held:
+                if not held or (staging / _OLD).exists():
+                    continue
+                _remove(staging / _NEW)
+            _close(staging)
+
+
 @contextmanager
 def _staging(target: Path) -> Iterator[Path]:
     """A staging directory of this process's own, empty."""
@@ -148,10 +162,14 @@ def _settle(staging: Path, target: Path) -> None:
     if old.exists() and new.exists():  # somebody took the place meanwhile: `old` is the only copy, and stays
         return
     for rest in (new, old):
-        if rest.is_dir() and not rest.is_symlink():
-            shutil.rmtree(rest, ignore_errors=True)
-        else:
-            rest.unlink(missing_ok=True)
+        _remove(rest)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _put_back(staging: Path, target: Path) -> None:

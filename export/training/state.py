@@ -26,7 +26,7 @@ from headfold.export.checkpoints.hf_writer import save_tensors, write_hf
 from headfold.export.checkpoints.side_files import read_json
 from headfold.export.files import CANNOT_WRITE
 from headfold.export.model.decoder import Decoder
-from headfold.export.publishing import discard, publish, publish_file
+from headfold.export.publishing import discard, publish, publish_file, sweep
 from headfold.runtime.errors import CheckpointError, InputError
 
 OPTIMIZER, STATE, LOG = "optimizer.safetensors", "state.json", "log.jsonl"
@@ -169,6 +169,7 @@ class StepLog:
         self.path = directory / LOG
         with writing(LOG, directory):
             directory.mkdir(parents=True, exist_ok=True)
+            sweep(directory)  # a checkpoint that a kill left in its stage may never be written again
             kept = [line for line in read_log(self.path) if line["step"] <= resumed_at] if resumed_at else []
             text = "".join(json.dumps(line) + "\n" for line in kept)
             publish_file(self.path, lambda stage: stage.write_text(text))

@@ -12,7 +12,7 @@ import pytest
 
 from headfold.export import publishing
 from headfold.export.files import exchange, lock_file, rename_without_replacing
-from headfold.export.publishing import publish, publish_file
+from headfold.export.publishing import publish, publish_file, sweep
 
 # Publishes version 2 over version 1, and dies like a killed process before the N-th call that changes the disk.
 _DYING = """
@@ -300,3 +300,21 @@ def test_the_systems_renames_do_what_they_say(tmp_path) -> None:
     assert not (tmp_path / "a").exists()
     with lock_file(tmp_path / "l"), pytest.raises(BlockingIOError), lock_file(tmp_path / "l"):
         pass
+
+
+def test_leftovers_of_names_that_do_not_come_again_are_swept_and_work_in_progress_is_not(tmp_path, monkeypatch) -> None:
+    """A run writes `step-N` once: killed right behind its publication, or in the removal of an old one, nobody would come by again."""
+    first(tmp_path / "step-1")
+    first(tmp_path / "step-2")
+    code = "import os, pathlib, shutil, sys; from headfold.export.publishing import discard\n"
+    code += "shutil.rmtree = lambda *a, **k: os._exit(137); discard(pathlib.Path(sys.argv[1]))"
+    assert subprocess.run([sys.executable, "-c", code, tmp_path / "step-1"]).returncode == 137
+    monkeypatch.setattr(publishing, "_close", lambda staging: None)  # the last step of a publication was not reached
+    first(tmp_path / "step-3")
+    monkeypatch.undo()
+    assert len(list(tmp_path.glob(".*"))) == 2
+    with publish(tmp_path / "step-4") as stage:
+        (stage / "a").write_text("4")
+        sweep(tmp_path)
+        assert len(list(tmp_path.glob(".*"))) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"step-2", "step-3", "step-4"}

@@ -175,7 +175,7 @@ def prove_attributes(model: ir.Model, facts: Facts, own: ModelConfig | None) -> 
             actual = getattr(Attributes, name, math.nan) if attribute is None else attribute.value
             if np.float32(actual) != np.float32(wanted):
                 faults.append((where, f"{name} is {actual}, not {wanted}"))
-        names = {name: value.name for name, value in inputs.given().items()}
+        names = {name: value.name for name, value in inputs.given().items() if value is not None}
         wanted_inputs = {f"past_{part}": cache_input(layer, part) for part in PARTS} | _own_inputs(own, layer)
         wanted_inputs |= {part: scale_name(layer, part) for part in SCALES if part in names}
         faults += [(where, f"{x} is {names.get(x)}") for x, name in wanted_inputs.items() if names.get(x) != name]
