@@ -23,7 +23,7 @@ import transformers  # noqa: F401 now, and not in each process
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "fakes"))
 from fuzzing import subjects
-from fuzzing.attempt import Failure, Tries, serve
+from fuzzing.attempt import Failure, Tries, bound_memory, serve
 from fuzzing.kinds import KINDS
 
 WALL_SECONDS = 20  # of one input; others may have the processor, so this only ends what does not end
@@ -87,7 +87,9 @@ def report(failures: dict[str, list[tuple[Input, Failure]]], inputs: int) -> Non
 
 def replay(kind: str, seed: int, directory: Path) -> int:
     """Try one input here, and leave its files."""
-    failures = Tries(directory / "valid", directory / "tried").attempt(kind, seed, restore=False)
+    tries = Tries(directory / "valid", directory / "tried")
+    bound_memory()
+    failures = tries.attempt(kind, seed, restore=False)
     for failure in failures:
         print(failure.cause, failure.text, sep="\n")
     print(f"{len(failures)} failures; the files are in {directory / 'tried' / (KINDS[kind].subject or 'alone')}")

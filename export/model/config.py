@@ -6,7 +6,7 @@ Reading a family's `config.json` or GGUF metadata into it is the job of `headfol
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from headfold.runtime.errors import ConfigError
 
@@ -168,7 +168,7 @@ class ModelConfig:
         """The inverse of `to_json`; what transformers adds to a `config.json` of ours is not read.
 
         Raises:
-            ConfigError: a field is missing, unknown, or names an activation, norm or RoPE kind that does not exist.
+            ConfigError: a field is missing, unknown, of the wrong type, or names an activation, norm or RoPE kind that does not exist.
         """
         values = {name: value for name, value in content.items() if name not in _NOT_OURS}
         try:
@@ -178,15 +178,35 @@ class ModelConfig:
         except TypeError as error:
             reason = str(error).rpartition("__init__() ")[2]
             raise ConfigError(reason, fix="Take the configuration that belongs to the weights.") from error
-        for name, value, known in (
-            ("hidden_act", config.hidden_act, get_args(Activation)),
-            ("norm", config.norm, get_args(Norm)),
-            ("rope_type", rope.rope_type, get_args(RopeType)),
-        ):
-            if value not in known:
-                raise ConfigError(f"{name} {value!r} is not implemented", fix=f"headfold knows {', '.join(known)}.")
+        _check_types(rope)
+        _check_types(config)
         return config
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types, for a manifest."""
         return asdict(self) | {"eos_token_id": list(self.eos_token_id), "sliding_layers": list(self.sliding_layers)}
+
+
+def _check_types(config: ModelConfig | RopeConfig) -> None:
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise ConfigError(
+                f"{name} {value!r} is not implemented", fix=f"headfold knows {', '.join(get_args(hint))}."
+            )
+        if not _is(value, hint):
+            raise ConfigError(f"{name} is {value!r}", fix="Take the configuration that belongs to the weights.")
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON is what a field's annotation says; a whole number is a float, too, a truth value is no number."""
+    choices = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in choices
+    if get_origin(hint) is tuple:
+        return all(_is(item, choices[0]) for item in value)
+    if choices:
+        return any(_is(value, choice) for choice in choices)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, int | float if hint is float else hint)

@@ -109,8 +109,7 @@ def serve(connection: Connection, subjects: Path, directory: Path) -> None:
     """In a process of its own: try what comes, and answer, until nothing comes any more."""
     silence()
     tries = Tries(subjects, directory)
-    most = psutil.Process().memory_info().vms + MEMORY_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    bound_memory()
     connection.send(None)
     with contextlib.suppress(EOFError):
         while True:
@@ -125,3 +124,9 @@ def silence() -> None:
         stream.flush()
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # as the command line does
         os.dup2(nowhere, stream.fileno())
+
+
+def bound_memory() -> None:
+    """From here on this process can have MEMORY_BYTES more than it has."""
+    most = psutil.Process().memory_info().vms + MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))

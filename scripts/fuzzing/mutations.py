@@ -1,5 +1,6 @@
 """Valid JSON and bytes in, nearly valid ones out."""
 
+import copy
 import json
 from collections.abc import Sequence
 from random import Random
@@ -95,9 +96,9 @@ def _changed(rng: Random, content: Any, fields: Sequence[str]) -> Any:
         case 0 if parent is not root:
             del parent[key]
         case 1 if isinstance(parent, dict):
-            parent[Raw(json.dumps(key))] = rng.choice((value, rng.choice(ODD)))  # the same key once more
+            parent[Raw(json.dumps(key))] = rng.choice((value, _odd(rng)))  # the same key once more
         case 2 if isinstance(parent, dict) and fields:
-            parent[rng.choice(fields)] = rng.choice((value, rng.choice(ODD)))
+            parent[rng.choice(fields)] = rng.choice((value, _odd(rng)))
         case 3:
             parent[key] = rng.choice(([value], {"x": value}, {str(key): value}, [value, value]))
         case 4 | 5:
@@ -106,8 +107,13 @@ def _changed(rng: Random, content: Any, fields: Sequence[str]) -> Any:
             other = rng.choice(list(parent)) if isinstance(parent, dict) else rng.randrange(len(parent))
             parent[key], parent[other] = parent[other], value
         case _:
-            parent[key] = rng.choice(ODD)
+            parent[key] = _odd(rng)
     return root[0] if root else None
+
+
+def _odd(rng: Random) -> Any:
+    """A copy: what is put into a document may be changed there, or be put into itself."""
+    return copy.deepcopy(rng.choice(ODD))
 
 
 def _bent(rng: Random, value: Any) -> Any:
@@ -131,4 +137,4 @@ def _bent(rng: Random, value: Any) -> Any:
         case dict():
             return rng.choice(({**value, "": 1}, dict(list(value.items())[:-1]), list(value.items()), list(value)))
         case _:
-            return rng.choice(ODD)
+            return _odd(rng)

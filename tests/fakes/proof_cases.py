@@ -15,9 +15,9 @@ from headfold.export.checkpoints.shapes import expected_shapes
 from headfold.export.exportables.opening import open_exportable
 from headfold.export.graph.passes import attention_nodes
 from headfold.export.graph.recipes import recipe_of
+from headfold.export.graph.weights import scale_name
 from headfold.export.model.config import ModelConfig, RopeConfig
 from headfold.export.model.rope import rope_tables
-from headfold.export.graph.weights import scale_name
 from headfold.export.parity.report import ParityReport
 from headfold.export.parity.verify import verify_bundle
 from headfold.export.progress import Reporter

@@ -4,6 +4,7 @@ Only here and in `attending.py` the export imports transformers, the extra `head
 """
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +16,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from headfold.export.checkpoints.base import TokenizerFiles
 from headfold.export.checkpoints.hf_tensors import stored_sizes
-from headfold.export.checkpoints.side_files import side_files
+from headfold.export.checkpoints.side_files import CONFIG, read_json, side_files
 from headfold.export.exportables.base import Master, no_quantized_cache
 from headfold.export.exportables.facts import Facts
 from headfold.export.exportables.oracle import Oracle
 from headfold.export.exportables.transformers_road import experts
 from headfold.export.exportables.transformers_road.attending import NAME, OpCache
 from headfold.export.exportables.transformers_road.transformers_oracle import TransformersOracle, decoder_layers, quiet
+from headfold.export.model.config import MOST_LAYERS
 from headfold.export.model.decoder import Cache, sequence_layout
 from headfold.plugins.dtypes import Quantized
 from headfold.runtime.errors import CheckpointError, ConfigError
@@ -177,6 +179,7 @@ def open_transformers(path: Path, trust_remote_code: bool = False) -> Transforme
             where=path,
             fix="Download it again.",
         )
+    _check_counts(read_json(path / CONFIG), path)
     try:
         with quiet():
             config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
@@ -297,6 +300,15 @@ def _facts(model: PreTrainedModel, path: Path) -> Facts:
         eos_token_id=tuple(eos) if isinstance(eos, list | tuple) else (eos,),
         pad_token_id=text.pad_token_id,
     )
+
+
+def _check_counts(config: Mapping[str, Any], path: Path) -> None:
+    """A configuration's class makes lists of as many items as there are said to be layers or experts, before anybody can look."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            _check_counts(value, path)
+        elif isinstance(value, int | float) and re.search("layer|expert", name) and value > MOST_LAYERS:
+            raise ConfigError(f"{name} is {value}", where=path, fix=f"It must be at most {MOST_LAYERS}.")
 
 
 @contextmanager

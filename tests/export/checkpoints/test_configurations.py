@@ -174,3 +174,24 @@ def test_what_cannot_be_meant_is_one_line(changes: dict[str, Any], message: str)
         config_from_json(SMALL | changes, "config.json")
     assert message in str(error.value)
     assert str(error.value).startswith("config.json: ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gated": ["x"]}, "gated is ['x']"),
+        ({"norm": ["rms_norm"]}, "norm ['rms_norm'] is not implemented"),
+        ({"norm_eps": True}, "norm_eps is True"),
+        ({"eos_token_id": ["x"]}, "eos_token_id is ('x',)"),
+        ({"pad_token_id": 1.5}, "pad_token_id is 1.5"),
+        ({"rope": {"truncate": 1}}, "truncate is 1"),
+        ({"rope": {"rope_type": {}}}, "rope_type {} is not implemented"),
+    ],
+)
+def test_wrong_types_in_a_configuration_of_ours_are_one_line(changes: dict[str, Any], message: str) -> None:
+    """As a bundle's manifest has it, and as models that no family can express are saved."""
+    whole = config_from_json(SMALL | {"model_type": "llama"}, "config.json").to_json()
+    assert ModelConfig.from_json(whole | {"norm_eps": 1}).norm_eps == 1
+    with pytest.raises(ConfigError) as error:
+        ModelConfig.from_json(whole | changes)
+    assert message in str(error.value)
