@@ -50,8 +50,3 @@ def from_tensorrt(dtype: Any) -> str:
 def from_onnxruntime(kind: str) -> str:
     """The name of what ONNX Runtime calls "tensor(float16)"."""
     return next(name for name, names in DTYPES.items() if f"tensor({names.onnxruntime})" == kind)
-
-
-def quantized(name: str) -> Quantized | None:
-    """The name itself where a cache of this dtype has scales, otherwise None."""
-    return name if name in QUANTIZED else None
