@@ -61,7 +61,7 @@ class Options(TypedDict, total=False):
     top_p: float | None
     min_p: float | None
     repetition_penalty: float | None
-    stop: str | Sequence[str] | None  # end before any of these texts; by default the bundle's
+    stop: str | Sequence[str] | None  # end before any of these texts, [] before none; by default the bundle's
     seed: int | None  # makes sampling repeatable; a row draws the same whatever is beside it
     ignore_eos: bool  # go on after an end-of-sequence token
     tools: Tools  # JSON schemas of functions, for the chat template; this and the next are for messages only
@@ -78,8 +78,8 @@ class Model:
         self._settings = read_generation_settings(bundle)
         ends = self._settings.eos_token_ids
         self.eos_token_ids = frozenset(_config_ends(manifest.config) if ends is None else ends)
-        if self._settings.ignored:
-            names = printable(", ".join(self._settings.ignored))
+        if ignored := self._settings.ignored:
+            names = printable(", ".join(ignored))
             _logger.warning("%s: headfold does not do what these ask for: %s.", bundle / FILE, names)
 
     @property
@@ -194,7 +194,7 @@ class Model:
         prompts, single = self._prompts(prompt, tools, template_variables)
         parameters = self._parameters(sampling, seed)
         budgets = [self._budget(index, len(ids), max_new_tokens) for index, ids in enumerate(prompts)]
-        stops = [stop] if isinstance(stop, str) else list(stop or self._settings.stops)
+        stops = self._settings.stops if stop is None else [stop] if isinstance(stop, str) else list(stop)
         if not all(isinstance(text, str) and text for text in stops):
             raise InputError("a stop string is empty, or no text", fix="Give texts of at least one character.")
         if stops:
@@ -304,16 +304,16 @@ class Model:
         """Given values first, then the bundle's, then what turns each off."""
         if unknown := set(given) - set(SAMPLING):
             raise TypeError(f"generate() has no option {min(unknown)!r}")
+        given = {name: value for name, value in given.items() if value is not None}
         defaults = self._settings.sampling
-        values = defaults | {name: value for name, value in given.items() if value is not None}
-        for name in defaults.keys() - {name for name, value in given.items() if value is not None}:
-            if (wrong := check_parameter(name, values[name])) is not None:
+        for name in defaults.keys() - given.keys():
+            if (wrong := check_parameter(name, defaults[name])) is not None:
                 raise BundleError(
-                    f"{name} is {values[name]!r}, and must be {wrong}",
+                    f"{name} is {defaults[name]!r}, and must be {wrong}",
                     where=self.bundle / FILE,
                     fix=f"Give {name}, or correct the checkpoint's file and export again.",
                 )
-        return SamplingParameters(**values, seed=seed)
+        return SamplingParameters(**(defaults | given), seed=seed)
 
 
 def _config_ends(config: Mapping[str, Any]) -> list[int]:

@@ -94,7 +94,7 @@ def generate(
     if chat or system:
         head = [{"role": "system", "content": system}] if system else []
         batch = [[*head, {"role": "user", "content": text}] for text in texts]
-    arguments = {"stop": stop, **sampling}
+    arguments = {"stop": stop or None, **sampling}
     if as_json:
         print_json([vars(generation) for generation in model.generate(batch, **arguments)])
     elif len(batch) == 1:

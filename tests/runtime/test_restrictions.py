@@ -99,6 +99,13 @@ def test_given_options_come_before_the_settings(changed) -> None:
     assert len(model.generate(PROMPT, max_new_tokens=None, stop=None).token_ids) <= 5
 
 
+def test_an_empty_list_of_stop_strings_is_none_of_them_not_the_settings(toy, changed) -> None:
+    text = load(toy.path, threads=1).generate(PROMPT, max_new_tokens=12).text
+    model = load(changed({"generation_config.json": {"stop_strings": text[4:6]}}), threads=1)
+    answers = [model.generate(PROMPT, max_new_tokens=12, stop=stop).text for stop in ([], None)]
+    assert answers == [text, text[: text.index(text[4:6])]]
+
+
 def test_settings_that_forbid_everything(changed) -> None:
     model = load(changed({"generation_config.json": {"suppress_tokens": list(range(300))}}), threads=1)
     with pytest.raises(InputError, match="forbids every token"):

@@ -1,6 +1,7 @@
 """The command line end to end, on the toy: export, verify, inspect, generate, chat."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,15 @@ def test_generate_is_the_decoders_greedy_text(exported, toy_checkpoint, tokenize
     assert run("generate", exported[0], "-", "-n", 8, stdin="the quick").stdout == answer["text"] + "\n"
     batch = json.loads(run("generate", exported[0], "the quick", "dog", "-n", 8, "--json").stdout)
     assert batch[0] == answer
+
+
+def test_the_bundles_stop_strings_count_until_others_are_given(exported, toy_checkpoint, tmp_path) -> None:
+    text = run("generate", exported[0], "the quick", "-n", 8).stdout.rstrip("\n")
+    checkpoint, bundle = shutil.copytree(toy_checkpoint, tmp_path / "checkpoint"), tmp_path / "bundle"
+    (checkpoint / "generation_config.json").write_text(json.dumps({"stop_strings": text[3:5]}))
+    assert run("export", checkpoint, "-o", bundle, "--no-verify").exit_code == 0
+    assert run("generate", bundle, "the quick", "-n", 8).stdout == text[: text.index(text[3:5])] + "\n"
+    assert run("generate", bundle, "the quick", "-n", 8, "--stop", "no such text").stdout == text + "\n"
 
 
 def test_chat_remembers(exported) -> None:
