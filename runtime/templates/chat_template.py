@@ -24,7 +24,9 @@ from headfold.runtime.templates import template_worker
 Messages = Sequence[Mapping[str, Any]]
 _LONGEST = 1 << 18  # characters of a template; the longest that we know has 30,000
 _START_SECONDS = 60  # until the process is ready, on a busy machine
-_ANSWER_BYTES = 8 * template_worker.OUTPUT_CHARACTERS
+_ANSWER_BYTES = (
+    12 * template_worker.OUTPUT_CHARACTERS + 1024
+)  # JSON escapes an emoji in 12; and a little around the text
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # one thing, by the names of different servers
 _FIX = "Give a plain prompt, or export with another template."
 

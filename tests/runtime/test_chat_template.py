@@ -178,6 +178,15 @@ def test_a_template_that_breaks_a_bound_is_one_line_in_bounded_time(bomb, tokeni
     assert write(tmp_path, tokenizer, "fine").chat_prompt(HELLO) == "fine"
 
 
+def test_text_within_the_bounds_comes_whole_whatever_its_characters_take_as_json(
+    tokenizer, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(template_worker, "SECONDS", 60)  # of a busy machine; the process's own bound stays
+    count = 3 * template_worker.OUTPUT_CHARACTERS // 4  # 12 bytes each
+    text = write(tmp_path, tokenizer, f"{{{{ messages[0].content * {count} }}}}")
+    assert text.chat_prompt([{"role": "user", "content": "\U0001f600"}]) == "\U0001f600" * count
+
+
 @pytest.mark.parametrize(
     "template",
     [
