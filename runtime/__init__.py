@@ -11,6 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from headfold.plugins.attention.schema import Attention
 from headfold.runtime.errors import (
     BundleError,
     CapacityError,
@@ -49,7 +50,7 @@ def load(
     backend: Literal["onnxruntime", "tensorrt"] = "onnxruntime",
     provider: str = "cpu",
     threads: int | None = None,
-    attention: Literal["native", "plugin"] | None = None,
+    attention: Attention | None = None,
     check: bool = True,
 ) -> "Model":
     """Open a bundle.

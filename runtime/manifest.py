@@ -11,8 +11,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from headfold.plugins.attention.schema import Attention
 from headfold.plugins.dtypes import DType, Quantized
-from headfold.plugins.names import is_cache_input, is_cache_output
+from headfold.plugins.names import PARTS, caches, is_cache_input, is_cache_output
+from headfold.plugins.tensorrt_library import Flavour
 from headfold.runtime.errors import BundleError
 from headfold.runtime.files.json_file import MANIFEST_BYTES, read_object
 
@@ -102,6 +104,12 @@ class CacheSpec(_Strict):
         )
         return list(zip(heads, sizes, strict=True))
 
+    @property
+    def tensors(self) -> dict[tuple[str, str], tuple[int, int]]:
+        """The same by names, a graph's cache input and its output; layer by layer, keys first."""
+        names = caches(self.num_hidden_layers).items()
+        return dict(zip(names, (shape for shape in self.shapes for _ in PARTS), strict=True))
+
 
 def cache_spec(
     shapes: Sequence[tuple[int, int]], capacity: int, quantization: QuantizationSpec | None = None
@@ -146,9 +154,9 @@ class EngineEntry(_Strict):
     """One TensorRT engine of the bundle."""
 
     file: FileName
-    flavour: Literal["tensorrt-rtx", "tensorrt"]
+    flavour: Flavour
     version: str  # of TensorRT: an engine runs on exactly the version that built it
-    attention: Literal["native", "plugin"]
+    attention: Attention
     dtype: DType
     compute_capabilities: list[int]  # 86 for 8.6
     max_batch: int = Field(ge=1)

@@ -15,7 +15,6 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from headfold.plugins.dtypes import DTYPES
-from headfold.plugins.names import caches
 from headfold.runtime.backend import CHUNK, decode_window, prefill_chunks, widened
 from headfold.runtime.cpu import physical_cores
 from headfold.runtime.errors import BundleError, CapacityError, InputError, ProviderError
@@ -41,15 +40,15 @@ class OrtCache:
     """Per layer keys and values [B, Hkv, C, D] on the session's device, and the logits [B, V] of decode."""
 
     def __init__(self, manifest: Manifest, batch: int, capacity: int, device: str) -> None:
-        spec, stored = manifest.cache, DTYPES[manifest.cache_dtype].numpy
+        stored, tensors = DTYPES[manifest.cache_dtype].numpy, manifest.cache.tensors
         self.capacity, self.lengths = capacity, np.zeros(batch, np.int64)
-        self.row_shapes = [(heads, capacity, head_dim) for heads, head_dim in spec.shapes]  # of each layer
+        self.row_shapes = {names: (heads, capacity, head_dim) for names, (heads, head_dim) in tensors.items()}
         self.itemsize = np.dtype(stored).itemsize
         self.logits = np.empty((batch, manifest.vocab_size), DTYPES[manifest.dtype].numpy)
         self.bound: _Bound | None = None
         self.values = {  # on the CPU the array's own memory; its pages are taken when they are first written
-            names: ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, *self.row_shapes[i // 2]), stored), device, 0)
-            for i, names in enumerate(caches(spec.num_hidden_layers).items())  # keys and values of each
+            names: ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, *shape), stored), device, 0)
+            for names, shape in self.row_shapes.items()
         }
 
 
@@ -134,10 +133,9 @@ class OrtSession:
 
     def _bind_cache(self, binding: Any, cache: OrtCache, first: int, end: int) -> None:
         """Bind rows of the cache as past and present: the same memory, so it is updated in place."""
-        for i, ((past, present), value) in enumerate(cache.values.items()):
-            row = cache.row_shapes[i // 2]
+        for (past, present), row in cache.row_shapes.items():
             shape = (end - first, *row)  # [b, Hkv, C, D]
-            address = value.data_ptr() + first * math.prod(row) * cache.itemsize
+            address = cache.values[past, present].data_ptr() + first * math.prod(row) * cache.itemsize
             place = (self.device, 0, self._cache_type, shape, address)
             binding.bind_input(past, *place)
             binding.bind_output(present, *place)
@@ -208,8 +206,7 @@ def _check_graph(session: Any, path: Path, manifest: Manifest) -> None:
     cache = manifest.cache
     facts = {"logits": (manifest.dtype, {2: manifest.vocab_size})} | {
         name: (manifest.cache_dtype, {1: heads, 3: head_dim})
-        for i, names in enumerate(caches(cache.num_hidden_layers).items())  # keys and values of each layer
-        for heads, head_dim in (cache.shapes[i // 2],)
+        for names, (heads, head_dim) in cache.tensors.items()
         for name in names
     }
     graph = {value.name: value for value in (*inputs, *outputs)}

@@ -10,7 +10,6 @@ import torch
 
 from headfold.plugins.attention.schema import Attention
 from headfold.plugins.gpus import BFLOAT16_SINCE, FLOAT8_SINCE, RTX_CAPABILITIES
-from headfold.plugins.names import is_cache_input
 from headfold.plugins.tensorrt_library import Flavour
 from headfold.runtime.errors import BuildError
 from headfold.runtime.manifest import EngineProfile, Manifest, ShapeRange
@@ -153,7 +152,6 @@ def check_cache(options: BuildOptions, cache_dtype: str) -> None:
 
 def profiles(options: BuildOptions, manifest: Manifest) -> list[EngineProfile]:
     """Prefill of up to `max_input` tokens, and decode of one; batches up to `max_batch`, whatever is in the cache."""
-    spec = manifest.cache
     max_input, capacity = options.settle(manifest)
 
     def profile(name: str, opt_batch: int, longest: int) -> EngineProfile:
@@ -164,9 +162,7 @@ def profiles(options: BuildOptions, manifest: Manifest) -> list[EngineProfile]:
                 *([b, t] for b, t in zip(batches, (1, max(longest, capacity // 2), capacity), strict=True))
             ),
         }
-        names = [value.name for value in manifest.inputs if is_cache_input(value.name)]  # keys and values of each layer
-        for i, cache in enumerate(names):
-            heads, head_dim = spec.shapes[i // 2]
+        for (cache, _), (heads, head_dim) in manifest.cache.tensors.items():
             shapes[cache] = _range(*([b, heads, capacity, head_dim] for b in batches))
         return EngineProfile.model_validate({"name": name, "shapes": shapes})
 

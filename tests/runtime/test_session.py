@@ -178,7 +178,7 @@ def test_bfloat16_on_the_cpu_is_an_error(changed) -> None:
 def test_a_run_that_fails_is_one_line_and_nothing_else_is_printed(toy, capfd) -> None:
     backend = OrtSession(toy.path, read_manifest(toy.path), threads=1)
     cache = backend.new_cache(1, 8)
-    cache.row_shapes = [(3, 8, 16)] * len(cache.row_shapes)  # heads that the graph has not
+    cache.row_shapes = dict.fromkeys(cache.row_shapes, (3, 8, 16))  # heads that the graph has not
     with pytest.raises(BundleError, match=r"model\.onnx: ONNX Runtime cannot run it: .*Expected: 2") as caught:
         backend.prefill(cache, 0, np.array([1]))
     assert str(caught.value).isprintable()
