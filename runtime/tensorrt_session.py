@@ -21,7 +21,7 @@ from headfold.plugins.tensorrt_library import TensorRTMissing, open_tensorrt
 from headfold.runtime.backend import decode_window, prefill_chunks, widened
 from headfold.runtime.device import Device, Graph
 from headfold.runtime.errors import BundleError, CapacityError, EngineError, ProviderError
-from headfold.runtime.files.engine_file import check_engine
+from headfold.runtime.files.engine_file import REBUILD, check_engine
 from headfold.runtime.manifest import EngineEntry, Manifest
 
 BUCKET = 256  # positions: decode's mask is a multiple of it wide, so its graph is captured anew every so many tokens
@@ -29,7 +29,6 @@ PREFILL, DECODE = 0, 1  # optimization profiles
 _IDS = 8  # bytes of an int64
 _ALIGNMENT = 256  # bytes, of every tensor
 _serials = itertools.count()
-_REBUILD = "Build it again with headfold build --force."
 
 
 class TensorRTCache:
@@ -244,12 +243,12 @@ class TensorRTSession:
                 f"needs the plugin {plugin.namespace}::{plugin.name} version {plugin.version}, "
                 f"this headfold has {have[0]}::{have[1]} version {have[2]}",
                 where=where,
-                fix=_REBUILD,
+                fix=REBUILD,
             )
         try:
             kernels = Kernels(bundle / plugin.kernels, self.device.capability, self.device.driver)
         except (LaunchError, KernelFileError) as error:
-            raise EngineError(str(error), where=where, fix=_REBUILD) from error
+            raise EngineError(str(error), where=where, fix=REBUILD) from error
         try:
             ours.register(trt, kernels)
         except RuntimeError as error:
@@ -266,10 +265,10 @@ class TensorRTSession:
                 known = trt.EngineInvalidityDiagnostics.__members__.items()
                 reasons = [name.lower().replace("_", " ") for name, flag in known if int(diagnostics) & int(flag)]
                 reason = ", ".join(reasons) or "no reason given"
-                raise EngineError(f"TensorRT-RTX calls it invalid: {reason}", where=path, fix=_REBUILD)
+                raise EngineError(f"TensorRT-RTX calls it invalid: {reason}", where=path, fix=REBUILD)
         engine = self._runtime.deserialize_cuda_engine(content)
         if engine is None:
-            raise EngineError(f"TensorRT cannot load it{self._log.said()}", where=path, fix=_REBUILD)
+            raise EngineError(f"TensorRT cannot load it{self._log.said()}", where=path, fix=REBUILD)
         if self.entry.weight_streaming:
             engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
         return engine
@@ -279,9 +278,9 @@ class TensorRTSession:
         wanted = {spec.name for spec in (*self.entry.inputs, *self.entry.outputs)}
         if names != wanted:
             odd = ", ".join(sorted(names ^ wanted)[:4])
-            raise EngineError(f"its inputs and outputs are not those of the manifest: {odd}", where=path, fix=_REBUILD)
+            raise EngineError(f"its inputs and outputs are not those of the manifest: {odd}", where=path, fix=REBUILD)
         if self.session.num_optimization_profiles != len(self.entry.profiles):
-            raise EngineError("its profiles are not those of the manifest", where=path, fix=_REBUILD)
+            raise EngineError("its profiles are not those of the manifest", where=path, fix=REBUILD)
 
     def _context(self, path: Path, profile: int) -> Any:
         context = self.session.create_execution_context()

@@ -7,11 +7,12 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from headfold.runtime.errors import BundleError, InputError
-from headfold.runtime.files.json_file import SETTINGS_BYTES, read_object
+from headfold.runtime.files.json_file import SETTINGS_BYTES, check_size, read_object
 from headfold.runtime.templates.chat_template import ChatTemplate, Messages
 
 Tools = Sequence[Mapping[str, Any]] | None
 _TOKENIZER_BYTES = 1 << 27  # the largest that we know, of 262,144 tokens, has 33 MB
+_FIX = "Export the bundle again."
 _UNFINISHED = "\ufffd"  # what a tokenizer decodes the bytes of half a character to
 _SETTLE = 32  # tokens decoded anew with every further one, at most; but see Detokenizer
 
@@ -99,7 +100,7 @@ class Text:
                 case {"template": None}:
                     pass
                 case _:
-                    raise BundleError("its chat template is no text", where=self.bundle, fix="Export the bundle again.")
+                    raise BundleError("its chat template is no text", where=self.bundle, fix=_FIX)
         return ChatTemplate(named, self._special_tokens(), self.bundle) if named else None
 
     def _special_tokens(self) -> dict[str, str]:
@@ -170,23 +171,19 @@ class Detokenizer:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object of the bundle, empty if there is no such file. Raises BundleError: it is something else."""
-    return read_object(path, SETTINGS_BYTES, BundleError, "Export the bundle again.") if path.is_file() else {}
+    return read_object(path, SETTINGS_BYTES, BundleError, _FIX) if path.is_file() else {}
 
 
 def _read_tokenizer(path: Path) -> Tokenizer | None:
     if not path.is_file():
         return None
-    size = path.stat().st_size
-    if size > _TOKENIZER_BYTES:
-        raise BundleError(
-            f"has {size:,} bytes, and at most {_TOKENIZER_BYTES:,} are read", where=path, fix="Export the bundle again."
-        )
+    check_size(path, _TOKENIZER_BYTES, BundleError, _FIX)
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except BaseException as error:
         if not _of_tokenizers(error):
             raise
-        raise BundleError(f"is no tokenizer: {error}", where=path, fix="Export the bundle again.") from error
+        raise BundleError(f"is no tokenizer: {error}", where=path, fix=_FIX) from error
     tokenizer.no_truncation()  # settings of its training, which would cut a prompt or pad it
     tokenizer.no_padding()
     return tokenizer

@@ -13,6 +13,7 @@ from headfold.runtime.errors import BundleError
 from headfold.runtime.manifest import EngineEntry
 
 HEADER_BYTES = 64
+REBUILD = "Build it again with headfold build --force."
 _MAGIC = b"vtrt"
 _FIELDS = struct.Struct("<4s12xQ4B4sI28x")
 
@@ -33,14 +34,14 @@ def read_header(path: Path) -> EngineHeader:
         BundleError: it is missing, shorter than a header, or no engine.
     """
     if not path.is_file():
-        raise BundleError("is missing", where=path, fix="Build it again with headfold build --force.")
+        raise BundleError("is missing", where=path, fix=REBUILD)
     with path.open("rb") as file:
         content = file.read(HEADER_BYTES)
     if len(content) < HEADER_BYTES:
-        raise BundleError(f"has {len(content)} bytes, not even a header's {HEADER_BYTES}", where=path, fix=_FIX)
+        raise BundleError(f"has {len(content)} bytes, not even a header's {HEADER_BYTES}", where=path, fix=REBUILD)
     magic, size, *version, again, bits = _FIELDS.unpack(content)
     if magic != _MAGIC or again != _MAGIC:
-        raise BundleError("is no TensorRT-RTX engine", where=path, fix=_FIX)
+        raise BundleError("is no TensorRT-RTX engine", where=path, fix=REBUILD)
     capabilities = [sm for bit, sm in enumerate(RTX_CAPABILITIES) if bits >> bit & 1]
     return EngineHeader(size, ".".join(map(str, version)), capabilities)
 
@@ -59,22 +60,19 @@ def check_engine(bundle: Path, entry: EngineEntry) -> None:
         raise BundleError(
             f"is truncated or padded: its header says {header.size} bytes, it has {path.stat().st_size}",
             where=path,
-            fix=_FIX,
+            fix=REBUILD,
         )
     if header.version != entry.version:
         raise BundleError(
-            f"was built by TensorRT-RTX {header.version}, its manifest says {entry.version}", where=path, fix=_FIX
+            f"was built by TensorRT-RTX {header.version}, its manifest says {entry.version}", where=path, fix=REBUILD
         )
     if header.compute_capabilities != sorted(entry.compute_capabilities):
         raise BundleError(
             f"is for SM {_listed(header.compute_capabilities)}, its manifest says {_listed(entry.compute_capabilities)}",
             where=path,
-            fix=_FIX,
+            fix=REBUILD,
         )
 
 
 def _listed(capabilities: list[int]) -> str:
     return ", ".join(map(str, capabilities)) or "no GPU"
-
-
-_FIX = "Build it again with headfold build --force."

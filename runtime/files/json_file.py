@@ -16,9 +16,7 @@ def read_object(path: Path, most: int, error: type[HeadfoldError], fix: str) -> 
     Raises:
         error: it is larger, is not JSON, is nested so deeply that Python's parser gives up, or is no object.
     """
-    size = path.stat().st_size
-    if size > most:
-        raise error(f"has {size:,} bytes, and at most {most:,} are read", where=path, fix=fix)
+    check_size(path, most, error, fix)
     try:
         content = json.loads(path.read_bytes())
     except ValueError as reason:
@@ -28,3 +26,10 @@ def read_object(path: Path, most: int, error: type[HeadfoldError], fix: str) -> 
     if not isinstance(content, dict):
         raise error("is no JSON object", where=path, fix=fix)
     return content
+
+
+def check_size(path: Path, most: int, error: type[HeadfoldError], fix: str) -> None:
+    """Refuse a file of more than `most` bytes. Raises `error`."""
+    size = path.stat().st_size
+    if size > most:
+        raise error(f"has {size:,} bytes, and at most {most:,} are read", where=path, fix=fix)
