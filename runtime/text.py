@@ -127,8 +127,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), before: int | None = None) -> None:
         """`before` is the prompt's last token. `stop` strings are not empty."""
         self._tokenizer, self._stop = tokenizer, stop
-        self._context: list[int] = [] if before is None or not self._is_whole(before) else [before]
-        self._ids: list[int] = []  # since the context
+        self._set_context([] if before is None or not self._is_whole(before) else [before])
         self._settled = ""  # text of the tokens before `_ids`
         self._sent = 0  # characters that were returned
         self.stopped = False  # a stop string was found; the text ends before it
@@ -139,9 +138,10 @@ class Detokenizer:
             return ""
         if token is not None:
             self._ids.append(token)
-        whole = self._settled + self._decode(self._context + self._ids)[len(self._decode(self._context)) :]
+        whole = self._settled + self._decode(self._context + self._ids)[self._context_length :]
         if len(self._ids) >= _SETTLE and self._is_whole(self._ids[-1]):
-            self._settled, self._context, self._ids = whole, self._ids[-1:], []
+            self._settled = whole
+            self._set_context(self._ids[-1:])
         end = len(whole)
         longest = max(map(len, self._stop), default=0)
         found = [at for stop in self._stop if (at := whole.find(stop, max(0, self._sent - longest))) >= 0]
@@ -154,6 +154,11 @@ class Detokenizer:
         new = whole[self._sent : end]
         self._sent += len(new)
         return new
+
+    def _set_context(self, tokens: list[int]) -> None:
+        """Begin anew behind these tokens."""
+        self._context, self._context_length = tokens, len(self._decode(tokens))  # characters
+        self._ids: list[int] = []  # since the context
 
     def _decode(self, ids: list[int]) -> str:
         try:
