@@ -9,9 +9,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from headfold.plugins.attention.onnx_functions import OPSET
 from headfold.plugins.attention.schema import DOMAIN, INPUTS, NORMS, OP_TYPE, SCALES, VERSION, Attention, Attributes
 from headfold.plugins.names import is_cache_input
+from headfold.plugins.onnx_body import OPSET
 from headfold.runtime.errors import BuildError
 
 _REPORT = "Please report it: no lowering of headfold makes it."

@@ -25,12 +25,13 @@ from headfold.export.graph.norms import fold_norms
 from headfold.export.graph.passes import fold_transposes, name_weights, share_last_index
 from headfold.export.graph.reshapes import drop_idle_reshapes
 from headfold.export.graph.rotation import fold_rotations
-from headfold.plugins.attention.onnx_functions import OPSET, schema
+from headfold.plugins.attention.onnx_functions import schema
 from headfold.plugins.attention.schema import ALL_INPUTS, DOMAIN, LAST_INDEX, OP_TYPE, VERSION, AttentionInputs
 from headfold.plugins.dtypes import Quantized
 from headfold.plugins.experts import onnx_functions as experts_body
 from headfold.plugins.experts import schema as experts_schema
 from headfold.plugins.names import caches, hidden_state
+from headfold.plugins.onnx_body import OPSET
 
 IR_VERSION = 11  # of ONNX 1.18: the first with opset 23 and later, and what onnxruntime 1.31 reads
 

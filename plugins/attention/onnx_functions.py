@@ -7,7 +7,7 @@ RoPE rotates and how its cache is stored are the same in all its layers.
 
 from collections.abc import Sequence
 
-from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper
+from onnx import FunctionProto, TensorProto
 from onnx.defs import OpSchema
 
 from headfold.plugins.attention.schema import (
@@ -21,80 +21,24 @@ from headfold.plugins.attention.schema import (
     SINK,
     TABLES,
     VERSION,
+    AttentionInputs,
+    Attributes,
 )
 from headfold.plugins.dtypes import DTYPES, FLOATS, QUANTIZED, Quantized
+from headfold.plugins.onnx_body import OPSET, Body, Operator
 
 _SINK_INPUT = 11  # of com.microsoft.GroupQueryAttention
-OPSET = 24  # of the default domain: the first with TensorScatter
-_KINDS = {
-    "num_heads": AttributeProto.INT,
-    "kv_num_heads": AttributeProto.INT,
-    "scale": AttributeProto.FLOAT,
-    "local_window_size": AttributeProto.INT,
-    "softcap": AttributeProto.FLOAT,
-    "rotary_interleaved": AttributeProto.INT,
-    "qk_norm_epsilon": AttributeProto.FLOAT,
-}
+_OPERATOR = Operator(DOMAIN, OP_TYPE, VERSION, AttentionInputs, Attributes, OUTPUTS)
 
 
 def schema() -> OpSchema:
-    """The operator's ONNX schema; not registered, so that no tool depends on headfold being imported."""
+    """The operator's ONNX schema."""
     types = {"past_lengths": "tensor(int64)", "total_sequence_length": "tensor(int32)", LAST_INDEX: "tensor(int32)"}
     types |= dict.fromkeys(SCALES, "tensor(float)")
     types |= dict.fromkeys(("past_key", "past_value", "present_key", "present_value"), "T_CACHE")
     floats, narrow = ([f"tensor({DTYPES[name].onnxruntime})" for name in names] for names in (FLOATS, QUANTIZED))
-    single, optional = OpSchema.FormalParameterOption.Single, OpSchema.FormalParameterOption.Optional
-    required = [name for name in INPUTS if name not in TABLES]
-    parameters = [
-        OpSchema.FormalParameter(name, types.get(name, "T"), param_option=single if name in required else optional)
-        for name in ALL_INPUTS
-    ]
-    kinds = {AttributeProto.INT: OpSchema.AttrType.INT, AttributeProto.FLOAT: OpSchema.AttrType.FLOAT}
-    return OpSchema(
-        OP_TYPE,
-        DOMAIN,
-        VERSION,
-        inputs=parameters,
-        outputs=[OpSchema.FormalParameter(name, types.get(name, "T")) for name in OUTPUTS],
-        type_constraints=[
-            ("T", floats, "weights and output"),
-            ("T_CACHE", [*floats, *narrow], "T, or quantized with scales"),
-        ],
-        attributes=[OpSchema.Attribute(name, kinds[kind]) for name, kind in _KINDS.items()],
-    )
-
-
-class _Body:
-    """Collects the nodes of a function; a value is known by the name of the node's output."""
-
-    def __init__(self) -> None:
-        self.nodes: list[NodeProto] = []
-
-    def __call__(
-        self,
-        op_type: str,
-        inputs: Sequence[str],
-        outputs: str | Sequence[str],
-        refs: dict[str, str] | None = None,
-        domain: str = "",
-        **attributes: object,
-    ) -> str:
-        """Append a node; `refs` maps its attributes to the function's. Returns the first output."""
-        names = [outputs] if isinstance(outputs, str) else list(outputs)
-        node = helper.make_node(op_type, inputs, names, domain=domain, **attributes)  # type: ignore[arg-type]
-        for name, ref in (refs or {}).items():
-            node.attribute.append(AttributeProto(name=name, ref_attr_name=ref, type=_KINDS[ref]))
-        self.nodes.append(node)
-        return names[0]
-
-    def ints(self, name: str, *values: int) -> str:
-        return self("Constant", [], name, value_ints=values)
-
-    def function(self, domains: dict[str, int], quantized: bool, sinks: bool) -> FunctionProto:
-        last = SINK if sinks else SCALES[-1] if quantized else LAST_INDEX
-        inputs = ALL_INPUTS[: ALL_INPUTS.index(last) + 1]  # onnx.reference wants a node to have all of them
-        opsets = [helper.make_opsetid(domain, version) for domain, version in domains.items()]
-        return helper.make_function(DOMAIN, OP_TYPE, inputs, list(OUTPUTS), self.nodes, opsets, list(_KINDS))
+    constraints = [("T", floats, "weights and output"), ("T_CACHE", [*floats, *narrow], "T, or quantized with scales")]
+    return _OPERATOR.schema(types, constraints)
 
 
 def onnxruntime_body(
@@ -111,7 +55,7 @@ def onnxruntime_body(
     needs `head_dim`: the kernel wants a scale per channel, and ONNX Runtime repeats ours once, when it loads the graph.
     `rotary` and `sinks` tell whether the nodes have rotary tables and sinks.
     """
-    body = _Body()
+    body = Body(_OPERATOR)
     replaced = {"past_lengths": LAST_INDEX}
     if qk_norm:
         body("Constant", [], "flat", value_ints=[0, 0, -1])
@@ -139,10 +83,10 @@ def onnxruntime_body(
         OUTPUTS,
         domain="com.microsoft",
         do_rotary=int(rotary),
-        refs={name: name for name in _KINDS if name != "qk_norm_epsilon"},
+        refs={name: name for name in _OPERATOR.kinds if name != "qk_norm_epsilon"},
         **quantized,
     )
-    return body.function({"": OPSET, "com.microsoft": 1}, cache is not None, sinks)
+    return body.function({"": OPSET, "com.microsoft": 1}, _inputs(cache is not None, sinks))
 
 
 def standard_body(
@@ -162,7 +106,7 @@ def standard_body(
 
     The mask is explicit because importers differ in what they make of Attention's causal and length inputs.
     """
-    body = _Body()
+    body = Body(_OPERATOR)
     for name, values in {
         "zero": [0],
         "one": [1],
@@ -235,10 +179,16 @@ def standard_body(
     )
     body("Transpose", ["by_head"], "by_token", perm=[0, 2, 1, 3])  # [B, S, Hq, D]
     body("Reshape", ["by_token", "flat"], "output")  # [B, S, Hq*D]
-    return body.function({"": OPSET}, cache is not None, sinks)
+    return body.function({"": OPSET}, _inputs(cache is not None, sinks))
 
 
-def _split_heads(body: _Body, name: str, heads: str) -> str:
+def _inputs(quantized: bool, sinks: bool) -> Sequence[str]:
+    """Those up to the last one that is used; onnx.reference wants a node to have all of them."""
+    last = SINK if sinks else SCALES[-1] if quantized else LAST_INDEX
+    return ALL_INPUTS[: ALL_INPUTS.index(last) + 1]
+
+
+def _split_heads(body: Body, name: str, heads: str) -> str:
     """[B, S, H*D] to [B, S, H, D]; the number of heads is an attribute of the function."""
     body("Constant", [], f"{name}_count", refs={"value_int": heads})
     body("Constant", [], f"{name}_same", value_ints=[0, 0])
@@ -249,7 +199,7 @@ def _split_heads(body: _Body, name: str, heads: str) -> str:
     return body("Reshape", [name, f"{name}_shape"], f"{name}_heads")
 
 
-def _with_sinks(body: _Body, query: str, keys: str, values: str, mask: str) -> tuple[str, str, str]:
+def _with_sinks(body: Body, query: str, keys: str, values: str, mask: str) -> tuple[str, str, str]:
     """A sink is a key and a value of zeros [B, Hkv, 1, D] behind all others; the mask, now a number to add, is its logit.
 
     Returns keys, values and mask [B, Hq, S, T+1].
@@ -279,7 +229,7 @@ def _with_sinks(body: _Body, query: str, keys: str, values: str, mask: str) -> t
     return with_sink[0], with_sink[1], "bias_with_sink"
 
 
-def _quantized(body: _Body, name: str, new: str, cache: Quantized) -> str:
+def _quantized(body: Body, name: str, new: str, cache: Quantized) -> str:
     """What the cache stores of the new keys or values [B, Hkv, S, D]."""
     body("Constant", [], f"{name}_trailing", value_ints=[1, 2])
     body("Unsqueeze", [f"{name}_scale", f"{name}_trailing"], f"{name}_scale_by_head")  # [Hkv, 1, 1]
@@ -295,5 +245,5 @@ def _quantized(body: _Body, name: str, new: str, cache: Quantized) -> str:
     return body("CastLike", [f"{name}_narrow", f"past_{name}"], f"{name}_stored")
 
 
-def _norm(body: _Body, x: str, weight: str, output: str) -> str:
+def _norm(body: Body, x: str, weight: str, output: str) -> str:
     return body("RMSNormalization", [x, weight], output, refs={"epsilon": "qk_norm_epsilon"}, axis=-1)

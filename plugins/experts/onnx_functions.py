@@ -6,45 +6,20 @@ in all layers.
 """
 
 import onnx
-from onnx import AttributeProto, FunctionProto, TensorProto, helper
+from onnx import FunctionProto, TensorProto, helper
 from onnx.defs import OpSchema
 
-from headfold.plugins.attention.onnx_functions import OPSET
 from headfold.plugins.attention.schema import VERSION
 from headfold.plugins.dtypes import DTYPES, FLOATS
-from headfold.plugins.experts.schema import DOMAIN, INPUTS, OP_TYPE, OUTPUT, ExpertsAttributes
+from headfold.plugins.experts.schema import DOMAIN, INPUTS, OP_TYPE, OUTPUT, ExpertsAttributes, ExpertsInputs
+from headfold.plugins.onnx_body import OPSET, Body, Operator
 
-_OPTIONAL = {"gate_up_bias", "down_bias"}
-_KINDS = {
-    "k": AttributeProto.INT,
-    "activation": AttributeProto.STRING,
-    "alpha": AttributeProto.FLOAT,
-    "beta": AttributeProto.FLOAT,
-    "limit": AttributeProto.FLOAT,
-    "interleaved": AttributeProto.INT,
-}
+_OPERATOR = Operator(DOMAIN, OP_TYPE, VERSION, ExpertsInputs, ExpertsAttributes, (OUTPUT,))
 
 
 def schema() -> OpSchema:
-    """The operator's ONNX schema; not registered, so that no tool depends on headfold being imported."""
-    single, optional = OpSchema.FormalParameterOption.Single, OpSchema.FormalParameterOption.Optional
-    kinds = {
-        AttributeProto.INT: OpSchema.AttrType.INT,
-        AttributeProto.FLOAT: OpSchema.AttrType.FLOAT,
-        AttributeProto.STRING: OpSchema.AttrType.STRING,
-    }
-    return OpSchema(
-        OP_TYPE,
-        DOMAIN,
-        VERSION,
-        inputs=[
-            OpSchema.FormalParameter(name, "T", param_option=optional if name in _OPTIONAL else single)
-            for name in INPUTS
-        ],
-        outputs=[OpSchema.FormalParameter(OUTPUT, "T")],
-        type_constraints=[("T", [f"tensor({DTYPES[name].onnxruntime})" for name in FLOATS], "all of them")],
-        attributes=[OpSchema.Attribute(name, kinds[kind]) for name, kind in _KINDS.items()],
-    )
+    """The operator's ONNX schema."""
+    return _OPERATOR.schema({}, [("T", [f"tensor({DTYPES[name].onnxruntime})" for name in FLOATS], "all of them")])
 
 
 def onnxruntime_can(attributes: ExpertsAttributes) -> bool:
@@ -54,23 +29,18 @@ def onnxruntime_can(attributes: ExpertsAttributes) -> bool:
 
 def onnxruntime_body() -> FunctionProto:
     """One com.microsoft.MoE node; for attributes that `onnxruntime_can`."""
-    node = helper.make_node(
+    body = Body(_OPERATOR)
+    body(
         "MoE",
         ["hidden_states", "router_logits", "gate_up_weight", "gate_up_bias", "down_weight", "down_bias"],
-        [OUTPUT],
+        OUTPUT,
+        refs={"k": "k", "activation_alpha": "alpha", "activation_beta": "beta", "swiglu_limit": "limit"},
         domain="com.microsoft",
         activation_type="swiglu",
         swiglu_fusion=1,  # gate and up alternate
         normalize_routing_weights=1,  # the softmax is over the chosen
     )
-    for name, ref in {
-        "k": "k",
-        "activation_alpha": "alpha",
-        "activation_beta": "beta",
-        "swiglu_limit": "limit",
-    }.items():
-        node.attribute.append(AttributeProto(name=name, ref_attr_name=ref, type=_KINDS[ref]))
-    return _function([node], {"": OPSET, "com.microsoft": 1})
+    return body.function({"": OPSET, "com.microsoft": 1}, INPUTS)
 
 
 def standard_body(attributes: ExpertsAttributes, biases: bool) -> FunctionProto:
@@ -79,88 +49,63 @@ def standard_body(attributes: ExpertsAttributes, biases: bool) -> FunctionProto:
     So no more than one expert's products are in memory, and no expert computes in vain. Of `attributes` the activation and the layout
     count; `biases` tells whether the nodes have them.
     """
-    nodes = [
-        helper.make_node("Constant", [], ["k_scalar"]),
-        helper.make_node("Constant", [], ["vector"], value_ints=[-1]),
-        helper.make_node("Reshape", ["k_scalar", "vector"], ["k_vector"]),
-        helper.make_node("TopK", ["router_logits", "k_vector"], ["logits", "chosen"], axis=-1),  # [N, k]
-        helper.make_node("Softmax", ["logits"], ["shares"], axis=-1),
-        helper.make_node("Shape", ["router_logits"], ["routing_shape"]),
-        helper.make_node("Shape", ["hidden_states"], ["output_shape"]),
-        helper.make_node("ConstantOfShape", ["routing_shape"], ["no_routing_float"]),
-        helper.make_node("ConstantOfShape", ["output_shape"], ["nothing"]),  # float32
-        helper.make_node("CastLike", ["no_routing_float", "router_logits"], ["no_routing"]),
-        helper.make_node("ScatterElements", ["no_routing", "chosen", "shares"], ["routing"], axis=1),  # [N, E]
-        helper.make_node("Transpose", ["routing"], ["by_expert"], perm=[1, 0]),  # [E, N]
-    ]
-    nodes[0].attribute.append(AttributeProto(name="value_int", ref_attr_name="k", type=AttributeProto.INT))
+    body = Body(_OPERATOR)
+    body("Constant", [], "k_scalar", refs={"value_int": "k"})
+    body.ints("vector", -1)
+    body("Reshape", ["k_scalar", "vector"], "k_vector")
+    body("TopK", ["router_logits", "k_vector"], ["logits", "chosen"], axis=-1)  # [N, k]
+    body("Softmax", ["logits"], "shares", axis=-1)
+    body("Shape", ["router_logits"], "routing_shape")
+    body("Shape", ["hidden_states"], "output_shape")
+    body("ConstantOfShape", ["routing_shape"], "no_routing_float")
+    body("ConstantOfShape", ["output_shape"], "nothing")  # float32
+    body("CastLike", ["no_routing_float", "router_logits"], "no_routing")
+    body("ScatterElements", ["no_routing", "chosen", "shares"], "routing", axis=1)  # [N, E]
+    body("Transpose", ["routing"], "by_expert", perm=[1, 0])  # [E, N]
     for name in ("alpha", "beta", "limit"):
-        constant = helper.make_node("Constant", [], [f"{name}_float"])
-        constant.attribute.append(AttributeProto(name="value_float", ref_attr_name=name, type=AttributeProto.FLOAT))
-        nodes += [constant, helper.make_node("CastLike", [f"{name}_float", "hidden_states"], [f"{name}_like"])]
-    nodes.append(helper.make_node("Neg", ["limit_like"], ["least"]))
+        body("Constant", [], f"{name}_float", refs={"value_float": name})
+        body("CastLike", [f"{name}_float", "hidden_states"], f"{name}_like")
+    body("Neg", ["limit_like"], "least")
     scanned = ["by_expert", "gate_up_weight", "down_weight", *(["gate_up_bias", "down_bias"] if biases else [])]
-    nodes.append(
-        helper.make_node(
-            "Scan",
-            ["nothing", *scanned],
-            ["sum"],
-            body=_expert(attributes, scanned, biases),
-            num_scan_inputs=len(scanned),
-        )
-    )
-    nodes.append(helper.make_node("CastLike", ["sum", "hidden_states"], [OUTPUT]))
-    return _function(nodes, {"": OPSET})
+    expert = _expert(attributes, scanned, biases)
+    body("Scan", ["nothing", *scanned], "sum", body=expert, num_scan_inputs=len(scanned))
+    body("CastLike", ["sum", "hidden_states"], OUTPUT)
+    return body.function({"": OPSET}, INPUTS)
 
 
 def _expert(attributes: ExpertsAttributes, scanned: list[str], biases: bool) -> onnx.GraphProto:
     """One step of the Scan: the sum so far [N, H], float32, and this expert's routing [N], weights and biases."""
-    make = helper.make_node
-    ints = {"rows_shape": [-1], "even": [0], "odd": [1], "end": [2**62], "columns": [1], "two": [2]}
-    nodes = [make("Constant", [], [name], value_ints=values) for name, values in ints.items()]
-    nodes += [
-        make("NonZero", ["one_by_expert"], ["found"]),  # [1, n]
-        make("Reshape", ["found", "rows_shape"], ["rows"]),  # [n]
-        make("Gather", ["hidden_states", "rows"], ["x"]),  # [n, H]
-        make("Gemm", ["x", "one_gate_up_weight", *(["one_gate_up_bias"] * biases)], ["gate_up"], transB=1),
-    ]
+    body = Body(_OPERATOR)
+    for name, value in {"rows_shape": -1, "even": 0, "odd": 1, "end": 2**62, "columns": 1, "two": 2}.items():
+        body.ints(name, value)
+    body("NonZero", ["one_by_expert"], "found")  # [1, n]
+    body("Reshape", ["found", "rows_shape"], "rows")  # [n]
+    body("Gather", ["hidden_states", "rows"], "x")  # [n, H]
+    body("Gemm", ["x", "one_gate_up_weight", *(["one_gate_up_bias"] * biases)], "gate_up", transB=1)
     if attributes.interleaved:
-        nodes += [
-            make("Slice", ["gate_up", "even", "end", "columns", "two"], ["gate"]),  # [n, I]
-            make("Slice", ["gate_up", "odd", "end", "columns", "two"], ["up"]),
-        ]
+        body("Slice", ["gate_up", "even", "end", "columns", "two"], "gate")  # [n, I]
+        body("Slice", ["gate_up", "odd", "end", "columns", "two"], "up")
     else:
-        nodes.append(make("Split", ["gate_up"], ["gate", "up"], axis=1, num_outputs=2))
-    nodes += [
-        make("Min", ["gate", "limit_like"], ["gate_held"]),
-        make("Clip", ["up", "least", "limit_like"], ["up_held"]),
-    ]
+        body("Split", ["gate_up"], ["gate", "up"], axis=1, num_outputs=2)
+    body("Min", ["gate", "limit_like"], "gate_held")
+    body("Clip", ["up", "least", "limit_like"], "up_held")
     match attributes.activation:
         case "silu":
-            nodes += [
-                make("Mul", ["gate_held", "alpha_like"], ["gate_times_alpha"]),
-                make("Sigmoid", ["gate_times_alpha"], ["opened"]),
-                make("Mul", ["gate_held", "opened"], ["activated"]),
-            ]
+            body("Mul", ["gate_held", "alpha_like"], "gate_times_alpha")
+            body("Sigmoid", ["gate_times_alpha"], "opened")
+            body("Mul", ["gate_held", "opened"], "activated")
         case "gelu":
-            nodes.append(make("Gelu", ["gate_held"], ["activated"]))
+            body("Gelu", ["gate_held"], "activated")
         case "gelu_tanh":
-            nodes.append(make("Gelu", ["gate_held"], ["activated"], approximate="tanh"))
-    nodes += [
-        make("Add", ["up_held", "beta_like"], ["up_moved"]),
-        make("Mul", ["activated", "up_moved"], ["inner"]),
-        make("Gemm", ["inner", "one_down_weight", *(["one_down_bias"] * biases)], ["down"], transB=1),  # [n, H]
-        make("Gather", ["one_by_expert", "rows"], ["share"]),
-        make("Unsqueeze", ["share", "columns"], ["share_column"]),
-        make("Mul", ["down", "share_column"], ["shared"]),
-        make("Cast", ["shared"], ["shared_float"], to=TensorProto.FLOAT),
-        make("Transpose", ["found"], ["places"], perm=[1, 0]),  # [n, 1]
-        make("ScatterND", ["sum_so_far", "places", "shared_float"], ["sum_with_it"], reduction="add"),
-    ]
+            body("Gelu", ["gate_held"], "activated", approximate="tanh")
+    body("Add", ["up_held", "beta_like"], "up_moved")
+    body("Mul", ["activated", "up_moved"], "inner")
+    body("Gemm", ["inner", "one_down_weight", *(["one_down_bias"] * biases)], "down", transB=1)  # [n, H]
+    body("Gather", ["one_by_expert", "rows"], "share")
+    body("Unsqueeze", ["share", "columns"], "share_column")
+    body("Mul", ["down", "share_column"], "shared")
+    body("Cast", ["shared"], "shared_float", to=TensorProto.FLOAT)
+    body("Transpose", ["found"], "places", perm=[1, 0])  # [n, 1]
+    body("ScatterND", ["sum_so_far", "places", "shared_float"], "sum_with_it", reduction="add")
     untyped = [onnx.ValueInfoProto(name=name) for name in ("sum_so_far", *(f"one_{name}" for name in scanned))]
-    return helper.make_graph(nodes, "expert", untyped, [onnx.ValueInfoProto(name="sum_with_it")])
-
-
-def _function(nodes: list[onnx.NodeProto], opsets: dict[str, int]) -> FunctionProto:
-    imports = [helper.make_opsetid(domain, version) for domain, version in opsets.items()]
-    return helper.make_function(DOMAIN, OP_TYPE, list(INPUTS), [OUTPUT], nodes, imports, list(_KINDS))
+    return helper.make_graph(body.nodes, "expert", untyped, [onnx.ValueInfoProto(name="sum_with_it")])

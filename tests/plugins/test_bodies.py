@@ -12,7 +12,7 @@ import torch
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from headfold.plugins.attention.onnx_functions import OPSET, onnxruntime_body, schema, standard_body
+from headfold.plugins.attention.onnx_functions import onnxruntime_body, schema, standard_body
 from headfold.plugins.attention.reference import grouped_query_attention
 from headfold.plugins.attention.schema import (
     ALL_INPUTS,
@@ -30,6 +30,7 @@ from headfold.plugins.attention.schema import (
 )
 from headfold.plugins.attention.torch_op import attend
 from headfold.plugins.attention.torch_op import grouped_query_attention as torch_op
+from headfold.plugins.onnx_body import OPSET
 
 CAPACITY = 32
 HEAD_DIM = 32

@@ -8,12 +8,12 @@ import torch
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
-from headfold.plugins.attention.onnx_functions import OPSET
 from headfold.plugins.attention.schema import VERSION
 from headfold.plugins.experts.onnx_functions import onnxruntime_body, onnxruntime_can, schema, standard_body
 from headfold.plugins.experts.reference import mixture_of_experts
 from headfold.plugins.experts.schema import DOMAIN, INPUTS, OP_TYPE, ExpertsAttributes, ExpertsInputs
 from headfold.plugins.experts.torch_op import answer, mixture_of_experts_op, routed
+from headfold.plugins.onnx_body import OPSET
 
 TOLERANCE = 2e-5  # float32 sums of at most 48 products of order 1, in another order than float64's
 N, H, I, E = 9, 24, 20, 5  # noqa: E741  # odd sizes; 48 columns would hide what is read with a wrong stride
