@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from headfold.export.model.decoder import Decoder, Scales
+from headfold.plugins.attention.torch_op import stored_range
 from headfold.runtime.errors import ConfigError
 
 _SMALLEST = 1e-8  # of a scale: a head that is always zero stays zero
@@ -34,7 +35,7 @@ def cache_scales(decoder: Decoder, tokens: Tensor, dtype: torch.dtype) -> list[S
     Raises:
         ConfigError: the keys or values hold NaN or infinity.
     """
-    largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
+    _, largest = stored_range(dtype)
     seen = []
     for row in tokens:
         cache = decoder.new_cache(1, len(row))

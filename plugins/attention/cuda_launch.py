@@ -22,12 +22,12 @@ from headfold.plugins.attention.kernel_contract import (
     splits,
 )
 from headfold.plugins.attention.launcher import Pointers, Shape
+from headfold.plugins.attention.schema import NORMS, SCALES
 
 _CTYPES: dict[str, Any] = {"i32": ctypes.c_int32, "fp32": ctypes.c_float}
 _STATIC_SHARED = 48 << 10  # bytes of shared memory that every kernel may use; for more it has to be asked
 _ALIGNMENT = 16  # bytes: what the kernels are compiled for
 _WARP = 32
-_OPTIONAL = {"q_norm_weight", "k_norm_weight", "key_scale", "value_scale"}
 
 
 class LaunchError(Exception):
@@ -193,12 +193,10 @@ class Kernels:
         for size, number in vars(shape).items():
             if number < 1:
                 raise LaunchError(f"{size} is {number}")
-        needed = {name for name in vars(pointers) if name not in _OPTIONAL}
-        needed |= {"q_norm_weight", "k_norm_weight"} if self.spec.qk_norm else set()
-        needed |= {"key_scale", "value_scale"} if self.spec.quantized else set()
+        optional = {*([] if self.spec.qk_norm else NORMS), *([] if self.spec.quantized else SCALES)}
         addresses = vars(pointers) | ({} if workspace is None else {"workspace": workspace})
         for name, address in addresses.items():
-            if not address and (name in needed or name == "workspace"):
+            if not address and name not in optional:
                 raise LaunchError(f"{name} is a null pointer")
             if address % _ALIGNMENT:
                 raise LaunchError(f"{name} is at {address:#x}, which is not aligned to {_ALIGNMENT} bytes")

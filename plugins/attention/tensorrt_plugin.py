@@ -16,7 +16,7 @@ from headfold.plugins.dtypes import FLOATS, QUANTIZED, from_tensorrt
 
 NAME, PLUGIN_VERSION, NAMESPACE = OP_TYPE, str(VERSION), DOMAIN
 ALIASES = {1: INPUTS.index("past_key"), 2: INPUTS.index("past_value")}  # output: the input whose memory it is
-_INTEGERS = {"num_heads", "kv_num_heads", "local_window_size", "rotary_interleaved"}
+_KINDS: dict[str, Any] = {field.name: field.type for field in fields(Attributes)}  # int or float
 _COS = INPUTS.index("cos_cache")
 _INT64 = {INPUTS.index("past_lengths"), INPUTS.index("total_sequence_length")}
 _creators: dict[str, Any] = {}  # by module name: TensorRT keeps no reference, so we do
@@ -254,22 +254,16 @@ def differences(have: KernelSpec, wanted: KernelSpec) -> str:
 
 def read_attributes(collection: Any) -> Attributes:
     """The op's attributes from plugin fields; a field that TensorRT adds (name, version, namespace) is none of them."""
-    known = {field.name for field in fields(Attributes)}
-    values: dict[str, Any] = {}
-    for field in collection:
-        if field.name in known:
-            number = np.asarray(field.data).reshape(-1)[0]
-            values[field.name] = int(number) if field.name in _INTEGERS else float(number)
-    return Attributes(**values)
+    given = {field.name: np.asarray(field.data).reshape(-1)[0] for field in collection if field.name in _KINDS}
+    return Attributes(**{name: _KINDS[name](number) for name, number in given.items()})
 
 
 def _fields(trt: Any, attributes: Attributes | None) -> list[Any]:
     """The attributes as plugin fields; without values, only their names and types."""
     values = asdict(attributes) if attributes is not None else {}
     result = []
-    for name in (field.name for field in fields(Attributes)):
-        integer = name in _INTEGERS
-        kind = trt.PluginFieldType.INT32 if integer else trt.PluginFieldType.FLOAT32
-        content = [values[name]] if values else []
-        result.append(trt.PluginField(name, np.array(content, np.int32 if integer else np.float32), kind))
+    types = {int: (np.int32, trt.PluginFieldType.INT32), float: (np.float32, trt.PluginFieldType.FLOAT32)}
+    for name, kind in _KINDS.items():
+        dtype, field_type = types[kind]
+        result.append(trt.PluginField(name, np.array([values[name]] if values else [], dtype), field_type))
     return result

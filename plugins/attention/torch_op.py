@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headfold.plugins.attention.schema import ALL_INPUTS, LAST_INDEX, AttentionInputs, Attributes
+from headfold.plugins.dtypes import QUANTIZED
 
 
 def attend(inputs: AttentionInputs[Tensor], attributes: Attributes) -> Tensor:
@@ -82,10 +83,12 @@ def _append(
 def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """What an int8 or float8_e4m3fn cache stores of `x` [B, Hkv, S, D]; `scale` is [Hkv]. See `headfold.plugins.attention.schema`."""
     real = x.float() / scale[:, None, None]
-    if dtype == torch.int8:
-        return real.round().clamp(-128, 127).to(dtype)
-    largest = torch.finfo(dtype).max
-    return real.clamp(-largest, largest).to(dtype)
+    return (real.round() if dtype == torch.int8 else real).clamp(*stored_range(dtype)).to(dtype)
+
+
+def stored_range(dtype: torch.dtype) -> tuple[float, float]:
+    """The least and the largest number that a quantized cache of this dtype stores."""
+    return next(ends for name, ends in QUANTIZED.items() if getattr(torch, name) == dtype)
 
 
 def dequantize(stored: Tensor, scale: Tensor) -> Tensor:
