@@ -1,7 +1,6 @@
 """The trade-off made visible: convert a checkpoint to several numbers of key/value heads, uptrain each, measure size and speed."""
 
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,10 +9,9 @@ import torch
 
 from headfold.export.bundle.inspection import inspect_path
 from headfold.export.bundle.pipeline import ExportOptions, export_bundle
-from headfold.export.checkpoints.hf_writer import save_hf
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
 from headfold.export.conversion.heads import Init
-from headfold.export.exportables.opening import open_exportable
+from headfold.export.exportables.own import OwnModel
 from headfold.export.model.config import ModelConfig
 from headfold.export.progress import Reporter
 from headfold.export.publishing import scratch
@@ -140,16 +138,9 @@ def _times(
     with scratch(folder) as directory:
         bundles = {}
         for student in students:
-            checkpoint, bundle = directory / f"{student.kv_heads}.checkpoint", directory / str(student.kv_heads)
-            save_hf(checkpoint, student.checkpoint, getattr(torch, dtype))
-            capacity = max(timing.contexts) + timing.decode_tokens
-            export_bundle(
-                open_exportable(checkpoint),
-                bundle,
-                ExportOptions(dtype=dtype, capacity=capacity, verify=False),
-                Reporter(quiet=True),
-            )
-            shutil.rmtree(checkpoint)
+            bundle = directory / str(student.kv_heads)
+            options = ExportOptions(dtype=dtype, capacity=max(timing.contexts) + timing.decode_tokens, verify=False)
+            export_bundle(OwnModel(student.checkpoint), bundle, options, Reporter(quiet=True))
             reporter.note(f"exported {student.kv_heads} key/value heads to time them")
             bundles[student.kv_heads] = bundle
         with reporter.step("time decoding"):
