@@ -1,11 +1,11 @@
-"""How text is cut before byte-pair merges, by the names that GGUF files have for it (tokenizer.ggml.pre).
+"""Byte-level byte-pair encoding, and how text is cut before it, by the names that GGUF files have for that (tokenizer.ggml.pre).
 
 The expressions are those of the models' own tokenizer.json.
 """
 
 from collections.abc import Callable
 
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.pre_tokenizers import PreTokenizer
 
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -43,4 +43,14 @@ PRE_TOKENIZERS: dict[str, Callable[[], PreTokenizer]] = {
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), lambda: _split(_QWEN2)),
 }
 LLAMA3 = ("llama-bpe", "llama3", "llama-v3")  # begin with BOS, and take a word that is a token without merging it
-NFC = ("qwen2", "deepseek-r1-qwen")  # normalize first
+_NFC = ("qwen2", "deepseek-r1-qwen")  # normalize first
+
+
+def byte_level(vocabulary: dict[str, int], merges: list[tuple[str, str]], pre: str) -> Tokenizer:
+    """The tokenizer of a vocabulary and its merges; `pre` is one of PRE_TOKENIZERS. It has no special tokens yet."""
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, fuse_unk=False, ignore_merges=pre in LLAMA3))
+    if pre in _NFC:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]()
+    tokenizer.decoder, tokenizer.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=False)
+    return tokenizer

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 
-from headfold.export.checkpoints.pre_tokenizers import PRE_TOKENIZERS
+from headfold.export.checkpoints.pre_tokenizers import byte_level
 from headfold.runtime.errors import CheckpointError
 
 _CLASSES = {
@@ -35,14 +35,10 @@ def with_tokenizer(files: Mapping[str, bytes], where: Path) -> Mapping[str, byte
         lines = files["merges.txt"].decode().splitlines()
         pairs = (line.partition(" ") for line in lines if line and not line.startswith("#version"))
         merges = [(first, second) for first, _, second in pairs]
-        tokenizer = Tokenizer(models.BPE(vocab=json.loads(files["vocab.json"]), merges=merges, fuse_unk=False))
         pre = _CLASSES[kind]
-        if pre == "qwen2":
-            tokenizer.normalizer = normalizers.NFC()
-        tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]()
+        tokenizer = byte_level(json.loads(files["vocab.json"]), merges, pre)
         if settings.get("add_prefix_space") and pre == "gpt-2":
             tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-        tokenizer.decoder, tokenizer.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=False)
         _add_tokens(tokenizer, settings, files)
     except CheckpointError:
         raise

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from tokenizers import AddedToken, Tokenizer, processors
 
 from headfold.export.checkpoints.base import TokenizerFiles
 from headfold.export.checkpoints.gguf.vocabulary import CONTROL, USER_DEFINED, Vocabulary, sentencepiece_tokenizer
-from headfold.export.checkpoints.pre_tokenizers import LLAMA3, NFC, PRE_TOKENIZERS
+from headfold.export.checkpoints.pre_tokenizers import LLAMA3, PRE_TOKENIZERS, byte_level
 from headfold.export.model.config import ModelConfig
 from headfold.runtime.errors import CheckpointError
 
@@ -58,13 +58,7 @@ def _byte_level(vocabulary: Vocabulary, metadata: Mapping[str, Any], pre: str) -
     known = {token: i for i, token in enumerate(vocabulary.tokens)}
     pairs = (merge.partition(" ") for merge in metadata.get("tokenizer.ggml.merges", []))
     merges = [(a, b) for a, _, b in pairs if a in known and b in known and a + b in known]  # others merge nothing
-    bpe = models.BPE(vocab=known, merges=merges, fuse_unk=False, ignore_merges=pre in LLAMA3)
-    tokenizer = Tokenizer(bpe)
-    if pre in NFC:
-        tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]()
-    tokenizer.decoder, tokenizer.post_processor = decoders.ByteLevel(), processors.ByteLevel(trim_offsets=False)
-    return tokenizer
+    return byte_level(known, merges, pre)
 
 
 def _files(
