@@ -1,17 +1,20 @@
 """The engine options that `headfold build` and `headfold export --target` share, and what both do with them."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import rich_click as click
 from click.core import ParameterSource
+
+from headfold.export.cli.shared import Command, options
+from headfold.plugins.attention.schema import Attention
+from headfold.plugins.tensorrt_library import Flavour
 
 if TYPE_CHECKING:
     from headfold.export.engine.options import BuildOptions
     from headfold.export.progress import Reporter
 
-TARGETS = ["tensorrt-rtx", "tensorrt"]
+TARGETS = get_args(Flavour)
 _OPTIONS = ("attention", "sm", "max_batch", "max_input", "weight_streaming", "workspace", "timing_cache")
 
 
@@ -23,33 +26,28 @@ def _capabilities(_: click.Context, __: click.Parameter, value: str) -> tuple[in
     return tuple(map(int, parts))
 
 
-def engine_options(command: Callable[..., None]) -> Callable[..., None]:
+def engine_options(command: Command) -> Command:
     """What an engine should be."""
-    for option in reversed(
-        (
-            click.option(
-                "--attention",
-                type=click.Choice(["native", "plugin"]),
-                default="native",
-                show_default=True,
-                help="TensorRT's own layers, or headfold's plugin with its kernels.",
-            ),
-            click.option("--sm", default="", callback=_capabilities, metavar="86,89,...", help="GPUs to build for."),
-            click.option("--max-batch", type=int, default=4, show_default=True, help="Most sequences at a time."),
-            click.option(
-                "--max-input", type=int, help="Most tokens of a prefill step. [default: 512, or the capacity]"
-            ),
-            click.option("--weight-streaming", is_flag=True, help="Let weights be streamed from host memory."),
-            click.option("--workspace", type=int, metavar="MIB", help="Limit of TensorRT's scratch memory."),
-            click.option(
-                "--timing-cache",
-                type=click.Path(path_type=Path),
-                help="File to read and add timings to; for tensorrt alone.",
-            ),
-        )
-    ):
-        command = option(command)
-    return command
+    return options(
+        command,
+        click.option(
+            "--attention",
+            type=click.Choice(get_args(Attention)),
+            default="native",
+            show_default=True,
+            help="TensorRT's own layers, or headfold's plugin with its kernels.",
+        ),
+        click.option("--sm", default="", callback=_capabilities, metavar="86,89,...", help="GPUs to build for."),
+        click.option("--max-batch", type=int, default=4, show_default=True, help="Most sequences at a time."),
+        click.option("--max-input", type=int, help="Most tokens of a prefill step. [default: 512, or the capacity]"),
+        click.option("--weight-streaming", is_flag=True, help="Let weights be streamed from host memory."),
+        click.option("--workspace", type=int, metavar="MIB", help="Limit of TensorRT's scratch memory."),
+        click.option(
+            "--timing-cache",
+            type=click.Path(path_type=Path),
+            help="File to read and add timings to; for tensorrt alone.",
+        ),
+    )
 
 
 def make_options(target: str, sm: tuple[int, ...], workspace: int | None, **others: Any) -> "BuildOptions":
