@@ -54,6 +54,7 @@ def _checkpoint(path: Path, via: Road | None, trust_remote_code: bool) -> Facts:
         "parameters": sum(counts.values()),
         "dtype": ", ".join(dtypes),
         "weight_bytes": size,
+        "ignored_tensors": list(checkpoint.ignored),
         "tokenizer": tokenizer,
     }
 

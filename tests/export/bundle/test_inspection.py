@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
+from headfold.export.bundle.inspection import inspect_path
 from headfold.export.cli import main
 
 
@@ -37,3 +40,12 @@ def test_what_strangers_wrote_into_a_manifest_is_shown_and_not_obeyed(arguments,
     assert "[bold red]danger[/bold red] :warning:" in joined
     if arguments:
         assert json.loads(result.output)["tools"] == tools
+
+
+def test_tensors_of_a_checkpoint_that_no_forward_pass_reads_are_named(toy_checkpoint, tmp_path) -> None:
+    assert inspect_path(toy_checkpoint)["ignored_tensors"] == []
+    checkpoint = Path(shutil.copytree(toy_checkpoint, tmp_path / "checkpoint"))
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8), "v_head.summary.weight": torch.ones(1, 4)}
+    weights = checkpoint / "model.safetensors"
+    save_file(load_file(weights) | extra, weights, metadata={"format": "pt"})
+    assert sorted(inspect_path(checkpoint)["ignored_tensors"]) == sorted(extra)
