@@ -27,9 +27,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 from headfold.export.checkpoints.base import MemoryCheckpoint, TokenizerFiles
 from headfold.export.data.token_data import TokenData
 from headfold.export.model.decoder import Decoder
-from headfold.export.model.initialize import new_decoder
 from headfold.export.progress import Reporter
-from headfold.export.training.evaluation import cross_entropy, evaluate
+from headfold.export.training.evaluation import cross_entropy
 from headfold.export.training.losses import objective
 from headfold.export.training.options import Evaluation, TrainOptions, TrainResult
 from headfold.export.training.state import (
@@ -43,7 +42,6 @@ from headfold.export.training.state import (
 )
 from headfold.runtime.errors import DataError, InputError, TrainingError
 
-__all__ = ["Evaluation", "TrainOptions", "TrainResult", "evaluate", "new_decoder", "train"]
 _RECENT = 64  # steps whose median loss a spike is measured from
 _FREE = {
     "checkpoint_every",
