@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from headfold.plugins.attention.kernel_contract import MANIFEST as KERNELS  # in the directory of a plugin's kernels
 from headfold.plugins.attention.schema import Attention
 from headfold.plugins.dtypes import DType, Quantized
 from headfold.plugins.names import PARTS, caches, is_cache_input, is_cache_output
@@ -26,7 +27,6 @@ ROADS_VERSION = (
 )
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
-KERNELS = "kernels.json"  # in the directory of a plugin's kernels
 _CHUNK = 1 << 22  # bytes hashed at a time
 _HUB = frozenset(
     {".cache", ".git", ".gitattributes", ".gitignore", "README.md"}

@@ -41,10 +41,11 @@ def _sampling(command: Command) -> Command:
 
 
 def _load(bundle: Path, backend: Literal["onnxruntime", "tensorrt"], provider: str, threads: int | None) -> "Model":
+    from headfold.export.checkpoints.side_files import CONFIG
     from headfold.runtime import load
     from headfold.runtime.manifest import MANIFEST
 
-    if not (bundle / MANIFEST).exists() and (bundle.is_file() or (bundle / "config.json").exists()):
+    if not (bundle / MANIFEST).exists() and (bundle.is_file() or (bundle / CONFIG).exists()):
         raise InputError(
             "is a checkpoint, not a bundle", where=bundle, fix=f"Export it first: headfold export {bundle} -o BUNDLE."
         )

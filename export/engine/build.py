@@ -21,7 +21,7 @@ from headfold.export.engine.network_report import AttentionLayers, ParsedNetwork
 from headfold.export.engine.options import BuildOptions, check_options, profiles
 from headfold.export.engine.preflight import preflight
 from headfold.export.progress import Reporter, quiet_polygraphy
-from headfold.plugins.attention import tensorrt_plugin
+from headfold.plugins.attention import kernel_contract, tensorrt_plugin
 from headfold.plugins.dtypes import from_tensorrt
 from headfold.runtime.errors import BuildError
 from headfold.runtime.files.engine_file import check_engine
@@ -242,7 +242,7 @@ def _add_kernels(
         version=tensorrt_plugin.PLUGIN_VERSION,
         namespace=tensorrt_plugin.NAMESPACE,
         kernels=KERNELS,
-        kernels_sha256=sha256(directory / "kernels.json"),
+        kernels_sha256=sha256(directory / kernel_contract.MANIFEST),
     )
 
 
