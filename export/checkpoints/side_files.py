@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from headfold.runtime.errors import CheckpointError
-from headfold.runtime.files.json_file import read_object
+from headfold.runtime.files.json_file import check_size, read_object
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (
@@ -53,8 +53,7 @@ def side_files(directory: Path) -> Mapping[str, bytes]:
             raise CheckpointError(
                 "is a link that leads out of the checkpoint", where=path, fix="Copy the file to its place."
             )
-        if path.stat().st_size > _SIDE_BYTES:
-            raise CheckpointError(f"has more than {_SIDE_BYTES >> 20} MiB", where=path, fix=_AGAIN)
+        check_size(path, _SIDE_BYTES, CheckpointError, _AGAIN)
         found[name] = path.read_bytes()
     return found
 

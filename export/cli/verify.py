@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import rich_click as click
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--attention",
-    type=click.Choice(["native", "plugin"]),
+    type=click.Choice(get_args(Attention)),
     help="Of the TensorRT network. [default: native]",
 )
 @STEPS
