@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from headfold.export.checkpoints.quantized.tensor import QuantizedTensor
 from headfold.export.model.config import ModelConfig
 from headfold.runtime.errors import CheckpointError
 
@@ -61,6 +62,10 @@ class Checkpoint(Protocol):
         """One tensor in its stored dtype, on the CPU. Reads only this tensor."""
         ...
 
+    def quantized(self, name: str) -> QuantizedTensor | None:
+        """The parts that a tensor is stored in, from which `read` makes floats; None where it is stored in another way."""
+        ...
+
     def __iter__(self) -> Iterator[str]:
         """The tensors' names, in the decoder's order."""
         ...
@@ -87,6 +92,10 @@ class MemoryCheckpoint:
     def read(self, name: str) -> torch.Tensor:
         """See Checkpoint."""
         return self.tensors[name]
+
+    def quantized(self, name: str) -> None:
+        """See Checkpoint."""
+        return None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)

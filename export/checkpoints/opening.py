@@ -5,25 +5,28 @@ from pathlib import Path
 import torch
 
 from headfold.export.checkpoints.base import Checkpoint
+from headfold.export.checkpoints.directories.hub import download, is_hub_name
 from headfold.export.checkpoints.gguf.file import GGUFCheckpoint
-from headfold.export.checkpoints.hf import HuggingFaceCheckpoint, download
+from headfold.export.checkpoints.hf import HuggingFaceCheckpoint
 from headfold.export.model.decoder import Decoder
 from headfold.runtime.errors import CheckpointError
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a GGUF file, a Hugging Face directory, or `organisation/name` on the Hugging Face hub.
+def open_checkpoint(path: Path, base: Path | None = None) -> Checkpoint:
+    """Open a GGUF file, a Hugging Face directory, or `organisation/name` on the Hugging Face hub; `base` is an adapter's.
 
     Raises:
         CheckpointError: there is none, it is damaged, or its tensors are not exactly what its configuration implies.
         ConfigError: its configuration is not one headfold implements.
     """
     if path.is_file():
+        if base is not None:
+            raise CheckpointError("is no adapter, and needs no base", where=path, fix="Leave --base out.")
         return GGUFCheckpoint(path)
     if path.is_dir():
-        return HuggingFaceCheckpoint(path)
-    if len(path.parts) == 2 and not path.is_absolute() and path.parts[0] not in {".", ".."}:
-        return HuggingFaceCheckpoint(download(path.as_posix()))
+        return HuggingFaceCheckpoint(path, base)
+    if is_hub_name(path):
+        return HuggingFaceCheckpoint(download(path.as_posix()), base)
     raise CheckpointError("no such file or directory", where=path, fix="Name a GGUF file or a Hugging Face directory.")
 
 

@@ -8,6 +8,7 @@ from headfold.runtime.errors import CheckpointError
 from headfold.runtime.files.json_file import check_size, read_object
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"  # as peft calls them
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -25,9 +25,9 @@ def transformers_in_memory(
         ConfigError: its attention cannot become headfold's op; which module, and why, is named.
     """
 
-    def load(dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    def load(dtype: torch.dtype) -> PreTrainedModel:
         copied = copy.deepcopy(model).eval().requires_grad_(False)
-        copied.set_attn_implementation(attention)
+        copied.set_attn_implementation("eager")
         for parameter in copied.parameters():  # not the buffers: frequencies are float32 in every model
             parameter.data = parameter.data.to(dtype)
         return copied

@@ -104,6 +104,10 @@ class GGUFCheckpoint:
         values = values if values.flags.writeable else values.copy()
         return torch.from_numpy(values).to(self.dtype(name))
 
+    def quantized(self, name: str) -> None:
+        """See Checkpoint: none of GGUF's blocks are given out."""
+        return None
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
 

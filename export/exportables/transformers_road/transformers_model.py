@@ -1,9 +1,9 @@
 """The road of whatever transformers loads: its own module traced into our op, its loader's weights, its eager attention as oracle.
 
-Only here and in `attending.py` the export imports transformers, the extra `headfold[transformers]`.
+Only in this folder the export imports transformers, the extra `headfold[transformers]`.
 """
 
-import copy
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,21 +15,21 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from headfold.export.checkpoints.base import TokenizerFiles
-from headfold.export.checkpoints.hf_tensors import stored_sizes
-from headfold.export.checkpoints.side_files import CONFIG, read_json, side_files
+from headfold.export.checkpoints.directories.directory import Directory
 from headfold.export.exportables.base import Master, no_quantized_cache
 from headfold.export.exportables.facts import Facts
 from headfold.export.exportables.oracle import Oracle
 from headfold.export.exportables.transformers_road import experts
 from headfold.export.exportables.transformers_road.attending import NAME, OpCache
-from headfold.export.exportables.transformers_road.transformers_oracle import TransformersOracle, decoder_layers, quiet
+from headfold.export.exportables.transformers_road.loading import load_model, one_line, quiet
+from headfold.export.exportables.transformers_road.transformers_oracle import TransformersOracle, decoder_layers
 from headfold.export.model.config import MOST_LAYERS
 from headfold.export.model.decoder import Cache, sequence_layout
 from headfold.plugins.dtypes import Quantized
 from headfold.runtime.errors import CheckpointError, ConfigError
 from headfold.runtime.manifest import Road
 
-Load = Callable[[torch.dtype, str], PreTrainedModel]  # in a dtype, with an attention implementation
+Load = Callable[[torch.dtype], PreTrainedModel]  # in a dtype, with eager attention
 
 _ROAD = (
     "headfold exports what transformers can run with another attention, every layer with keys and values of its own."
@@ -46,6 +46,7 @@ class TransformersModel:
         load: makes the model with its weights; called anew for tensors and for the oracle.
         path: where it came from, for messages.
         tokenizer: the files to pass on.
+        directory: that the weights are read from; None for a model in memory.
 
     Raises:
         ConfigError: its attention cannot become headfold's op; which module, and why, is named.
@@ -53,8 +54,15 @@ class TransformersModel:
 
     road: Road = "transformers"
 
-    def __init__(self, config: PreTrainedConfig, load: Load, path: Path, tokenizer: TokenizerFiles) -> None:
-        self.config, self.path, self.tokenizer = config, path, tokenizer
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        load: Load,
+        path: Path,
+        tokenizer: TokenizerFiles,
+        directory: Directory | None = None,
+    ) -> None:
+        self.config, self.path, self.tokenizer, self.directory = config, path, tokenizer, directory
         self._load = load
         model = _on_meta(config, torch.float32, path)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())  # what is tied counts once
@@ -72,7 +80,7 @@ class TransformersModel:
 
     def tensors(self, dtype: torch.dtype) -> "ModelTensors":
         """See Exportable."""
-        return ModelTensors(self._load(dtype, "eager"), self.path)
+        return ModelTensors(self._load(dtype), self.path)
 
     def tables(self, dtype: torch.dtype, capacity: int) -> Mapping[str, Tensor]:
         """See Exportable: none; buffers come with the weights."""
@@ -84,7 +92,8 @@ class TransformersModel:
 
     def reference(self, stored: torch.dtype, capacity: int, arithmetic: torch.dtype) -> Oracle:
         """See Exportable; transformers computes norms and softmax in float32 at most."""
-        return TransformersOracle(self._load(stored, "eager").to(arithmetic))
+        made = self.directory.made if self.directory is not None else ""
+        return TransformersOracle(self._load(stored).to(arithmetic), made=made)
 
 
 class TransformersMaster(Master):
@@ -162,8 +171,8 @@ class ModelTensors:
         return cast(Tensor, self._tensors[name])
 
 
-def open_transformers(path: Path, trust_remote_code: bool = False) -> TransformersModel:
-    """Open a directory that transformers loads.
+def open_transformers(path: Path, trust_remote_code: bool = False, base: Path | None = None) -> TransformersModel:
+    """Open a directory that transformers loads, or an adapter over one; `base` is the adapter's, where it names another.
 
     Raises:
         CheckpointError: it is incomplete, damaged, or not safetensors.
@@ -173,47 +182,18 @@ def open_transformers(path: Path, trust_remote_code: bool = False) -> Transforme
         raise CheckpointError(
             "is no directory", where=path, fix="The road of transformers takes Hugging Face directories."
         )
-    if not list(path.glob("*.safetensors")):
-        raise CheckpointError(
-            "has no safetensors, and pickles are never loaded: they can run any code",
-            where=path,
-            fix="Download it again.",
-        )
-    _check_counts(read_json(path / CONFIG), path)
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a configuration's own validation raises
-        fix = "Give --trust-remote-code if you trust it." if "trust_remote_code" in str(error) else _ROAD
-        raise ConfigError(f"transformers cannot read its configuration: {_line(error)}", where=path, fix=fix) from error
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-        raise ConfigError(
-            f"its weights are quantized ({method}), which headfold does not read",
-            where=path,
-            fix="Take the unquantized one.",
-        )
+    directory = Directory(path, base)
+    _check_counts(directory.config, directory.place)
+    elements = sum(math.prod(source.shape) for source in directory.tensors.values())
+    config = _config(directory.place, trust_remote_code)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > len(directory.tensors):  # before they are made
+        raise ConfigError(f"it has {layers} layers, and {len(directory.tensors)} tensors", where=path, fix=_BELONGS)
+    if config.get_text_config().tie_word_embeddings:
+        directory.check_tied()
 
-    def load(dtype: torch.dtype, attention: str) -> PreTrainedModel:
-        try:
-            with quiet():
-                model, found = AutoModelForCausalLM.from_pretrained(
-                    path,
-                    config=copy.deepcopy(config),
-                    dtype=dtype,
-                    attn_implementation=attention,
-                    experts_implementation="eager",
-                    use_safetensors=True,
-                    local_files_only=True,
-                    trust_remote_code=trust_remote_code,
-                    ignore_mismatched_sizes=True,  # they are refused below, by name
-                    output_loading_info=True,
-                )
-        except Exception as error:  # of its loader, of safetensors, of a model's own code
-            raise CheckpointError(
-                f"transformers cannot load it: {_line(error)}", where=path, fix="Download it again."
-            ) from error
+    def load(dtype: torch.dtype) -> PreTrainedModel:
+        model, found = load_model(directory, config, dtype, trust_remote_code)
         for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             if found[what]:
                 names = sorted(key if isinstance(key, str) else key[0] for key in found[what])
@@ -222,18 +202,29 @@ def open_transformers(path: Path, trust_remote_code: bool = False) -> Transforme
                     where=path,
                     fix=_BELONGS,
                 )
-        return cast(PreTrainedModel, model.eval().requires_grad_(False))
+        return model
 
-    tensors, elements = stored_sizes(path)
-    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > tensors:  # before they are made
-        raise ConfigError(f"it has {layers} layers, and {tensors} tensors", where=path, fix=_BELONGS)
-    opened = TransformersModel(config, load, path, TokenizerFiles(side_files(path)))
+    opened = TransformersModel(config, load, path, TokenizerFiles(directory.tokenizer), directory)
     if opened.parameters > _SHARED * elements:  # before transformers takes memory for them
         raise CheckpointError(
             f"it has {opened.parameters:,} parameters, and its files {elements:,}", where=path, fix=_BELONGS
         )
     return opened
+
+
+def _config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    """Transformers' configuration of the model that the weights are when they are read: not quantized."""
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a configuration's own validation raises
+        fix = "Give --trust-remote-code if you trust it." if "trust_remote_code" in str(error) else _ROAD
+        raise ConfigError(
+            f"transformers cannot read its configuration: {one_line(error)}", where=path, fix=fix
+        ) from error
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    return config
 
 
 def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, path: Path) -> PreTrainedModel:
@@ -245,11 +236,11 @@ def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, path: Path) -> PreTra
             )
     except ValueError as error:  # of a class that has no AttentionInterface
         raise ConfigError(
-            f"{config.model_type} cannot take another attention: {_line(error)}", where=path, fix=_ROAD
+            f"{config.model_type} cannot take another attention: {one_line(error)}", where=path, fix=_ROAD
         ) from error
     except Exception as error:  # whatever a model's own code raises at sizes that make no sense
         raise ConfigError(
-            f"no {config.model_type} can be made of its configuration: {_line(error)}", where=path, fix=_BELONGS
+            f"no {config.model_type} can be made of its configuration: {one_line(error)}", where=path, fix=_BELONGS
         ) from error
     with _found_in(path):
         experts.learn_gates(model)
@@ -273,7 +264,7 @@ def _facts(model: PreTrainedModel, path: Path) -> Facts:
             raise
         except Exception as error:  # whatever a model's own code raises when it finds no cache of its own kind
             raise ConfigError(
-                f"{config.model_type} does not run with headfold's cache: {_line(error)}", where=path, fix=_ROAD
+                f"{config.model_type} does not run with headfold's cache: {one_line(error)}", where=path, fix=_ROAD
             ) from error
     silent = [layer for layer in range(count) if layer not in cache.facts]
     if silent or len(hidden) != count:
@@ -319,7 +310,3 @@ def _found_in(path: Path) -> Iterator[None]:
     except ConfigError as error:
         where = f"{path}: {error.where}" if error.where else path
         raise ConfigError(error.what, where=where, fix=error.fix) from error
-
-
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -3,9 +3,7 @@
 Imported where transformers is installed (`pip install "headfold[transformers]"`).
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,12 +13,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging
 
 from headfold.export.checkpoints.base import Checkpoint
+from headfold.export.checkpoints.directories.directory import Directory
 from headfold.export.checkpoints.gguf.file import GGUFCheckpoint
 from headfold.export.checkpoints.hf import HuggingFaceCheckpoint
 from headfold.export.exportables.oracle import Answer, Array, Past, QuantizedCache, Tokens, as_array, handed_on
+from headfold.export.exportables.transformers_road.loading import load_model, quiet
 from headfold.plugins.attention.torch_op import dequantize, quantize
 from headfold.runtime.errors import ConfigError, VerificationError
 
@@ -34,12 +33,11 @@ def oracle_of(checkpoint: Checkpoint, stored: torch.dtype) -> "TransformersOracl
     """
     if not isinstance(checkpoint, GGUFCheckpoint | HuggingFaceCheckpoint):
         return None
-    path = checkpoint.path
-    place = (
-        {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-        if path.is_file()
-        else {"pretrained_model_name_or_path": path}
-    )
+    place: dict[str, Any]
+    if isinstance(checkpoint, GGUFCheckpoint):
+        place = {"pretrained_model_name_or_path": checkpoint.path.parent, "gguf_file": checkpoint.path.name}
+    else:
+        place = {"pretrained_model_name_or_path": checkpoint.directory.place}
     with quiet():
         try:
             config = AutoConfig.from_pretrained(**place, local_files_only=True, trust_remote_code=False)
@@ -52,18 +50,20 @@ def oracle_of(checkpoint: Checkpoint, stored: torch.dtype) -> "TransformersOracl
             return None
         if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             return None
-        model = _from_directory(path) if path.is_dir() else _from_gguf(checkpoint, config)
-    return TransformersOracle(model, stored)
+        if isinstance(checkpoint, GGUFCheckpoint):
+            return TransformersOracle(_from_gguf(checkpoint, config), stored)
+    return TransformersOracle(_from_directory(checkpoint.directory, config), stored, checkpoint.directory.made)
 
 
-def _from_directory(path: Path) -> PreTrainedModel:
-    model, found = AutoModelForCausalLM.from_pretrained(
-        path, **_OPTIONS, use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True
-    )
-    if found["missing_keys"]:
+def _from_directory(directory: Directory, config: Any) -> PreTrainedModel:
+    if getattr(config, "quantization_config", None) is not None:  # the weights are not, when they have been read
+        del config.quantization_config
+    model, found = load_model(directory, config, torch.float32)
+    wrong = [key if isinstance(key, str) else key[0] for key in (*found["missing_keys"], *found["mismatched_keys"])]
+    if wrong:
         raise VerificationError(
-            f"transformers misses {', '.join(sorted(found['missing_keys'])[:3])} in it",
-            where=path,
+            f"transformers misses {', '.join(sorted(wrong)[:3])} in it",
+            where=directory.path,
             fix="It reads the checkpoint in another way than headfold: please report it.",
         )
     return model
@@ -103,12 +103,14 @@ class TransformersOracle:
         model: with eager attention.
         stored: dtype of the bundle: weights and rotary tables are rounded to it, as transformers does when it computes in it. None for
             a model whose weights are, and whose tables stay as they are.
+        made: what headfold did to its weights before it had them; empty if transformers read them itself.
     """
 
-    def __init__(self, model: PreTrainedModel, stored: torch.dtype | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, stored: torch.dtype | None = None, made: str = "") -> None:
         self._model = model.eval().requires_grad_(False)
         self._layers = decoder_layers(model, model.config.get_text_config().num_hidden_layers)
         self.name = f"{type(model).__name__} of transformers {transformers.__version__}, eager attention"
+        self.name += f", weights {made} by headfold" if made else ""
 
         def rounded(_module: Any, _inputs: Any, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return tuple(table.to(stored).to(table.dtype) for table in tables)
@@ -168,17 +170,3 @@ class _KeepsNew(DynamicLayer):  # type: ignore[misc]
             real = self._real(stored, part)
             seen.append(real if before is None else torch.cat((before, real), 2))
         return seen[0], seen[1]
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """transformers draws progress bars and warns of what is checked here anyway."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

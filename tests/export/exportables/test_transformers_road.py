@@ -83,7 +83,7 @@ BAD = {
     "ALiBi": (config(model_type="bloom"), "bloom does not attend through transformers' AttentionInterface"),
     "values of another size": (config(model_type="deepseek_v3"), "deepseek_v3 does not run with headfold's cache"),
     "unknown": (config(model_type="llamax"), "transformers cannot read its configuration"),
-    "quantized": (config(quantization_config={"quant_method": "gptq", "bits": 4}), "its weights are quantized (gptq)"),
+    "quantized": (config(quantization_config={"quant_method": "hqq"}), "its weights are quantized (hqq)"),
     "a missing tensor": (tensors(lambda t: t.pop(UP)), f"missing tensors: {UP}"),
     "a tensor of another model": (tensors(lambda t: t.update(extra=torch.ones(2))), "unexpected tensors: extra"),
     "a tensor of another shape": (tensors(lambda t: t.update({UP: t[UP][:8].clone()})), f"mismatched tensors: {UP}"),

@@ -1,0 +1,79 @@
+"""What a low-rank adapter makes of a weight (Hu et al. 2021; DoRA: Liu et al. 2024), by peft's arithmetic, in wider numbers.
+
+The product is the same bits on every machine, in whatever order it is summed: so a bundle of it can be verified anywhere.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headfold.export.checkpoints.directories.stored import Source, Stored
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A weight with an adapter merged into it: W + scaling * B A; a Source.
+
+    Attributes:
+        base: W [out, in]; with `transposed` [in, out], as embeddings [vocabulary, hidden] are, too.
+        a: A [r, in].
+        b: B [out, r].
+        magnitude: of DoRA, [out]: the length of each row of the result.
+    """
+
+    base: Source
+    a: Stored
+    b: Stored
+    scaling: float
+    transposed: bool = False
+    magnitude: Stored | None = None
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See Source."""
+        return self.base.shape
+
+    def read(self) -> Tensor:
+        """See Source; rounded once, from float64."""
+        merged = product(self.b.read(), self.a.read()).mul_(self.scaling)
+        base = self.base.read()
+        merged += base.mT if self.transposed else base
+        if self.magnitude is not None:
+            merged *= (self.magnitude.read().double().flatten() / _lengths(merged))[:, None]
+        return (merged.mT if self.transposed else merged).float().contiguous()
+
+    def quantized(self) -> None:
+        """See Source: it is stored nowhere."""
+        return None
+
+
+def product(b: Tensor, a: Tensor) -> Tensor:
+    """B A in float64, to about 40 bits of each row's largest number times each column's.
+
+    Both are cut into slices of so few bits that no sum of their products is rounded (Ozaki et al. 2012).
+    """
+    bits = (53 - max(a.shape[0] - 1, 1).bit_length()) // 2
+    b_high, b_low = _slices(b.double(), 1, bits)
+    a_high, a_low = _slices(a.double(), 0, bits)
+    return (b_high @ a_high).add_(b_high @ a_low).add_(b_low @ a_high)
+
+
+def _slices(x: Tensor, axis: int, bits: int) -> tuple[Tensor, Tensor]:
+    """Two tensors of `bits` bits each, counted from the largest number along the axis, whose sum is x to twice as many."""
+    largest = torch.frexp(x.abs().amax(axis, keepdim=True)).exponent
+    unit = torch.ldexp(torch.ones_like(x), largest - bits)
+    high = (x / unit).round() * unit
+    unit = torch.ldexp(unit, torch.tensor(-bits))
+    return high, ((x - high) / unit).round() * unit
+
+
+def _lengths(x: Tensor) -> Tensor:
+    """The Euclidean length of each row, [out], summed in one order: halves, and halves of halves."""
+    squares = x.square()
+    while squares.shape[1] > 1:
+        half = squares.shape[1] // 2
+        rest = squares[:, 2 * half :]
+        squares = torch.cat((squares[:, :half] + squares[:, half : 2 * half], rest), 1)
+    return squares.sqrt()[:, 0]

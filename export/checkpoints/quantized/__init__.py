@@ -1,0 +1,1 @@
+"""Quantized checkpoints, read: a file per format says which stored tensors make which tensor; one class says how."""

@@ -1,0 +1,55 @@
+"""AWQ as AutoAWQ's "gemm" version stores it: 4 bits, eight outputs in a word in an order of their own, per group of inputs."""
+
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, PositiveInt
+from torch import Tensor
+
+from headfold.export.checkpoints.quantized.parts import FLOAT_KINDS, Dequantized, Parts, groups_of
+from headfold.export.checkpoints.quantized.tensor import QuantizedTensor, unpacked
+
+_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]  # the place in a word, from the lowest bits, of each of its eight outputs
+
+
+class AWQ(BaseModel, frozen=True):
+    """See Format; the fields are those of `quantization_config`."""
+
+    bits: Literal[4] = 4
+    group_size: PositiveInt | Literal[-1] = 128
+    version: Literal["gemm", "GEMM"] = "gemm"
+
+    values: ClassVar[tuple[str, ...]] = (".qweight",)
+    scales: ClassVar[tuple[str, ...]] = (".scales",)
+    others: ClassVar[tuple[str, ...]] = (".qzeros",)
+    target: ClassVar[str] = ".weight"
+
+    @property
+    def title(self) -> str:
+        """See Format."""
+        groups = "a scale per row" if self.group_size == -1 else f"groups of {self.group_size}"
+        return f"AWQ {self.bits} bits, {groups}"
+
+    def source(self, parts: Parts) -> Dequantized:
+        """See Format."""
+        words, scales = parts[".qweight"], parts[".scales"]
+        columns, rows = (words.shape[0], words.shape[1] * 8) if len(words.shape) == 2 else (0, 0)
+        count = groups_of(columns, self.group_size)
+        words.of((columns, rows // 8), "I32")
+        scales.of((count, rows), *FLOAT_KINDS)
+        zeros = parts[".qzeros"].of((count, rows // 8), "I32")
+
+        def make() -> QuantizedTensor:
+            return QuantizedTensor(
+                values=_in_order(words.read()).T,
+                scales=scales.read().T,
+                zeros=_in_order(zeros.read()).T,
+                block=(1, columns if self.group_size == -1 else self.group_size),
+                bits=self.bits,
+            )
+
+        return Dequantized((rows, columns), make)
+
+
+def _in_order(words: Tensor) -> Tensor:
+    rows, count = words.shape
+    return unpacked(words, 4).reshape(rows, count, 8)[..., _PLACES].flatten(-2)

@@ -1,0 +1,58 @@
+"""GPTQ as AutoGPTQ and GPTQModel store it: columns packed along the inputs, zero points along the outputs, per group.
+
+The first version stores zero points less one, `gptq_v2` as they are. With act-order `g_idx` says whose group a column is.
+"""
+
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, PositiveInt
+
+from headfold.export.checkpoints.quantized.parts import FLOAT_KINDS, Dequantized, Parts, column_groups, groups_of
+from headfold.export.checkpoints.quantized.tensor import QuantizedTensor, unpacked
+
+
+class GPTQ(BaseModel, frozen=True):
+    """See Format; the fields are those of `quantization_config`."""
+
+    bits: Literal[2, 4, 8]
+    group_size: PositiveInt | Literal[-1] = 128
+    checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq"
+    pack_dtype: Literal["int32"] = "int32"
+    dynamic: dict[str, dict[str, None]] | None = None  # modules with settings of their own; only left-out ones are read
+
+    values: ClassVar[tuple[str, ...]] = (".qweight",)
+    scales: ClassVar[tuple[str, ...]] = (".scales",)
+    others: ClassVar[tuple[str, ...]] = (".qzeros", ".g_idx")
+    target: ClassVar[str] = ".weight"
+
+    @property
+    def title(self) -> str:
+        """See Format."""
+        groups = "a scale per row" if self.group_size == -1 else f"groups of {self.group_size}"
+        return f"GPTQ {self.bits} bits, {groups}"
+
+    def source(self, parts: Parts) -> Dequantized:
+        """See Format."""
+        packed = 32 // self.bits
+        words, scales = parts[".qweight"], parts[".scales"]
+        rows, columns = (words.shape[1], words.shape[0] * packed) if len(words.shape) == 2 else (0, 0)
+        count = groups_of(columns, self.group_size)
+        words.of((columns // packed, rows), "I32")
+        scales.of((count, rows), *FLOAT_KINDS)
+        zeros = parts[".qzeros"].of((count, -(-rows // packed)), "I32")
+        index = parts[".g_idx"].of((columns,), "I32") if ".g_idx" in parts else None
+
+        def make() -> QuantizedTensor:
+            points = unpacked(zeros.read(), self.bits)[:, :rows]
+            if self.checkpoint_format == "gptq":
+                points = (points + 1) & (2**self.bits - 1)  # a zero point of 0 was stored as the largest number
+            return QuantizedTensor(
+                values=unpacked(words.read().T, self.bits),
+                scales=scales.read().T,
+                zeros=points.T,
+                block=(1, columns if self.group_size == -1 else self.group_size),
+                bits=self.bits,
+                groups=column_groups(index, columns, count, self.group_size) if index is not None else None,
+            )
+
+        return Dequantized((rows, columns), make)

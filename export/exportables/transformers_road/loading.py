@@ -1,0 +1,93 @@
+"""Weights into transformers' models: by its own loader from the files, or, where tensors are not as they are stored, through ours.
+
+Either way transformers renames, joins and casts them as its class of the model says.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from headfold.export.checkpoints.directories.directory import Directory
+from headfold.export.checkpoints.directories.stored import Source
+from headfold.runtime.errors import CheckpointError, HeadfoldError
+
+
+def load_model(
+    directory: Directory, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """Transformers' model with eager attention and the directory's weights, and its word on names and shapes that do not fit.
+
+    Args:
+        directory: whose weights.
+        config: of the model, as it is unquantized.
+        dtype: that the weights are cast to.
+        trust_remote_code: let transformers run code that lies beside the weights.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
+    options: dict[str, Any] = {
+        "config": copy.deepcopy(config),
+        "dtype": dtype,
+        "attn_implementation": "eager",
+        "experts_implementation": "eager",
+        "ignore_mismatched_sizes": True,  # the caller refuses them by name
+        "output_loading_info": True,
+    }
+    try:
+        with quiet():
+            if directory.as_stored:
+                model, found = AutoModelForCausalLM.from_pretrained(
+                    directory.place,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    trust_remote_code=trust_remote_code,
+                    **options,
+                )
+            else:
+                with torch.device("meta"):
+                    kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+                tensors = {name: _Unread(source) for name, source in directory.tensors.items()}
+                model, found = kind.from_pretrained(None, state_dict=tensors, **options)
+    except HeadfoldError:
+        raise
+    except Exception as error:  # of its loader, of safetensors, of a model's own code
+        raise CheckpointError(
+            f"transformers cannot load it: {one_line(error)}", where=directory.path, fix="Download it again."
+        ) from error
+    return model.eval().requires_grad_(False), found
+
+
+class _Unread:
+    """What transformers takes for a slice of a safetensors file: it is read when it is wanted, and forgotten."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def __getitem__(self, everything: object) -> Tensor:
+        return self._source.read()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers draws progress bars and warns of what is checked here anyway."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def one_line(error: BaseException) -> str:
+    """Its type and the beginning of what it says."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
