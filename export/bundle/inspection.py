@@ -25,21 +25,25 @@ Facts = dict[str, Any]
 _LONGEST = 4000  # characters of one fact
 
 
-def inspect_path(path: Path, via: Road | None = None, trust_remote_code: bool = False) -> Facts:
+def inspect_path(
+    path: Path, via: Road | None = None, trust_remote_code: bool = False, base: Path | None = None
+) -> Facts:
     """Facts of the bundle or checkpoint at `path`; sizes are in bytes. A bundle's files are checked against its manifest.
+
+    See `open_exportable` for the other arguments.
 
     Raises:
         HeadfoldError: it is neither, or it is damaged.
     """
-    return _bundle(path) if (path / MANIFEST).exists() else _checkpoint(path, via, trust_remote_code)
+    return _bundle(path) if (path / MANIFEST).exists() else _checkpoint(path, via, trust_remote_code, base)
 
 
-def _checkpoint(path: Path, via: Road | None, trust_remote_code: bool) -> Facts:
+def _checkpoint(path: Path, via: Road | None, trust_remote_code: bool, base: Path | None) -> Facts:
     from headfold.export.exportables.opening import open_exportable  # here, for they import torch
     from headfold.export.exportables.own import OwnModel
 
-    exportable = open_exportable(path, via, trust_remote_code)
-    facts: Facts = {"kind": "checkpoint", "path": str(path), "road": exportable.road}
+    exportable = open_exportable(path, via, trust_remote_code, base=base)
+    facts: Facts = {"kind": "checkpoint", "path": str(path), "road": exportable.road, **exportable.titles}
     if not isinstance(exportable, OwnModel):
         return facts | _attention(exportable.facts, 4) | {"tokenizer": sorted(exportable.tokenizer.files)}
     checkpoint = exportable.checkpoint

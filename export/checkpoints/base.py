@@ -50,6 +50,11 @@ class Checkpoint(Protocol):
         """Tensors that lie beside the weights, as training and serving leave them, and that no forward pass reads."""
         ...
 
+    @property
+    def titles(self) -> Mapping[str, str]:
+        """What a person is told of how its weights lie there: their quantization, its adapter; where it has them."""
+        ...
+
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Name and shape of every tensor, exactly those of the decoder's state dict; nothing is read."""
         ...
@@ -80,6 +85,7 @@ class MemoryCheckpoint:
     tensors: Mapping[str, torch.Tensor]  # a decoder's state dict
     tokenizer: TokenizerFiles = field(default_factory=TokenizerFiles)
     ignored: Sequence[str] = ()
+    titles: Mapping[str, str] = field(default_factory=dict)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """See Checkpoint."""

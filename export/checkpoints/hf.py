@@ -40,6 +40,7 @@ class HuggingFaceCheckpoint:
         self._shapes = expected_shapes(self.config)
         tied = self.config.tie_word_embeddings
         self._stored, self.ignored = scan(directory, self._shapes, tied)
+        self.titles = directory.titles
         if tied:
             directory.check_tied()
         if tied and HEAD in self._stored and EMBEDDING in self._stored:

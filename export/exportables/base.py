@@ -78,6 +78,11 @@ class Exportable(Protocol):
         """The files to pass on."""
         ...
 
+    @property
+    def titles(self) -> Mapping[str, str]:
+        """What a person is told of how its weights lie there: their quantization, its adapter; where it has them."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """What the model is, as plain JSON types: a manifest's `config`; equal for equal models."""
         ...

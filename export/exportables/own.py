@@ -32,6 +32,11 @@ class OwnModel:
     path: Path
     tokenizer: TokenizerFiles
 
+    @property
+    def titles(self) -> Mapping[str, str]:
+        """See Exportable."""
+        return self.checkpoint.titles
+
     def describe(self) -> dict[str, Any]:
         """See Exportable."""
         return self.checkpoint.config.to_json()

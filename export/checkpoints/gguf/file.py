@@ -4,6 +4,7 @@ The `gguf` package maps the file and dequantizes; names and metadata keys are th
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,8 @@ class GGUFCheckpoint:
         self._shapes = expected_shapes(self.config)
         check_tensors(path, self._shapes, {name: tuple(int(n) for n in t.shape[::-1]) for name, t in named.items()})
         self._tensors = {name: named[name] for name in self._shapes}
+        kinds = Counter(tensor.tensor_type for tensor in self._tensors.values() if tensor.tensor_type not in _FLOATS)
+        self.titles = {"quantization": f"GGUF {kinds.most_common(1)[0][0].name}"} if kinds else {}
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """See Checkpoint."""

@@ -68,6 +68,11 @@ class TransformersModel:
         self.parameters = sum(parameter.numel() for parameter in model.parameters())  # what is tied counts once
         self.facts = _facts(model, path)
 
+    @property
+    def titles(self) -> Mapping[str, str]:
+        """See Exportable."""
+        return self.directory.titles if self.directory is not None else {}
+
     def describe(self) -> dict[str, Any]:
         """See Exportable."""
         return self.facts.to_json()
