@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from headfold.export.cli.engine import TARGETS, build_and_tell, check_early, engine_options, idle_option, make_options
-from headfold.export.cli.shared import JSON, QUIET, REMOTE_CODE, SOURCE, STEPS, VIA, print_json, reporter_for
+from headfold.export.cli.shared import BASE, JSON, QUIET, REMOTE_CODE, SOURCE, STEPS, VIA, print_json, reporter_for
 from headfold.plugins.dtypes import FLOATS, QUANTIZED, DType, Quantized
 from headfold.runtime.errors import InputError
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--target", type=click.Choice(TARGETS), help="Build an engine into the bundle, too; see `build`.")
 @engine_options
+@BASE
 @VIA
 @REMOTE_CODE
 @JSON
@@ -57,6 +58,7 @@ def export(
     decode_steps: int,
     force: bool,
     target: str | None,
+    base: Path | None,
     via: "Road | None",
     trust_remote_code: bool,
     as_json: bool,
@@ -65,8 +67,8 @@ def export(
 ) -> None:
     """Export CHECKPOINT to a bundle, and prove it equal to PyTorch.
 
-    CHECKPOINT is a Hugging Face directory or hub name (config.json and safetensors), or a GGUF file. A bundle that fails the
-    comparison is not written.
+    CHECKPOINT is a Hugging Face directory or hub name (config.json and safetensors, quantized or not), a LoRA adapter's, which is
+    merged into its base, or a GGUF file. A bundle that fails the comparison is not written.
 
     **Examples**
 
@@ -107,7 +109,7 @@ def export(
     if build is not None:
         check_early(build, dtype, kv_cache)
     check_output(output, force)
-    exportable = open_exportable(Path(source), via, trust_remote_code, reporter)
+    exportable = open_exportable(Path(source), via, trust_remote_code, reporter, base)
     result = export_bundle(exportable, output, options, reporter)
     facts = build_and_tell(output, build, reporter) if build is not None else None
     if as_json:

@@ -31,6 +31,9 @@ VIA = click.option(
     help="Who makes the model of the weights. [default: headfold for the families it has a table of]",
 )
 REMOTE_CODE = click.option("--trust-remote-code", is_flag=True, help="Let transformers run code beside the weights.")
+BASE = click.option(
+    "--base", type=click.Path(path_type=Path), help="What CHECKPOINT is an adapter of. [default: what it says itself]"
+)
 HF_OUTPUT = click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="Hugging Face directory to make."
 )

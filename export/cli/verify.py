@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, get_args
 
 import rich_click as click
 
-from headfold.export.cli.shared import BUNDLE, JSON, QUIET, REMOTE_CODE, STEPS, print_json, reporter_for
+from headfold.export.cli.shared import BASE, BUNDLE, JSON, QUIET, REMOTE_CODE, STEPS, print_json, reporter_for
 from headfold.plugins.attention.schema import Attention
 from headfold.runtime.errors import InputError
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     help="Of the TensorRT network. [default: native]",
 )
 @STEPS
+@BASE
 @REMOTE_CODE
 @JSON
 @QUIET
@@ -41,6 +42,7 @@ def verify(
     backend: str,
     attention: Attention | None,
     decode_steps: int,
+    base: Path | None,
     trust_remote_code: bool,
     as_json: bool,
     quiet: bool,
@@ -70,7 +72,7 @@ def verify(
     reporter = reporter_for(quiet)
 
     def opened(manifest: "Manifest") -> "Exportable":
-        return open_exportable(Path(source), manifest.road, trust_remote_code, reporter)
+        return open_exportable(Path(source), manifest.road, trust_remote_code, reporter, base)
 
     report = verify_against(bundle, opened, decode_steps, reporter, candidate)
     if as_json:

@@ -5,6 +5,7 @@ The product is the same bits on every machine, in whatever order it is summed: s
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,11 +63,10 @@ def product(b: Tensor, a: Tensor) -> Tensor:
 
 def _slices(x: Tensor, axis: int, bits: int) -> tuple[Tensor, Tensor]:
     """Two tensors of `bits` bits each, counted from the largest number along the axis, whose sum is x to twice as many."""
-    largest = torch.frexp(x.abs().amax(axis, keepdim=True)).exponent
-    unit = torch.ldexp(torch.ones_like(x), largest - bits)
+    largest = torch.frexp(x.abs().amax(axis, keepdim=True)).exponent.numpy()
+    unit, finer = (torch.from_numpy(np.ldexp(1.0, largest - part * bits)) for part in (1, 2))
     high = (x / unit).round() * unit
-    unit = torch.ldexp(unit, torch.tensor(-bits))
-    return high, ((x - high) / unit).round() * unit
+    return high, ((x - high) / finer).round() * finer
 
 
 def _lengths(x: Tensor) -> Tensor:
