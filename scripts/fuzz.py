@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Feed headfold damaged and hostile files of nine kinds. Each is understood, or refused by a HeadfoldError; anything else is a failure.
+"""Feed headfold damaged and hostile files of eleven kinds. Each is understood, or refused by a HeadfoldError; all else is a failure.
 
 Run it as `scripts/fuzz`, which makes the environment. Inputs are drawn from numbered seeds, so they are the same everywhere.
 Failures are grouped by their cause, each with a seed: `scripts/fuzz --kind KIND --seed SEED` runs that one again, and keeps its

@@ -1,4 +1,4 @@
-"""The nine kinds of input: how one is made of a seed, and how headfold's commands would use it."""
+"""The eleven kinds of input: how one is made of a seed, and how headfold's commands would use it."""
 
 import json
 import math
@@ -43,6 +43,15 @@ _CONFIG_FIELDS = """
 _MODEL_TYPES = """
     mistral qwen2 qwen3 headfold gemma2 phi3 gpt2 mixtral bert mamba llama4 nothing
 """.split()
+_METHODS = ("awq", "compressed-tensors", "fp8", "mxfp4", "bitsandbytes")
+_QUANTIZATION_FIELDS = """
+    quant_method bits group_size desc_act sym checkpoint_format dynamic version format config_groups weights num_bits
+    strategy type block_structure sparsity_config transform_config weight_block_size fmt pack_dtype
+""".split()
+_ADAPTER_FIELDS = """
+    peft_type base_model_name_or_path revision r lora_alpha use_rslora use_dora fan_in_fan_out rank_pattern alpha_pattern
+    init_lora_weights bias modules_to_save lora_bias target_parameters layer_replication trainable_token_indices
+""".split()
 _SCALINGS = ("linear", "yarn", "llama3", "dynamic", "longrope", "default", "proportional")
 _GENERATION_FIELDS = """
     eos_token_id bos_token_id pad_token_id do_sample temperature top_k top_p min_p repetition_penalty
@@ -84,8 +93,11 @@ class Kind:
 
 
 def _header(rng: Random, subjects: Subjects) -> Files:
-    name = "model.safetensors"
-    data = (subjects.checkpoint / name).read_bytes()
+    return _header_of(rng, subjects.checkpoint / "model.safetensors")
+
+
+def _header_of(rng: Random, path: Path) -> Files:
+    name, data = path.name, path.read_bytes()
     size = struct.unpack("<Q", data[:8])[0]
     if rng.random() < 0.3:
         return {name: damaged_bytes(rng, data[: 8 + size]) + data[8 + size :]}
@@ -151,6 +163,23 @@ def _config(rng: Random, subjects: Subjects) -> Files:
     for name in rng.sample(_CONFIG_FIELDS, rng.choice((0, 0, 1, 3))):
         content.pop(name, None)
     return {"config.json": damaged_json(rng, content, _CONFIG_FIELDS)}
+
+
+def _quantized(rng: Random, subjects: Subjects) -> Files:
+    if rng.random() < 0.5:
+        return _header_of(rng, subjects.quantized / "model.safetensors")
+    content = json.loads((subjects.quantized / "config.json").read_bytes())
+    if rng.random() < 0.3:
+        content["quantization_config"]["quant_method"] = rng.choice(_METHODS)
+    settings = damaged_json(rng, content.pop("quantization_config"), _QUANTIZATION_FIELDS)
+    return {"config.json": json.dumps(content)[:-1].encode() + b', "quantization_config": ' + settings + b"}"}
+
+
+def _adapter(rng: Random, subjects: Subjects) -> Files:
+    if rng.random() < 0.5:
+        return _header_of(rng, subjects.adapter / "adapter_model.safetensors")
+    name = "adapter_config.json"
+    return {name: damaged_json(rng, json.loads((subjects.adapter / name).read_bytes()), _ADAPTER_FIELDS)}
 
 
 def _gguf(rng: Random, subjects: Subjects) -> Files:
@@ -224,6 +253,8 @@ KINDS: dict[str, Kind] = {
     "safetensors": Kind(_header, "checkpoint", _CHECKPOINT),
     "index": Kind(_index, "shards", _CHECKPOINT),
     "config": Kind(_config, "checkpoint", _CHECKPOINT),
+    "quantized": Kind(_quantized, "quantized", _CHECKPOINT),
+    "adapter": Kind(_adapter, "adapter", _CHECKPOINT),
     "gguf": Kind(_gguf, None, _CHECKPOINT),
     "manifest": Kind(_json_of("manifest.json", _MANIFEST_FIELDS), "bundle", (_inspect, _run)),
     "tokenizer": Kind(_json_of("tokenizer.json", _TOKENIZER_FIELDS), "bundle", _BUNDLE),

@@ -1,4 +1,4 @@
-"""The valid files that the inputs are made of: a small random model as a checkpoint, as one in shards, and as a bundle."""
+"""The valid files that the inputs are made of: a small random model as a checkpoint, in shards, quantized, adapted, and as a bundle."""
 
 import json
 from collections.abc import Mapping
@@ -10,6 +10,8 @@ import gguf
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from quantized_weights import gptq
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from toy_tokenizer import SPECIAL, toy_tokenizer
 
@@ -69,6 +71,8 @@ class Subjects:
 
     checkpoint: Path
     shards: Path
+    quantized: Path
+    adapter: Path
     bundle: Path
     metadata: Mapping[str, Any]
     tensors: Mapping[str, NDArray[np.float32]]
@@ -89,8 +93,45 @@ def make(directory: Path) -> None:
     model = MemoryCheckpoint(Path("memory"), _CONFIG, tensors, TokenizerFiles(files))
     save_hf(directory / "checkpoint", model, torch.float32)
     save_hf(directory / "shards", replace(model, tokenizer=TokenizerFiles()), torch.float32, 30_000)
+    save_hf(directory / "quantized", model, torch.float32)
+    _quantize(directory / "quantized")
+    _adapt(directory / "adapter", tensors)
     options, quiet = ExportOptions(verify=False), Reporter(quiet=True)
     export_bundle(open_exportable(directory / "checkpoint"), directory / "bundle", options, quiet)
+
+
+def _quantize(directory: Path) -> None:
+    """The linear layers of a directory, in GPTQ's form."""
+    tensors, store = load_file(directory / "model.safetensors"), gptq(4, 8, False, 1, True)
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        parts, _ = store(tensors.pop(name))
+        tensors |= {name.removesuffix(".weight") + suffix: part for suffix, part in parts.items()}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    content = json.loads((directory / "config.json").read_text())
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 8, "desc_act": True, "checkpoint_format": "gptq"}
+    (directory / "config.json").write_text(json.dumps(content | {"quantization_config": settings}))
+
+
+def _adapt(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """An adapter of the checkpoint that lies beside it."""
+    directory.mkdir()
+    pairs = {}
+    for name in (name for name in tensors if name.endswith(("q_proj.weight", "down_proj.weight"))):
+        module, (rows, columns) = f"base_model.model.{name.removesuffix('.weight')}", tensors[name].shape
+        pairs |= {f"{module}.lora_A.weight": torch.ones(4, columns), f"{module}.lora_B.weight": torch.ones(rows, 4)}
+    save_file(pairs, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": "../checkpoint",
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "down_proj"],
+        "rank_pattern": {},
+        "alpha_pattern": {"^model.layers.0.mlp.down_proj": 2},
+        "init_lora_weights": True,
+        "bias": "none",
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
 
 
 def read(directory: Path) -> Subjects:
@@ -103,7 +144,8 @@ def read(directory: Path) -> Subjects:
         assert theirs is not None
         tensors[theirs] = checkpoint.read(name).numpy()
     metadata = _metadata(Tokenizer.from_file(str(directory / "checkpoint" / "tokenizer.json")))
-    return Subjects(directory / "checkpoint", directory / "shards", directory / "bundle", metadata, tensors)
+    places = (directory / name for name in ("checkpoint", "shards", "quantized", "adapter", "bundle"))
+    return Subjects(*places, metadata, tensors)
 
 
 def _metadata(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -177,6 +177,8 @@ def open_adapter(directory: Path) -> Adapter:
             whole[inner.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = stored.of(
                 stored.shape, *FLOATS
             )
+    if not pairs and not whole:
+        raise CheckpointError("has no tensors", where=directory / ADAPTER, fix="Save the adapter again.")
     return Adapter(directory, settings, pairs, whole)
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from headfold.export.checkpoints.directories.stored import Source, Stored
 
+_ROWS = 1024
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -37,13 +39,19 @@ class LowRank:
         return self.base.shape
 
     def read(self) -> Tensor:
-        """See Source; rounded once, from float64."""
-        merged = product(self.b.read(), self.a.read()).mul_(self.scaling)
-        base = self.base.read()
-        merged += base.mT if self.transposed else base
-        if self.magnitude is not None:
-            merged *= (self.magnitude.read().double().flatten() / _lengths(merged))[:, None]
-        return (merged.mT if self.transposed else merged).float().contiguous()
+        """See Source; rounded once, from float64, in which some rows are at a time."""
+        a, b, base = self.a.read(), self.b.read(), self.base.read()
+        if self.transposed:
+            base = base.mT
+        merged = torch.empty(base.shape)
+        magnitude = self.magnitude.read().double().flatten() if self.magnitude is not None else None
+        for start in range(0, len(b), _ROWS):
+            rows = slice(start, start + _ROWS)
+            wide = product(b[rows], a).mul_(self.scaling).add_(base[rows])
+            if magnitude is not None:
+                wide *= (magnitude[rows] / _lengths(wide))[:, None]
+            merged[rows] = wide
+        return (merged.mT if self.transposed else merged).contiguous()
 
     def quantized(self) -> None:
         """See Source: it is stored nowhere."""

@@ -32,9 +32,9 @@ class AWQ(BaseModel, frozen=True):
     def source(self, parts: Parts) -> Dequantized:
         """See Format."""
         words, scales = parts[".qweight"], parts[".scales"]
-        columns, rows = (words.shape[0], words.shape[1] * 8) if len(words.shape) == 2 else (0, 0)
+        columns, rows = (words.shape[0], words.shape[1] * 8) if len(words.shape) == 2 else (1, 8)
         count = groups_of(columns, self.group_size)
-        words.of((columns, rows // 8), "I32")
+        words.of((max(columns, 1), max(rows, 8) // 8), "I32")
         scales.of((count, rows), *FLOAT_KINDS)
         zeros = parts[".qzeros"].of((count, rows // 8), "I32")
 

@@ -98,7 +98,7 @@ class CompressedTensors(BaseModel, frozen=True):
         else:
             shape = list(values.shape)
             values.of(values.shape, *_PLAIN)
-        if len(shape) < 2:
+        if len(shape) < 2 or min(shape) < 1:
             raise self._unfit(parts)
         *experts, rows, columns = shape
         fitting = {}  # by block and bits: equal schemes may stand for different modules

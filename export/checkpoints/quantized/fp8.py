@@ -32,7 +32,7 @@ class FP8(BaseModel, frozen=True):
     def source(self, parts: Parts) -> Dequantized:
         """See Format."""
         values = parts[""]
-        values.of(values.shape, "F8_E4M3")
+        values.of(tuple(max(size, 1) for size in values.shape), "F8_E4M3")  # nothing has no scale
         scales = parts["_scale_inv" if "_scale_inv" in parts else "_scale"]
         rows, columns = values.shape[-2:] if len(values.shape) > 1 else (1, 1)
         block = self.weight_block_size or (rows, columns)

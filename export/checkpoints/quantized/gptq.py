@@ -35,9 +35,9 @@ class GPTQ(BaseModel, frozen=True):
         """See Format."""
         packed = 32 // self.bits
         words, scales = parts[".qweight"], parts[".scales"]
-        rows, columns = (words.shape[1], words.shape[0] * packed) if len(words.shape) == 2 else (0, 0)
+        rows, columns = (words.shape[1], words.shape[0] * packed) if len(words.shape) == 2 else (1, packed)
         count = groups_of(columns, self.group_size)
-        words.of((columns // packed, rows), "I32")
+        words.of((max(columns, packed) // packed, max(rows, 1)), "I32")
         scales.of((count, rows), *FLOAT_KINDS)
         zeros = parts[".qzeros"].of((count, -(-rows // packed)), "I32")
         index = parts[".g_idx"].of((columns,), "I32") if ".g_idx" in parts else None

@@ -215,6 +215,7 @@ BAD: dict[str, tuple[Change, str]] = {
         "instead of [4, 48]",
     ),
     "another rank": (config(r=8), "instead of [8, 48]"),
+    "nothing": (tensors(lambda t: t.clear()), "has no tensors"),
     "half a pair": (tensors(lambda t: t.pop(f"{Q}.lora_B.weight")), "self_attn.q_proj has no lora_B"),
     "DoRA without lengths": (config(use_dora=True), "has no lora_magnitude_vector"),
     "integers": (tensors(lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(4, 48).int()})), "lora_A.weight is I32"),
