@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # an adapter may name any base
 import transformers  # noqa: F401 now, and not in each process
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "fakes"))

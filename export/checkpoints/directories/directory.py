@@ -12,7 +12,7 @@ from headfold.export.checkpoints.directories.hub import download, is_hub_name
 from headfold.export.checkpoints.directories.stored import EMBEDDING, HEAD, Source, Stored, stored_tensors
 from headfold.export.checkpoints.quantized.formats import dequantized, format_of
 from headfold.export.checkpoints.quantized.parts import Format
-from headfold.export.checkpoints.side_files import CONFIG, read_json, side_files
+from headfold.export.checkpoints.side_files import ADAPTER_CONFIG, CONFIG, read_json, side_files
 from headfold.runtime.errors import CheckpointError
 
 
@@ -44,8 +44,8 @@ class Directory:
 
     @property
     def as_stored(self) -> bool:
-        """Whether every tensor is one that lies in its files."""
-        return self.adapter is None and self.format is None
+        """Whether every tensor is one that lies in its files, and transformers would read those files."""
+        return not self.made
 
     @property
     def format(self) -> Format | None:
@@ -64,7 +64,10 @@ class Directory:
     def made(self) -> str:
         """How tensors come about that are not as they are stored: for reports; may be empty."""
         steps = [f"dequantized ({self.format.title})"] if self.format is not None else []
-        return " and ".join(steps + ["merged with its adapter"] * (self.adapter is not None))
+        steps += ["merged with its adapter"] if self.adapter is not None else []
+        if not steps and (self.place / ADAPTER_CONFIG).is_file():
+            return "read"  # transformers would take what is left of an adapter for one, and look for its base
+        return " and ".join(steps)
 
     @cached_property
     def tokenizer(self) -> Mapping[str, bytes]:

@@ -124,6 +124,14 @@ def test_an_adapter_of_our_own_table_over_a_base_that_is_named(tmp_path) -> None
     assert load_file(base / "model.safetensors")  # as it was
 
 
+def test_a_merged_model_that_still_has_its_adapters_configuration(toy_checkpoint, tmp_path) -> None:
+    shutil.copytree(toy_checkpoint, tmp_path / "merged")
+    settings = {"peft_type": "LORA", "base_model_name_or_path": "nowhere", "task_type": "CAUSAL_LM"}
+    (tmp_path / "merged" / "adapter_config.json").write_text(json.dumps(settings))
+    oracle = open_exportable(tmp_path / "merged").oracle(torch.float32, 64)
+    assert oracle.name.endswith("weights read by headfold")
+
+
 def damage(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
     def edit(path: Path) -> None:
         content = load_file(path / "model.safetensors")
