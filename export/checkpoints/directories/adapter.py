@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, PositiveInt, ValidationError
 
 from headfold.export.checkpoints.directories.lora import LowRank
-from headfold.export.checkpoints.directories.stored import FLOATS, Source, Stored, tensors_of
+from headfold.export.checkpoints.directories.stored import EMBEDDING, FLOATS, HEAD, Source, Stored, tensors_of
 from headfold.export.checkpoints.side_files import ADAPTER, ADAPTER_CONFIG, INDEX, SINGLE, read_json
 from headfold.runtime.errors import CheckpointError, ConfigError
 
@@ -81,7 +81,11 @@ class Adapter:
         """
         tensors = dict(base)
         for name, stored in self.whole.items():
-            tensors[self._name_in(base, name, stored.shape)] = stored
+            if name == HEAD and HEAD not in base and EMBEDDING in base:  # of a base that stores the tied pair once
+                self._name_in(base, EMBEDDING, stored.shape)
+                tensors[HEAD] = stored
+            else:
+                tensors[self._name_in(base, name, stored.shape)] = stored
         for module, pair in self.pairs.items():
             name = self._name_in(base, f"{module}.weight", None)
             tensors[name] = self._merged(module, pair, tensors[name])

@@ -238,11 +238,19 @@ def test_bad_adapters_are_one_line(case, base, tmp_path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_an_adapter_of_a_tied_embedding_is_refused(base, tmp_path) -> None:
+def test_an_adapter_of_a_tied_embedding_must_keep_it_tied(base, tmp_path) -> None:
     configure(base, "config.json", tie_word_embeddings=True)
     content = load_file(base / "model.safetensors")
     del content["lm_head.weight"]
     save_file(content, base / "model.safetensors", metadata={"format": "pt"})
     make_adapter(base, tmp_path / "adapter", r=4, target_modules=["embed_tokens"])
+    with pytest.raises(CheckpointError, match="in its base they are one tensor"):
+        open_checkpoint(tmp_path / "adapter")
+    names = {name: f"base_model.model.{name}.weight" for name in ("model.embed_tokens", "lm_head")}
+    saved = {name: torch.full((300, 48), 0.5) for name in names.values()}
+    save_file(saved, tmp_path / "adapter" / ADAPTER, metadata={"format": "pt"})
+    assert open_checkpoint(tmp_path / "adapter").read("model.embed_tokens.weight").eq(0.5).all()
+    saved[names["lm_head"]] += 1
+    save_file(saved, tmp_path / "adapter" / ADAPTER, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="in its base they are one tensor"):
         open_checkpoint(tmp_path / "adapter")
