@@ -44,7 +44,10 @@ def test_new_memory_moves_and_old_memory_stays() -> None:
     before = all_huge_bytes()
     with huge_pages():
         new = filled()
-    assert SIZE - (4 << 20) <= all_huge_bytes() - before <= SIZE  # of twice as much; the ends may not be aligned
+    gained = (
+        all_huge_bytes() - before
+    )  # of twice SIZE; the ends may not be aligned, and the kernel gives pages by itself, too
+    assert SIZE - (4 << 20) <= gained <= SIZE + SIZE // 2
     assert all((np.frombuffer(memory, np.int64) == np.arange(SIZE // 8)).all() for memory in (old, new))
 
 

@@ -106,9 +106,10 @@ def test_a_reader_that_has_seen_enough_is_no_error(arguments, closed, toy_checkp
 
 
 def test_an_interrupt_is_130_and_leaves_nothing(toy_checkpoint, tmp_path) -> None:
-    process = subprocess.Popen(
-        [PROGRAM, "export", toy_checkpoint, "-o", tmp_path / "b", "-q"], stderr=subprocess.PIPE, text=True
-    )
+    code = "import time; from headfold.export import cli, publishing; "
+    code += "publishing.sync_tree = lambda new: time.sleep(600); cli.main()"  # it stays just before the publication
+    command = [sys.executable, "-c", code, "export", toy_checkpoint, "-o", tmp_path / "b", "-q"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not list(tmp_path.glob(".headfold-stage-*")):
         assert process.poll() is None
         time.sleep(0.01)
