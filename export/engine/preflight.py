@@ -60,6 +60,7 @@ _ALLOWED: dict[str, set[str]] = {
     "Pow": set(),
     "RMSNormalization": {"axis", "epsilon", "stash_type"},
     "Range": set(),
+    "Reciprocal": set(),
     "ReduceMean": {"keepdims", "noop_with_empty_axes"},
     "ReduceMax": {"keepdims", "noop_with_empty_axes"},
     "ReduceMin": {"keepdims", "noop_with_empty_axes"},

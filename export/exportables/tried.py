@@ -1,9 +1,15 @@
-"""What transformers' models are tried with: a tiny random configuration of each, odd sizes, windows shorter than the prompts.
+"""What tests try, and how deeply: model types, the tiny random configuration of each (odd sizes, windows shorter than the prompts).
 
-`scripts/parity_zoo` exports and proves them all, tests take a sample.
+`scripts/parity_zoo` exports and proves them all, tests take a sample, `headfold families` lists them; README's table is made of it.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+from headfold.export.checkpoints.families import FAMILIES
+from headfold.plugins.attention.schema import Attention
+from headfold.runtime.manifest import Road
 
 _BASE: dict[str, Any] = {
     "vocab_size": 331,
@@ -20,69 +26,176 @@ _BASE: dict[str, Any] = {
 }
 _WINDOWS = {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 _SQUARE = {"hidden_size": 192}  # where the class wants it to be heads times head size
+_LAST_FULL = {"sliding_window": 9, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
+_PER_LAYER = {"hidden_size_per_layer_input": 24, "vocab_size_per_layer_input": 331, "num_kv_shared_layers": 0}
+_GRANITE = {
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.1,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 8.0,
+}
 _GEMMA = _WINDOWS | {"query_pre_attn_scalar": 24}
 _EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
 _LOCAL_EXPERTS = {"num_local_experts": 6, "num_experts_per_tok": 2}
-
-TRIED: dict[str, dict[str, Any]] = {  # by model type: what its configuration has beside the sizes above
-    "apertus": {},
-    "arcee": {},
-    "bitnet": _SQUARE,
-    "cohere": {},
-    "cohere2": _WINDOWS,
-    "ernie4_5": {},
-    "exaone4": _WINDOWS,
-    "falcon": {
-        "new_decoder_architecture": True,
-        "num_kv_heads": 2,
-        "head_dim": None,
-        "hidden_size": 192,
-        "alibi": False,
-    },
-    "gemma": {},
-    "gemma2": _GEMMA,
-    "gemma3_text": _GEMMA,
-    "glm": {},
-    "glm4": {},
-    "gpt_bigcode": {},
-    "gpt_neox": {"hidden_size": 192, "rotary_pct": 0.5},
-    "gpt_oss": _WINDOWS | _LOCAL_EXPERTS,
-    "granite": {
-        "embedding_multiplier": 12.0,
-        "attention_multiplier": 0.1,
-        "residual_multiplier": 0.22,
-        "logits_scaling": 8.0,
-    },
-    "granitemoe": _LOCAL_EXPERTS,
-    "helium": _SQUARE,
-    "hunyuan_v1_dense": {},
-    "jais2": {},
-    "llama": {},
-    "ministral": _WINDOWS,
-    "mistral": {"sliding_window": 9},
-    "mixtral": _LOCAL_EXPERTS,
-    "nemotron": {},
-    "olmo": {},
-    "olmo2": {},
-    "olmo3": _WINDOWS,
-    "olmoe": _EXPERTS | _SQUARE,
-    "opt": {"hidden_size": 96, "word_embed_proj_dim": 96, "ffn_dim": 136, "num_attention_heads": 3},
-    "persimmon": _SQUARE,
-    "phi": _SQUARE,
-    "phi3": {"hidden_size": 192, "sliding_window": 9},
-    "phimoe": _LOCAL_EXPERTS | {"sliding_window": 9},
-    "qwen2": _WINDOWS | {"use_sliding_window": True},
-    "qwen2_moe": _EXPERTS | {"shared_expert_intermediate_size": 56},
-    "qwen3": _WINDOWS | {"use_sliding_window": True},
-    "qwen3_moe": _EXPERTS,
-    "seed_oss": {},
-    "smollm3": {"no_rope_layers": [1, 0, 1]},
-    "stablelm": {"hidden_size": 192, "partial_rotary_factor": 0.25},
-    "starcoder2": {"hidden_size": 192, "sliding_window": 9},
-    "vaultgemma": _GEMMA,
+_ROUTED_EXPERTS = {"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "n_shared_experts": 1}
+_GROUPS = {"n_group": 2, "topk_group": 1}  # of which experts are chosen
+_LATENT = {  # keys of 32, a part of them rotated and the same in all heads
+    "head_dim": None,
+    "num_key_value_heads": 6,
+    "kv_lora_rank": 24,
+    "q_lora_rank": 40,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
 }
+_NO_INTERFACE = "attends by code of its own"
+_STATE = "has a state beside keys and values"
+_VALUES = "has values of size 16 and keys of size 32"
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A model type of transformers, and what was done with it; a random model of it is exported, proven and generates.
+
+    Attributes:
+        changes: of its tiny configuration, beside the sizes above; None takes one of them out.
+        real: a real model of the type that tests export, prove and ask.
+        tensorrt: ways to TensorRT whose parsed network of the random model agrees with PyTorch on a CPU.
+        refused: why it does not come through; empty if it does.
+    """
+
+    model_type: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    real: str = ""
+    tensorrt: tuple[Attention, ...] = ()
+    refused: str = ""
+
+    @property
+    def road(self) -> Road:
+        """The one it takes by itself."""
+        return "headfold" if self.model_type in FAMILIES else "transformers"
+
+    def to_json(self) -> dict[str, Any]:
+        """How deeply it is tried, as plain JSON types."""
+        return {
+            "model_type": self.model_type,
+            "road": self.road,
+            "random_configuration": not self.refused,
+            "real_weights": self.real or None,
+            "tensorrt_network": list(self.tensorrt),
+            "refused": self.refused or None,
+        }
+
+
+TRIED: tuple[Tried, ...] = (
+    Tried("afmoe", _WINDOWS | _EXPERTS | {"num_dense_layers": 1, "num_shared_experts": 1}),
+    Tried("apertus"),
+    Tried("arcee"),
+    Tried("biogpt"),
+    Tried("bitnet", _SQUARE),
+    Tried("bloom", refused=_NO_INTERFACE),  # ALiBi
+    Tried("codegen", {"num_attention_heads": 4, "n_ctx": 256}, refused=_NO_INTERFACE),
+    Tried("cohere"),
+    Tried("cohere2", _WINDOWS),
+    Tried("cohere2_moe", _WINDOWS | {"num_experts": 6, "num_experts_per_tok": 2}),
+    Tried("cwm", _WINDOWS),
+    Tried("deepseek_v2", _LATENT | _ROUTED_EXPERTS | {"v_head_dim": 16}, refused=_VALUES),
+    Tried("deepseek_v3", _LATENT | _ROUTED_EXPERTS | _GROUPS | {"v_head_dim": 16}, refused=_VALUES),
+    Tried("diffllama", refused="attends to the keys of another layer"),
+    Tried("doge", refused="computes with its attention mask"),
+    Tried("dots1", _ROUTED_EXPERTS | _GROUPS | {"first_k_dense_replace": 1}),
+    Tried("ernie4_5"),
+    Tried("ernie4_5_moe", {"moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 40}),
+    Tried("exaone4", _WINDOWS),
+    Tried("exaone_moe", _WINDOWS | _EXPERTS),
+    Tried("falcon", {"head_dim": None}, refused=_NO_INTERFACE),
+    Tried("falcon_h1", refused=_STATE),
+    Tried("flex_olmo", _SQUARE | {"num_experts": 6, "num_experts_per_tok": 2}),
+    Tried("flint", _WINDOWS | _EXPERTS | {"shared_expert_intermediate_size": 56}),
+    Tried("gemma"),
+    Tried("gemma2", _GEMMA),
+    Tried("gemma3_text", _GEMMA),
+    Tried(
+        "gemma4_text",
+        _LAST_FULL | {"global_head_dim": 64, "num_global_key_value_heads": 3, "attention_k_eq_v": True} | _PER_LAYER,
+    ),
+    Tried("glm"),
+    Tried("glm4"),
+    Tried("glm4_moe", _ROUTED_EXPERTS | _GROUPS | {"first_k_dense_replace": 1}),
+    Tried("glm4_moe_lite", _LATENT | _ROUTED_EXPERTS | {"v_head_dim": 32}),
+    Tried("gpt2"),
+    Tried("gpt_bigcode"),
+    Tried("gpt_neox", {"hidden_size": 192, "rotary_pct": 0.5}),
+    Tried("gpt_oss", _WINDOWS | _LOCAL_EXPERTS),
+    Tried("gptj", {"rotary_dim": 16}, refused=_NO_INTERFACE),
+    Tried("granite", _GRANITE),
+    Tried("granite_swa", _GRANITE | _WINDOWS),
+    Tried("granitemoe", _LOCAL_EXPERTS),
+    Tried("granitemoe_swa", _GRANITE | _WINDOWS | _LOCAL_EXPERTS),
+    Tried("granitemoeshared", _LOCAL_EXPERTS | {"shared_intermediate_size": 56}),
+    Tried("helium", _SQUARE),
+    Tried("hunyuan_v1_dense"),
+    Tried("hunyuan_v1_moe", {"num_experts": 6, "moe_topk": 2}),
+    Tried("hy_v3", _EXPERTS),
+    Tried("hyperclovax"),
+    Tried("jais2"),
+    Tried("jetmoe", refused="does not run with headfold's cache, on tensors without numbers"),
+    Tried("kolibri1", _WINDOWS | _EXPERTS | {"shared_expert_intermediate_size": 56}),
+    Tried("laguna", _WINDOWS | _EXPERTS | {"num_attention_heads_per_layer": [6, 4, 8]}),
+    Tried("lfm2", {"layer_types": ["conv", "full_attention", "conv"]}, refused=_STATE),
+    Tried("llama", real="SmolLM2-135M-Instruct", tensorrt=("native", "plugin")),
+    Tried("llama4_text", {"attention_chunk_size": 9}, refused="has tokens see in a pattern of its own"),
+    Tried("mamba", refused=_STATE),
+    Tried("mellum", _WINDOWS | _EXPERTS),
+    Tried("mimo_v2_flash", _WINDOWS | _ROUTED_EXPERTS | {"v_head_dim": 16}, refused=_VALUES),
+    Tried("minicpm3", _LATENT | {"v_head_dim": 16}, refused=_VALUES),
+    Tried("minimax_m2", _LOCAL_EXPERTS),
+    Tried("ministral", _WINDOWS),
+    Tried("ministral3", {"sliding_window": 9}),
+    Tried("mistral", {"sliding_window": 9}),
+    Tried("mixtral", _LOCAL_EXPERTS),
+    Tried("mpt", refused=_NO_INTERFACE),  # ALiBi
+    Tried("nanochat"),
+    Tried("nemotron"),
+    Tried("olmo"),
+    Tried("olmo2"),
+    Tried("olmo3", _WINDOWS),
+    Tried("olmoe", _EXPERTS | _SQUARE),
+    Tried("opt", {"hidden_size": 96, "word_embed_proj_dim": 96, "ffn_dim": 136, "num_attention_heads": 3}),
+    Tried("persimmon", _SQUARE),
+    Tried("phi", _SQUARE),
+    Tried("phi3", {"hidden_size": 192, "sliding_window": 9}),
+    Tried("phimoe", _LOCAL_EXPERTS | {"sliding_window": 9}),
+    Tried("qwen2", _WINDOWS | {"use_sliding_window": True}),
+    Tried("qwen2_moe", _EXPERTS | {"shared_expert_intermediate_size": 56}),
+    Tried("qwen3", _WINDOWS | {"use_sliding_window": True}),
+    Tried("qwen3_moe", _EXPERTS),
+    Tried("qwen3_next", _EXPERTS, refused=_STATE),
+    Tried("seed_oss"),
+    Tried("smollm3", {"no_rope_layers": [1, 0, 1]}),
+    Tried("solar_open", _ROUTED_EXPERTS | _GROUPS),
+    Tried("stablelm", {"hidden_size": 192, "partial_rotary_factor": 0.25}),
+    Tried("starcoder2", {"hidden_size": 192, "sliding_window": 9}),
+    Tried("vaultgemma", _GEMMA),
+)
 
 
 def configuration(model_type: str) -> dict[str, Any]:
     """The keyword arguments of its tiny configuration."""
-    return {name: value for name, value in (_BASE | TRIED[model_type]).items() if value is not None}
+    changes = next(row.changes for row in TRIED if row.model_type == model_type)
+    return {name: value for name, value in (_BASE | dict(changes)).items() if value is not None}
+
+
+def markdown() -> str:
+    """README's table: types that are tried as deeply stand in one row, the deepest first."""
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for row in TRIED:
+        key = (bool(row.refused), not row.real, not row.tensorrt, row.road, row.real, row.tensorrt, row.refused)
+        alike.setdefault(key, []).append(row.model_type)
+    lines = [
+        "| model types | road | random model | real weights | TensorRT network |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for (*_, road, real, tensorrt, refused), names in sorted(alike.items()):
+        cells = [", ".join(sorted(names)), road, refused or "proven", real, ", ".join(tensorrt)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(line.replace("|  ", "| ") for line in lines)

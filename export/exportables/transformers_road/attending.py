@@ -3,7 +3,7 @@
 Any decoder of transformers that asks `AttentionInterface` for its attention then traces into the op, with its caches updated in place.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -14,6 +14,8 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
 from headfold.export.exportables.facts import LayerFacts
+from headfold.export.exportables.transformers_road import masks
+from headfold.export.exportables.transformers_road.masks import CAUSAL, Visible
 from headfold.export.model.decoder import Cache as Caches
 from headfold.export.model.decoder import Layout
 from headfold.plugins.attention.schema import AttentionInputs, Attributes
@@ -28,12 +30,14 @@ _current: ContextVar["OpCache"] = ContextVar("the cache of the forward pass that
 class OpCache(Cache):  # type: ignore[misc]
     """The caches of one forward pass. `update` stores nothing: it hands the new keys and values on, and remembers whose they are.
 
-    Without caches nothing is computed: it only learns how each layer attends, for `facts`.
+    Without caches nothing is computed: it only learns how each layer attends, for `facts`. With them that is `known`.
     """
 
-    def __init__(self, num_hidden_layers: int, layout: Layout, past: Caches | None) -> None:
+    def __init__(
+        self, num_hidden_layers: int, layout: Layout, past: Caches | None, known: Sequence[LayerFacts] = ()
+    ) -> None:
         super().__init__(layers=[])
-        self._count, self._layout, self._past = num_hidden_layers, layout, past
+        self._count, self._layout, self._past, self._known = num_hidden_layers, layout, past, known
         self._layer: int | None = None  # whose keys and values were last handed on
         self.facts: dict[int, LayerFacts] = {}
         self.present: dict[int, tuple[Tensor, Tensor]] = {}
@@ -54,12 +58,18 @@ class OpCache(Cache):  # type: ignore[misc]
         self._layer = layer_idx
         return key_states, value_states
 
-    def attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, facts: LayerFacts, sinks: Tensor | None) -> Tensor:
+    def has_previous_state(self, *_: Any, **__: Any) -> bool:
+        """Convolutions and recurrences ask, and cannot have one."""
+        raise ConfigError("has a state beside keys and values", fix=_OTHER)
+
+    get_conv_state = update_conv_state = get_recurrent_state = update_recurrent_state = has_previous_state
+
+    def attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, found: LayerFacts, sinks: Tensor | None) -> Tensor:
         """[B, S, Hq*D] of new queries [B, Hq, S, D], keys and values [B, Hkv, S, D]."""
         layer, self._layer = self._layer, None
         if layer is None or layer in self.facts:
             raise ConfigError("attends to the keys of another layer", where=name, fix=_OTHER)
-        self.facts[layer] = facts
+        facts = self.facts[layer] = self._known[layer] if self._known else found
         batch, length = q.shape[0], q.shape[2]
         query, key, value = (x.transpose(1, 2).reshape(batch, length, x.shape[1] * x.shape[3]) for x in (q, k, v))
         if self._past is None:
@@ -109,6 +119,8 @@ class OpCache(Cache):  # type: ignore[misc]
         """No layer forgets anything."""
         return [False] * self._count
 
+    is_linear = is_dummy = is_sliding  # nor is one anything else
+
     def __len__(self) -> int:
         return self._count
 
@@ -118,9 +130,8 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | Visible | None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
@@ -134,16 +145,20 @@ def _attention(
             where=name,
             fix="headfold's attention op wants them equal.",
         )
-    if attention_mask is not None:
+    if isinstance(attention_mask, Tensor):
         raise ConfigError("brings an attention mask of its own", where=name, fix=_OTHER)
-    if is_causal is False or getattr(module, "is_causal", True) is False:
+    learning = not torch.compiler.is_exporting()
+    if (learning and attention_mask is None) or is_causal is False or getattr(module, "is_causal", True) is False:
         raise ConfigError("attends in both directions", where=name, fix="headfold exports decoders.")
+    window = attention_mask.window if attention_mask is not None else -1
+    if window is None or window == 0:
+        raise ConfigError("has tokens see in a pattern of its own (in chunks or blocks?)", where=name, fix=CAUSAL)
     facts = LayerFacts(
         num_attention_heads=query.shape[1],
         num_key_value_heads=key.shape[1],
         head_dim=query.shape[3],
         scale=float(scaling) if scaling is not None else query.shape[3] ** -0.5,
-        window=int(sliding_window) if sliding_window else -1,
+        window=window,
         softcap=float(softcap or 0),
         sinks=s_aux is not None,
     )
@@ -155,3 +170,4 @@ def _attention(
 
 
 AttentionInterface.register(NAME, _attention)
+masks.register(NAME)

@@ -5,7 +5,7 @@ Only in this folder the export imports transformers, the extra `headfold[transfo
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from headfold.export.checkpoints.base import TokenizerFiles
 from headfold.export.checkpoints.directories.directory import Directory
 from headfold.export.exportables.base import Master, no_quantized_cache
-from headfold.export.exportables.facts import Facts
+from headfold.export.exportables.facts import Facts, LayerFacts
 from headfold.export.exportables.oracle import Oracle
 from headfold.export.exportables.transformers_road import experts
 from headfold.export.exportables.transformers_road.attending import NAME, OpCache
@@ -34,6 +34,7 @@ Load = Callable[[torch.dtype], PreTrainedModel]  # in a dtype, with eager attent
 _ROAD = (
     "headfold exports what transformers can run with another attention, every layer with keys and values of its own."
 )
+_OWN_ATTENTION = "attends by code of its own (with ALiBi?), not through transformers' AttentionInterface"
 _BELONGS = "The checkpoint is incomplete, or config.json is another model's."
 _SHARED = 2  # parameters made of one that is stored, at most; those that are missing are named when they are read
 
@@ -81,7 +82,8 @@ class TransformersModel:
         """See Exportable."""
         if cache is not None:
             raise no_quantized_cache(self.path)
-        return TransformersMaster(_on_meta(self.config, dtype, self.path), len(self.facts.layers), all_logits)
+        model, layers = _on_meta(self.config, dtype, self.path), self.facts.layers
+        return TransformersMaster(model, len(layers), all_logits, layers)
 
     def tensors(self, dtype: torch.dtype) -> "ModelTensors":
         """See Exportable."""
@@ -102,12 +104,17 @@ class TransformersModel:
 
 
 class TransformersMaster(Master):
-    """A transformers decoder with the graph's inputs and outputs; see Master. Padding is moved to the end of each row."""
+    """A transformers decoder with the graph's inputs and outputs; see Master. Padding is moved to the end of each row.
 
-    def __init__(self, model: PreTrainedModel, num_hidden_layers: int, all_logits: bool) -> None:
+    How its layers attend is `known`, but for a pass without caches, which learns it.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, num_hidden_layers: int, all_logits: bool, known: Sequence[LayerFacts] = ()
+    ) -> None:
         super().__init__()
         self.decoder = model
-        self._count, self._all = num_hidden_layers, all_logits
+        self._count, self._all, self._known = num_hidden_layers, all_logits, known
         self._wanted: Tensor | None = None
         self._hidden: list[Tensor] = []
         head = model.get_output_embeddings()
@@ -150,7 +157,7 @@ class TransformersMaster(Master):
         ids = input_ids.gather(1, layout.real_first(length))
         positions = layout.past_lengths[:, None] + torch.arange(length, device=ids.device)  # [B, S]
         self._wanted, self._hidden = layout.wanted(length, not self._all), []
-        cache = OpCache(self._count, layout, caches)
+        cache = OpCache(self._count, layout, caches, self._known)
         with cache.running():
             output = self.decoder(
                 input_ids=ids, attention_mask=None, position_ids=positions, past_key_values=cache, use_cache=True
@@ -239,10 +246,8 @@ def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, path: Path) -> PreTra
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=NAME, experts_implementation=experts.NAME
             )
-    except ValueError as error:  # of a class that has no AttentionInterface
-        raise ConfigError(
-            f"{config.model_type} cannot take another attention: {one_line(error)}", where=path, fix=_ROAD
-        ) from error
+    except (ValueError, KeyError) as error:  # of a class that has no AttentionInterface, or a dictionary of its own
+        raise ConfigError(f"{config.model_type} {_OWN_ATTENTION}: {one_line(error)}", where=path, fix=_ROAD) from error
     except Exception as error:  # whatever a model's own code raises at sizes that make no sense
         raise ConfigError(
             f"no {config.model_type} can be made of its configuration: {one_line(error)}", where=path, fix=_BELONGS
@@ -259,18 +264,21 @@ def _facts(model: PreTrainedModel, path: Path) -> Facts:
     count = int(text.num_hidden_layers)
     if getattr(type(model), "_is_stateful", False):
         raise ConfigError(f"{config.model_type} has a state beside keys and values", where=path, fix=_ROAD)
-    master = TransformersMaster(model, count, all_logits=True)
+    master, pad = TransformersMaster(model, count, all_logits=True), text.pad_token_id
+    text.pad_token_id = None  # models look for it among the tokens, which are no numbers yet, only to warn
     with torch.device("meta"):
         ids = torch.zeros(1, 3, dtype=torch.long)
         try:
             with _found_in(path):
                 _, cache, hidden = master.run(ids, torch.ones_like(ids), None)
-        except ConfigError:
-            raise
-        except Exception as error:  # whatever a model's own code raises when it finds no cache of its own kind
-            raise ConfigError(
-                f"{config.model_type} does not run with headfold's cache: {one_line(error)}", where=path, fix=_ROAD
-            ) from error
+        except Exception as error:  # whatever a model's own code raises when it finds no cache or mask of its own kind
+            if not type(model)._can_set_attn_implementation():
+                what = f"{config.model_type} {_OWN_ATTENTION}"
+            elif isinstance(error, ConfigError):
+                raise
+            else:
+                what = f"{config.model_type} does not run with headfold's cache, on tensors without numbers: {one_line(error)}"
+            raise ConfigError(what, where=path, fix=_ROAD) from error
     silent = [layer for layer in range(count) if layer not in cache.facts]
     if silent or len(hidden) != count:
         which = silent[0] if silent else len(hidden)
@@ -294,7 +302,7 @@ def _facts(model: PreTrainedModel, path: Path) -> Facts:
         layers=tuple(cache.facts[layer] for layer in range(count)),
         bos_token_id=text.bos_token_id,
         eos_token_id=tuple(eos) if isinstance(eos, list | tuple) else (eos,),
-        pad_token_id=text.pad_token_id,
+        pad_token_id=pad,
     )
 
 

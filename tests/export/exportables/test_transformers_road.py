@@ -80,7 +80,7 @@ def to_pickle(path: Path) -> None:
 UP = "model.layers.0.mlp.up_proj.weight"
 BAD = {
     "a state beside keys and values": (config(model_type="mamba"), "mamba has a state beside keys and values"),
-    "ALiBi": (config(model_type="bloom"), "bloom does not attend through transformers' AttentionInterface"),
+    "ALiBi": (config(model_type="bloom"), "bloom attends by code of its own (with ALiBi?)"),
     "values of another size": (config(model_type="deepseek_v3"), "deepseek_v3 does not run with headfold's cache"),
     "unknown": (config(model_type="llamax"), "transformers cannot read its configuration"),
     "quantized": (config(quantization_config={"quant_method": "hqq"}), "its weights are quantized (hqq)"),
