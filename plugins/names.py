@@ -42,6 +42,11 @@ def hidden_state(layer: int) -> str:
     return f"hidden_states.{layer}"
 
 
+def is_hidden_state(name: str | None) -> bool:
+    """Whether a value is the residual stream after a layer."""
+    return name is not None and name.startswith("hidden_states.")
+
+
 def layer_input(layer: int) -> str:
     """What a layer reads of the residual stream, where it is judged alone; that of the number behind the last is the final norm's."""
     return f"layer_input.{layer}"

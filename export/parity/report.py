@@ -28,6 +28,12 @@ class CheckResult:
     note: str = ""
 
 
+def verdict(name: str, faults: Sequence[tuple[str, str]]) -> CheckResult:
+    """A check that has no measure: everything is right, or the first thing that is not is named."""
+    where, what = faults[0] if faults else ("", "")
+    return CheckResult(name, float(len(faults)), float(len(faults)), 0.0, where, not faults, note=what)
+
+
 @dataclass(frozen=True)
 class LayerResult:
     """The residual stream after one layer."""

@@ -10,9 +10,11 @@ from headfold.export.data.calibration import CALIBRATION, read_tokens
 from headfold.export.exportables.base import Exportable
 from headfold.export.exportables.oracle import Oracle
 from headfold.export.exportables.own import OwnModel
+from headfold.export.graph.experts import experts_nodes
 from headfold.export.graph.trace import export_graph
 from headfold.export.graph.weights import load_model, scale_name
 from headfold.export.parity.compare import Candidate, Subject, verify_graph
+from headfold.export.parity.exact.experts import prove_experts
 from headfold.export.parity.exact.weights import (
     prove_attributes,
     prove_rotations,
@@ -96,7 +98,11 @@ def verify_bundle(
         if own is not None:
             checks.append(prove_tables(model, own, capacity, stored))
         else:
-            checks.append(prove_rotations(model, export_graph(exportable, tensors, stored, capacity)))
+            again = export_graph(exportable, tensors, stored, capacity)
+            checks.append(prove_rotations(model, again))
+            if experts_nodes(model) or experts_nodes(again):
+                checks.append(prove_experts(model, again))
+            del again
         del tensors
         checks.append(prove_attributes(model, facts, own))
     del model

@@ -23,7 +23,7 @@ from headfold.export.graph.recipes import recipe_of
 from headfold.export.graph.weights import scale_name
 from headfold.export.model.config import ModelConfig
 from headfold.export.parity.exact.rotary import tables
-from headfold.export.parity.report import CheckResult
+from headfold.export.parity.report import CheckResult, verdict
 from headfold.plugins.attention.schema import NORMS, SCALES, SINK, TABLES, AttentionInputs, Attributes
 from headfold.plugins.dtypes import QUANTIZED, Quantized
 from headfold.plugins.names import PARTS, cache_input, cache_output
@@ -55,7 +55,7 @@ def prove_weights(
             if fault is not None:
                 faults.append((name, fault))
     faults += [(name, "the file does not have it") for name in tensors.shapes() if not taken[name]]
-    return _verdict("weights, bit for bit", faults)
+    return verdict("weights, bit for bit", faults)
 
 
 def _weight(value: ir.Value, tensors: Tensors, dtype: torch.dtype) -> tuple[str | None, Sequence[str]]:
@@ -112,9 +112,9 @@ def prove_tables(model: ir.Model, config: ModelConfig, capacity: int, dtype: tor
     for name in TABLES:
         value = model.graph.initializers.get(name)
         if value is None or value.const_value is None:
-            return _verdict("rotary tables", [(name, "is missing")])
+            return verdict("rotary tables", [(name, "is missing")])
         if tuple(value.const_value.shape.numpy()) != (capacity, config.rotary_dim // 2):
-            return _verdict(
+            return verdict(
                 "rotary tables", [(name, f"is {value.const_value.shape}, not [{capacity}, {config.rotary_dim // 2}]")]
             )
         found[name] = value.const_value.numpy()
@@ -151,7 +151,7 @@ def prove_rotations(model: ir.Model, again: ir.Model) -> CheckResult:
                 found is not None and right is not None and not np.array_equal(found.numpy(), right.numpy())
             ):
                 faults.append((f"attention {layer}", f"{name} is not that of the model"))
-    return _verdict("rotary tables", faults)
+    return verdict("rotary tables", faults)
 
 
 def _rotation(node: ir.Node) -> tuple[int, list[ir.TensorProtocol | None]]:
@@ -184,7 +184,7 @@ def prove_attributes(model: ir.Model, facts: Facts, own: ModelConfig | None) -> 
         for part, output in zip(PARTS, node.outputs[1:], strict=True):
             if output.name != cache_output(layer, part) or not output.is_graph_output():
                 faults.append((where, f"its {part}s come out as {output.name}"))
-    return _verdict("attributes", faults + (list(_norms(model, own)) if own is not None else []))
+    return verdict("attributes", faults + (list(_norms(model, own)) if own is not None else []))
 
 
 def _attributes(layer: LayerFacts, own: ModelConfig | None) -> dict[str, float]:
@@ -232,12 +232,6 @@ def prove_scales(oracle: Oracle, tokens: Tensor, stored: QuantizedCache, dtype: 
         f"of layer {layer}",
         bool((errors <= limit).all()),
     )
-
-
-def _verdict(name: str, faults: Sequence[tuple[str, str]]) -> CheckResult:
-    """A check that has no measure: everything is right, or the first thing that is not is named."""
-    where, what = faults[0] if faults else ("", "")
-    return CheckResult(name, float(len(faults)), float(len(faults)), 0.0, where, not faults, note=what)
 
 
 def stored_cache(model: ir.Model, dtype: Quantized, num_hidden_layers: int) -> QuantizedCache:

@@ -1,0 +1,82 @@
+"""Experts compute and are chosen as the model says: attributes, weights and routing of every node, against a graph traced anew.
+
+A limit that is seldom reached, or a k that lets in experts of no weight, changes no number that the arithmetic would see.
+"""
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from headfold.export.graph.experts import attributes_of, experts_nodes
+from headfold.export.graph.recipes import recipe_of
+from headfold.export.parity.report import CheckResult, verdict
+from headfold.plugins.attention.schema import DOMAIN
+from headfold.plugins.experts.schema import INPUTS, ExpertsInputs
+from headfold.plugins.names import is_hidden_state
+
+_WEIGHTS = INPUTS[INPUTS.index("gate_up_weight") :]
+
+
+def prove_experts(model: ir.Model, again: ir.Model) -> CheckResult:
+    """Compare a file's graph with one that was traced anew from the model."""
+    nodes, expected = experts_nodes(model), experts_nodes(again)
+    faults = list[tuple[str, str]]()
+    if len(nodes) != len(expected):
+        faults.append(("graph", f"has {len(nodes)} mixtures of experts, not {len(expected)}"))
+    spelling = _Spelling()
+    for number, (node, right) in enumerate(zip(nodes, expected, strict=False)):
+        where = f"experts {number}"
+        wanted = vars(attributes_of(right))
+        for name, found in vars(attributes_of(node)).items():
+            same = np.float32(found) == np.float32(wanted[name]) if isinstance(found, float) else found == wanted[name]
+            if not same:
+                faults.append((where, f"{name} is {found}, not {wanted[name]}"))
+        inputs, others = (ExpertsInputs[ir.Value | None].of_node(x.inputs) for x in (node, right))
+        for name in _WEIGHTS:
+            found, other = (_weight(getattr(x, name)) for x in (inputs, others))
+            if found != other:
+                faults.append((where, f"{name} is {found}, not {other}"))
+        if spelling.of(inputs.router_logits) != spelling.of(others.router_logits):
+            faults.append((where, "experts are chosen in another way"))
+    return verdict("experts and their routing", faults)
+
+
+def _weight(value: ir.Value | None) -> str | None:
+    recipe = recipe_of(value) if value is not None else None
+    return recipe.name if recipe is not None else None
+
+
+class _Spelling:
+    """Numbers values by how they are computed, from where a layer begins: equal numbers, in either graph, are equal expressions."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[tuple[Any, ...], int] = {}
+        self._known: dict[ir.Value, int] = {}
+
+    def of(self, value: ir.Value | None) -> int:
+        """Its number."""
+        if value is None:
+            return -1
+        if value not in self._known:
+            self._known[value] = self._numbers.setdefault(self._key(value), len(self._numbers))
+        return self._known[value]
+
+    def _key(self, value: ir.Value) -> tuple[Any, ...]:
+        node = value.producer()
+        if node is None:
+            if value.is_graph_input() or recipe_of(value) is not None or value.const_value is None:
+                return ("given", value.name)
+            constant = value.const_value.numpy()
+            return ("constant", str(constant.dtype), constant.shape, constant.tobytes())
+        if node.domain == DOMAIN or is_hidden_state(value.name):
+            return ("the layer's", value.name if is_hidden_state(value.name) else value.index())
+        attributes = tuple(sorted((name, _content(x)) for name, x in node.attributes.items()))
+        return (node.domain, node.op_type, value.index(), attributes, tuple(self.of(x) for x in node.inputs))
+
+
+def _content(attribute: ir.Attr) -> str:
+    if attribute.type == ir.AttributeType.TENSOR:
+        tensor: np.ndarray[Any, Any] = attribute.as_tensor().numpy()
+        return f"{tensor.dtype} {tensor.shape} {tensor.tobytes()!r}"
+    return str(attribute.value)
