@@ -37,7 +37,7 @@ from headfold.export.parity.verify import verify
 from headfold.export.progress import Reporter
 from headfold.plugins.attention.schema import Attention
 from headfold.runtime import load
-from headfold.runtime.errors import BuildError, HeadfoldError
+from headfold.runtime.errors import BuildError, HeadfoldError, KernelError
 from headfold.runtime.manifest import Manifest
 
 PROMPT, NEW = 21, 8  # tokens; the windows that are tried are of 9
@@ -130,7 +130,7 @@ def with_tensorrt(found: Result, row: Tried, source: Exportable, bundle: Path) -
                 if not report.passed:
                     raise RuntimeError(f"--attention {attention}: {report.failure()}")
             build_engine(half, options, QUIET)
-        except BuildError as error:
+        except (BuildError, KernelError) as error:
             words.append(f"{attention} refused: {error.what}")
         else:
             passing.append(attention)

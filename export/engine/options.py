@@ -80,12 +80,6 @@ def check_options(options: BuildOptions, bundle: Path, manifest: Manifest) -> No
             where=bundle,
             fix=_ORT,
         )
-    if manifest.road != "headfold" and options.attention == "plugin":
-        raise BuildError(
-            "the plugin has kernels only for families that headfold has a table of",
-            where="--attention plugin",
-            fix="Use --attention native.",
-        )
     check_capabilities(options, manifest.dtype)
     if manifest.cache.quantization is not None:
         check_cache(options, manifest.cache_dtype)

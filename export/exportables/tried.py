@@ -47,8 +47,10 @@ _LATENT = {  # keys of 32, a part of them rotated and the same in all heads
     "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 16,
 }
+_BOTH: tuple[Attention, ...] = ("native", "plugin")
 _NO_INTERFACE = "attends by code of its own"
 _STATE = "has a state beside keys and values"
+_OTHER_KEYS = "attends to other keys and values than it caches"
 _VALUES = "has values of size 16 and keys of size 32"
 
 
@@ -100,7 +102,7 @@ TRIED: tuple[Tried, ...] = (
     Tried("cwm", _WINDOWS),
     Tried("deepseek_v2", _LATENT | _ROUTED_EXPERTS | {"v_head_dim": 16}, refused=_VALUES),
     Tried("deepseek_v3", _LATENT | _ROUTED_EXPERTS | _GROUPS | {"v_head_dim": 16}, refused=_VALUES),
-    Tried("diffllama", refused="attends to the keys of another layer"),
+    Tried("diffllama", refused=_OTHER_KEYS),
     Tried("doge", refused="computes with its attention mask"),
     Tried("dots1", _ROUTED_EXPERTS | _GROUPS | {"first_k_dense_replace": 1}),
     Tried("ernie4_5"),
@@ -112,22 +114,22 @@ TRIED: tuple[Tried, ...] = (
     Tried("flex_olmo", _SQUARE | {"num_experts": 6, "num_experts_per_tok": 2}),
     Tried("flint", _WINDOWS | _EXPERTS | {"shared_expert_intermediate_size": 56}),
     Tried("gemma"),
-    Tried("gemma2", _GEMMA),
-    Tried("gemma3_text", _GEMMA),
+    Tried("gemma2", _GEMMA, tensorrt=("plugin",)),
+    Tried("gemma3_text", _GEMMA, tensorrt=_BOTH),
     Tried(
         "gemma4_text",
         _LAST_FULL | {"global_head_dim": 64, "num_global_key_value_heads": 3, "attention_k_eq_v": True} | _PER_LAYER,
     ),
     Tried("glm"),
-    Tried("glm4"),
+    Tried("glm4", tensorrt=_BOTH),
     Tried("glm4_moe", _ROUTED_EXPERTS | _GROUPS | {"first_k_dense_replace": 1}),
-    Tried("glm4_moe_lite", _LATENT | _ROUTED_EXPERTS | {"v_head_dim": 32}),
+    Tried("glm4_moe_lite", _LATENT | _ROUTED_EXPERTS | {"v_head_dim": 32}, refused=_OTHER_KEYS),
     Tried("gpt2"),
     Tried("gpt_bigcode"),
     Tried("gpt_neox", {"hidden_size": 192, "rotary_pct": 0.5}),
     Tried("gpt_oss", _WINDOWS | _LOCAL_EXPERTS),
     Tried("gptj", {"rotary_dim": 16}, refused=_NO_INTERFACE),
-    Tried("granite", _GRANITE),
+    Tried("granite", _GRANITE, tensorrt=_BOTH),
     Tried("granite_swa", _GRANITE | _WINDOWS),
     Tried("granitemoe", _LOCAL_EXPERTS),
     Tried("granitemoe_swa", _GRANITE | _WINDOWS | _LOCAL_EXPERTS),
@@ -142,7 +144,7 @@ TRIED: tuple[Tried, ...] = (
     Tried("kolibri1", _WINDOWS | _EXPERTS | {"shared_expert_intermediate_size": 56}),
     Tried("laguna", _WINDOWS | _EXPERTS | {"num_attention_heads_per_layer": [6, 4, 8]}),
     Tried("lfm2", {"layer_types": ["conv", "full_attention", "conv"]}, refused=_STATE),
-    Tried("llama", real="SmolLM2-135M-Instruct", tensorrt=("native", "plugin")),
+    Tried("llama", real="SmolLM2-135M-Instruct", tensorrt=_BOTH),
     Tried("llama4_text", {"attention_chunk_size": 9}, refused="has tokens see in a pattern of its own"),
     Tried("mamba", refused=_STATE),
     Tried("mellum", _WINDOWS | _EXPERTS),
@@ -157,13 +159,13 @@ TRIED: tuple[Tried, ...] = (
     Tried("nanochat"),
     Tried("nemotron"),
     Tried("olmo"),
-    Tried("olmo2"),
+    Tried("olmo2", tensorrt=_BOTH),
     Tried("olmo3", _WINDOWS),
     Tried("olmoe", _EXPERTS | _SQUARE),
     Tried("opt", {"hidden_size": 96, "word_embed_proj_dim": 96, "ffn_dim": 136, "num_attention_heads": 3}),
     Tried("persimmon", _SQUARE),
     Tried("phi", _SQUARE),
-    Tried("phi3", {"hidden_size": 192, "sliding_window": 9}),
+    Tried("phi3", {"hidden_size": 192, "sliding_window": 9}, tensorrt=_BOTH),
     Tried("phimoe", _LOCAL_EXPERTS | {"sliding_window": 9}),
     Tried("qwen2", _WINDOWS | {"use_sliding_window": True}),
     Tried("qwen2_moe", _EXPERTS | {"shared_expert_intermediate_size": 56}),
@@ -171,10 +173,10 @@ TRIED: tuple[Tried, ...] = (
     Tried("qwen3_moe", _EXPERTS),
     Tried("qwen3_next", _EXPERTS, refused=_STATE),
     Tried("seed_oss"),
-    Tried("smollm3", {"no_rope_layers": [1, 0, 1]}),
+    Tried("smollm3", {"no_rope_layers": [1, 0, 1]}, tensorrt=_BOTH),
     Tried("solar_open", _ROUTED_EXPERTS | _GROUPS),
-    Tried("stablelm", {"hidden_size": 192, "partial_rotary_factor": 0.25}),
-    Tried("starcoder2", {"hidden_size": 192, "sliding_window": 9}),
+    Tried("stablelm", {"hidden_size": 192, "partial_rotary_factor": 0.25}, tensorrt=_BOTH),
+    Tried("starcoder2", {"hidden_size": 192, "sliding_window": 9}, tensorrt=_BOTH),
     Tried("vaultgemma", _GEMMA),
 )
 

@@ -38,7 +38,7 @@ class OpCache(Cache):  # type: ignore[misc]
     ) -> None:
         super().__init__(layers=[])
         self._count, self._layout, self._past, self._known = num_hidden_layers, layout, past, known
-        self._layer: int | None = None  # whose keys and values were last handed on
+        self._handed: tuple[int, Tensor, Tensor] | None = None  # a layer, and the keys and values that it last gave
         self.facts: dict[int, LayerFacts] = {}
         self.present: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -55,7 +55,7 @@ class OpCache(Cache):  # type: ignore[misc]
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """The new keys and values themselves."""
-        self._layer = layer_idx
+        self._handed = layer_idx, key_states, value_states
         return key_states, value_states
 
     def has_previous_state(self, *_: Any, **__: Any) -> bool:
@@ -66,21 +66,25 @@ class OpCache(Cache):  # type: ignore[misc]
 
     def attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, found: LayerFacts, sinks: Tensor | None) -> Tensor:
         """[B, S, Hq*D] of new queries [B, Hq, S, D], keys and values [B, Hkv, S, D]."""
-        layer, self._layer = self._layer, None
-        if layer is None or layer in self.facts:
+        handed, self._handed = self._handed, None
+        if handed is None or handed[0] in self.facts:
             raise ConfigError("attends to the keys of another layer", where=name, fix=_OTHER)
+        layer, keys, values = handed
+        if keys is not k or values is not v:
+            what = "attends to other keys and values than it caches (multi-head latent attention?)"
+            raise ConfigError(what, where=name, fix=_OTHER)
         facts = self.facts[layer] = self._known[layer] if self._known else found
         batch, length = q.shape[0], q.shape[2]
         query, key, value = (x.transpose(1, 2).reshape(batch, length, x.shape[1] * x.shape[3]) for x in (q, k, v))
         if self._past is None:
             return torch.empty_like(query)
-        keys, values = self._past[layer]
+        past_key, past_value = self._past[layer]
         inputs = AttentionInputs(
             query=query,
             key=key,
             value=value,
-            past_key=keys,
-            past_value=values,
+            past_key=past_key,
+            past_value=past_value,
             past_lengths=self._layout.past_lengths,
             total_sequence_length=self._layout.total,
             head_sink=sinks,

@@ -11,10 +11,12 @@ from random_transformers import random_model, save_random
 from safetensors.torch import load_file, save_file
 
 from headfold.export.bundle.pipeline import ExportOptions, ExportResult, export_bundle
+from headfold.export.engine.options import BuildOptions, check_options
 from headfold.export.exportables.opening import open_exportable
 from headfold.export.progress import Reporter
 from headfold.runtime import load
 from headfold.runtime.errors import HeadfoldError
+from headfold.runtime.manifest import read_manifest
 
 QUIET = Reporter(quiet=True)
 
@@ -46,6 +48,22 @@ def test_layers_are_what_the_model_does(tmp_path) -> None:
     }
     assert {(layer.scale, layer.softcap) for layer in facts.layers} == {(24**-0.5, 50.0)}
     assert (facts.vocab_size, facts.capacity, facts.eos_token_id) == (331, 256, (2,))
+
+
+def test_heads_may_differ_from_layer_to_layer(tmp_path) -> None:
+    """Head sizes and K/V heads, in manifest, cache and runtime; TensorRT's session has one shape only, and building says so."""
+    result = export(save_random("gemma4_text", tmp_path / "model"), tmp_path / "bundle")
+    assert result.parity is not None
+    assert result.parity.passed
+    manifest = read_manifest(tmp_path / "bundle")
+    assert manifest.cache.shapes == [(2, 32), (2, 32), (3, 64)]
+    backend = load(tmp_path / "bundle").backend
+    prompt = np.random.default_rng(0).integers(3, 300, 21)
+    logits = backend.prefill(backend.new_cache(1, 32), 0, prompt)
+    expected = random_model("gemma4_text")(torch.tensor(prompt)[None]).logits[0, -1]
+    np.testing.assert_allclose(logits, expected, atol=1e-3)
+    with pytest.raises(HeadfoldError, match="caches of different shapes"):
+        check_options(BuildOptions(compute_capabilities=(89,)), tmp_path / "bundle", manifest)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
