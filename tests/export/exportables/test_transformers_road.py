@@ -26,7 +26,7 @@ def export(directory: Path, output: Path, **options) -> ExportResult:
     return export_bundle(source, output, ExportOptions(decode_steps=4, **options), QUIET)
 
 
-@pytest.mark.parametrize("model_type", ["gemma3_text", "phi3", "smollm3"])
+@pytest.mark.parametrize("model_type", ["gemma3_text", "phi3", "smollm3", "phimoe", "laguna", "granite_swa"])
 def test_is_proven_and_generates_what_transformers_does(model_type, tmp_path) -> None:
     result = export(save_random(model_type, tmp_path / "model"), tmp_path / "bundle")
     assert result.parity is not None
@@ -51,12 +51,13 @@ def test_layers_are_what_the_model_does(tmp_path) -> None:
 
 
 def test_heads_may_differ_from_layer_to_layer(tmp_path) -> None:
-    """Head sizes and K/V heads, in manifest, cache and runtime; TensorRT's session has one shape only, and building says so."""
+    """Head sizes and K/V heads, in manifest, cache and runtime; a TensorRT session has one shape only, and building says so."""
     result = export(save_random("gemma4_text", tmp_path / "model"), tmp_path / "bundle")
     assert result.parity is not None
     assert result.parity.passed
     manifest = read_manifest(tmp_path / "bundle")
     assert manifest.cache.shapes == [(2, 32), (2, 32), (3, 64)]
+    assert not (tmp_path / "bundle" / "genai_config.json").exists()  # which has one shape only
     backend = load(tmp_path / "bundle").backend
     prompt = np.random.default_rng(0).integers(3, 300, 21)
     logits = backend.prefill(backend.new_cache(1, 32), 0, prompt)
