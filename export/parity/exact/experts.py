@@ -79,4 +79,6 @@ def _content(attribute: ir.Attr) -> str:
     if attribute.type == ir.AttributeType.TENSOR:
         tensor: np.ndarray[Any, Any] = attribute.as_tensor().numpy()
         return f"{tensor.dtype} {tensor.shape} {tensor.tobytes()!r}"
+    if attribute.type == ir.AttributeType.FLOAT:
+        return str(np.float32(attribute.as_float()))  # as a file holds it
     return str(attribute.value)
