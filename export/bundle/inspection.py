@@ -15,6 +15,7 @@ from rich.text import Text
 
 from headfold.export.exportables.facts import Facts as ModelFacts
 from headfold.export.exportables.facts import LayerFacts
+from headfold.export.exportables.tried import TRIED
 from headfold.export.model.config import ModelConfig
 from headfold.plugins.dtypes import DTYPES
 from headfold.runtime.errors import printable
@@ -162,4 +163,14 @@ def render(facts: Facts) -> None:
         else:
             text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
         table.add_row(name.replace("_", " "), Text(printable(text, _LONGEST)))
+    Console(highlight=False).print(table)
+
+
+def render_families() -> None:
+    """Print what tests try as a table on standard output, a row for each model type."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("model type", "road", "random model", "real weights", "TensorRT network"):
+        table.add_column(name, overflow="fold")
+    for row in sorted(TRIED, key=lambda row: row.model_type):
+        table.add_row(row.model_type, row.road, row.refused or "proven", row.real, ", ".join(row.tensorrt))
     Console(highlight=False).print(table)

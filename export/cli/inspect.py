@@ -1,4 +1,4 @@
-"""`headfold inspect`: what is in a checkpoint or a bundle."""
+"""`headfold inspect`: what is in a checkpoint or a bundle; `headfold families`: what tests try."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,3 +31,24 @@ def inspect(path: str, base: Path | None, via: "Road | None", trust_remote_code:
         print_json(facts)
     else:
         render(facts)
+
+
+@click.command()
+@click.option("--markdown", is_flag=True, help="The table that README has.")
+@JSON
+def families(markdown: bool, as_json: bool) -> None:
+    """List the model types that tests try, and how deeply: as a random model, with real weights, as a network of TensorRT.
+
+    Other types that transformers knows are not refused for being new: each export proves itself.
+
+    **Example**: `headfold families --json`
+    """
+    from headfold.export.bundle.inspection import render_families
+    from headfold.export.exportables import tried
+
+    if as_json:
+        print_json([row.to_json() for row in tried.TRIED])
+    elif markdown:
+        click.echo(tried.markdown())
+    else:
+        render_families()

@@ -17,7 +17,7 @@ from headfold.export.cli.build import build
 from headfold.export.cli.convert import convert
 from headfold.export.cli.export import export
 from headfold.export.cli.generate import chat, generate
-from headfold.export.cli.inspect import inspect
+from headfold.export.cli.inspect import families, inspect
 from headfold.export.cli.train import study, sweep, uptrain
 from headfold.export.cli.verify import verify
 from headfold.export.files import CANNOT_WRITE
@@ -119,5 +119,5 @@ def main(debug: bool) -> None:  # `Group.invoke` reads `debug`
     """
 
 
-for _command in (export, verify, generate, chat, inspect, build, convert, uptrain, sweep, study):
+for _command in (export, verify, generate, chat, inspect, families, build, convert, uptrain, sweep, study):
     main.add_command(_command)
