@@ -22,6 +22,7 @@ from headfold.export.exportables.oracle import Oracle
 from headfold.export.exportables.transformers_road import experts
 from headfold.export.exportables.transformers_road.attending import NAME, OpCache
 from headfold.export.exportables.transformers_road.loading import load_model, one_line, quiet
+from headfold.export.exportables.transformers_road.mapped import MappedFiles
 from headfold.export.exportables.transformers_road.transformers_oracle import TransformersOracle, decoder_layers
 from headfold.export.model.config import MOST_LAYERS
 from headfold.export.model.decoder import Cache, sequence_layout
@@ -64,7 +65,7 @@ class TransformersModel:
         directory: Directory | None = None,
     ) -> None:
         self.config, self.path, self.tokenizer, self.directory = config, path, tokenizer, directory
-        self._load = load
+        self._load, self._stored = load, _stored(directory)
         model = _on_meta(config, torch.float32, path)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())  # what is tied counts once
         self.facts = _facts(model, path)
@@ -87,7 +88,7 @@ class TransformersModel:
 
     def tensors(self, dtype: torch.dtype) -> "ModelTensors":
         """See Exportable."""
-        return ModelTensors(self._load(dtype), self.path)
+        return ModelTensors(self._load(self._stored or dtype), self.path)
 
     def tables(self, dtype: torch.dtype, capacity: int) -> Mapping[str, Tensor]:
         """See Exportable: none; buffers come with the weights."""
@@ -173,13 +174,17 @@ class ModelTensors:
         self.path = path
         self._tensors = {name: x.detach() for name, x in (*model.named_parameters(), *model.named_buffers())}
         self._parameters = {name for name, _ in model.named_parameters()}
+        self._files, self._last = MappedFiles(), ""
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Of the parameters: the graph must use every one of them."""
         return {name: tuple(x.shape) for name, x in self._tensors.items() if name in self._parameters}
 
     def read(self, name: str) -> Tensor:
-        """See Tensors; buffers too."""
+        """See Tensors; buffers too. The one that was read before it is taken to be done with."""
+        if self._last:
+            self._files.give_back(self._tensors[self._last])
+        self._last = name
         return cast(Tensor, self._tensors[name])
 
 
@@ -222,6 +227,14 @@ def open_transformers(path: Path, trust_remote_code: bool = False, base: Path | 
             f"it has {opened.parameters:,} parameters, and its files {elements:,}", where=path, fix=_BELONGS
         )
     return opened
+
+
+def _stored(directory: Directory | None) -> torch.dtype | None:
+    """The dtype of the weights, where they lie in files and all have one: as they are, they need no memory of their own."""
+    if directory is None or not directory.as_stored:
+        return None
+    dtypes = {source.dtype for source in directory.tensors.values()}
+    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def _config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
