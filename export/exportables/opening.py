@@ -5,6 +5,7 @@ from pathlib import Path
 
 from headfold.export.checkpoints.directories.directory import Directory
 from headfold.export.checkpoints.families import FAMILIES, OWN
+from headfold.export.checkpoints.gguf.header import check_header
 from headfold.export.checkpoints.opening import open_checkpoint
 from headfold.export.exportables.base import Exportable
 from headfold.export.exportables.own import OwnModel
@@ -33,9 +34,12 @@ def open_exportable(
         CheckpointError: there is none, or it is damaged.
         ConfigError: the model is not one that can be exported.
     """
+    known: set[str | None] = {*FAMILIES, OWN}
     model_type = Directory(path, base).config.get("model_type") if path.is_dir() else None
+    if path.is_file():
+        known, model_type = {family.gguf for family in FAMILIES.values()}, check_header(path)
     if via is None:
-        via = "transformers" if isinstance(model_type, str) and model_type not in {*FAMILIES, OWN} else "headfold"
+        via = "transformers" if isinstance(model_type, str) and model_type not in known else "headfold"
     if via == "headfold":
         return OwnModel(open_checkpoint(path, base))
     if find_spec("transformers") is None:
@@ -44,9 +48,10 @@ def open_exportable(
             where=path,
             fix="pip install 'headfold[transformers]'",
         )
+    from headfold.export.exportables.transformers_road.gguf_model import open_gguf
     from headfold.export.exportables.transformers_road.transformers_model import open_transformers
 
-    exportable = open_transformers(path, trust_remote_code, base)
+    exportable = open_gguf(path) if path.is_file() else open_transformers(path, trust_remote_code, base)
     if reporter is not None:
         reporter.note(f"{exportable.facts.model_type}: by way of transformers")
     return exportable

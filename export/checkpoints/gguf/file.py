@@ -1,9 +1,8 @@
 """GGUF files, in: metadata becomes a ModelConfig, tensors are dequantized one at a time and renamed to the decoder's names.
 
-The `gguf` package maps the file and dequantizes; names and metadata keys are those of the GGUF specification (ggml/docs/gguf.md).
+Names and metadata keys are those of the GGUF specification (ggml/docs/gguf.md).
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,11 +14,12 @@ import torch
 
 from headfold.export.checkpoints.base import check_tensors
 from headfold.export.checkpoints.families import FAMILIES
-from headfold.export.checkpoints.gguf.header import check_header
+from headfold.export.checkpoints.gguf.reading import GGUFFile, makes_sense
 from headfold.export.checkpoints.gguf.tokenizer import tokenizer_files
+from headfold.export.checkpoints.gguf.vocabulary import SpecialTokens
 from headfold.export.checkpoints.shapes import expected_shapes
 from headfold.export.model.config import ModelConfig, RopeConfig
-from headfold.runtime.errors import CheckpointError, ConfigError, HeadfoldError
+from headfold.runtime.errors import ConfigError
 
 _LAYER = {  # GGUF name inside `blk.{i}.`: the decoder's name inside `model.layers.{i}.`
     "attn_norm": "input_layernorm",
@@ -35,7 +35,6 @@ _LAYER = {  # GGUF name inside `blk.{i}.`: the decoder's name inside `model.laye
     "ffn_down": "mlp.down_proj",
 }
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_SPLIT, _MOST_PARTS = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf"), 1024  # as llama.cpp's gguf-split names them
 _FLOATS = {
     gguf.GGMLQuantizationType.F32: torch.float32,
     gguf.GGMLQuantizationType.F16: torch.float16,
@@ -54,19 +53,11 @@ class GGUFCheckpoint:
     ignored = ()
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        readers = [_reader(part) for part in _parts(path)]
-        tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
-        try:
-            metadata = {name: field.contents() for name, field in readers[0].fields.items()}
+        self.path, self._file = path, GGUFFile(path)
+        tensors, metadata = self._file.tensors, self._file.metadata
+        with makes_sense(path):
             self.config = _config(path, metadata, tensors)
-            self.tokenizer = tokenizer_files(path, metadata, self.config)
-        except HeadfoldError:
-            raise
-        except Exception as error:  # a value of another type than the specification has it: anything may happen
-            raise CheckpointError(
-                f"has metadata that makes no sense: {error}", where=path, fix="Download it again."
-            ) from error
+            self.tokenizer = tokenizer_files(path, metadata, self.config.max_position_embeddings)
         named = {_decoder_name(name): tensor for name, tensor in tensors.items()}
         self._shapes = expected_shapes(self.config)
         check_tensors(path, self._shapes, {name: tuple(int(n) for n in t.shape[::-1]) for name, t in named.items()})
@@ -88,16 +79,7 @@ class GGUFCheckpoint:
         Raises:
             CheckpointError: the `gguf` package cannot dequantize the tensor.
         """
-        tensor = self._tensors[name]
-        try:
-            values = gguf.dequantize(tensor.data, tensor.tensor_type)
-        except (NotImplementedError, ValueError) as error:
-            raise CheckpointError(
-                f"tensor {name}: quantization {tensor.tensor_type.name} cannot be read",
-                where=self.path,
-                fix="Take a file of another quantization, such as Q8_0 or F16.",
-            ) from error
-        values = np.ascontiguousarray(values, np.float32).reshape(self._shapes[name])
+        values = self._file.dequantized(self._tensors[name]).reshape(self._shapes[name])
         config = self.config
         if FAMILIES[config.model_type].gguf_permuted:
             if ".q_proj." in name:
@@ -113,37 +95,6 @@ class GGUFCheckpoint:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
-
-
-def _reader(path: Path) -> gguf.GGUFReader:
-    check_header(path)
-    try:
-        return gguf.GGUFReader(path)
-    except Exception as error:  # it raises whatever numpy does when a length is nonsense
-        raise CheckpointError(
-            f"is no GGUF file, or a damaged one: {error}", where=path, fix="Download it again."
-        ) from error
-
-
-def _parts(path: Path) -> list[Path]:
-    """The files of a split model, of which `path` may be any, first one first; metadata is in that one.
-
-    Raises:
-        CheckpointError: a part is missing.
-    """
-    found = _SPLIT.fullmatch(path.name)
-    if found is None:
-        return [path]
-    base, _, count = found.groups()
-    if int(count) > _MOST_PARTS:
-        raise CheckpointError(f"is one of {int(count)} parts", where=path, fix=f"At most {_MOST_PARTS} are read.")
-    parts = [path.with_name(f"{base}-{number:05}-of-{count}.gguf") for number in range(1, int(count) + 1)]
-    missing = [part.name for part in parts if not part.is_file()]
-    if missing:
-        raise CheckpointError(
-            f"is one of {len(parts)} parts, and {missing[0]} is missing", where=path, fix="Put all parts beside it."
-        )
-    return parts
 
 
 def _unpermute(values: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
@@ -195,9 +146,7 @@ def _config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any])
         raise ConfigError("key and value heads differ in size", where=path, fix="headfold does not export such models.")
     window = int(get("attention.sliding_window", 0)) or None
     layers = int(get("block_count"))
-    ends = [
-        metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")
-    ]  # all of which llama.cpp stops at
+    special = SpecialTokens.read(metadata)
     try:
         return ModelConfig(
             model_type=families[architecture],
@@ -220,9 +169,9 @@ def _config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any])
             sliding_window=window,
             sliding_layers=tuple(range(layers)) if window else (),
             tie_word_embeddings="output.weight" not in tensors,
-            bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
-            eos_token_id=tuple(dict.fromkeys(int(end) for end in ends if end is not None)),
-            pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
+            bos_token_id=special.bos,
+            eos_token_id=special.ends,
+            pad_token_id=special.pad,
         )
     except ConfigError as error:
         raise ConfigError(error.what, where=error.where or path, fix=error.fix) from error

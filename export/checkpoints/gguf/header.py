@@ -11,16 +11,18 @@ from headfold.runtime.errors import CheckpointError
 
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of the scalar types
 _STRING, _ARRAY = 8, 9
+_ARCHITECTURE = b"general.architecture"
 _MOST_ELEMENTS, _MOST_FIELDS, _MOST_TENSORS, _MOST_DIMENSIONS = 1 << 21, 1 << 16, 1 << 16, 4
 _MOST_STRING = 1 << 24  # bytes; a chat template has some thousands
 
 
-def check_header(path: Path) -> None:
-    """Walk the header, without keeping anything of it.
+def check_header(path: Path) -> str | None:
+    """Walk the header; returns what model it says it is of, `general.architecture`.
 
     Raises:
         CheckpointError: it is no GGUF file, or its lengths are more than it has or than any model needs.
     """
+    architecture = None
     with path.open("rb") as file:
         walk = _Walk(file, path.stat().st_size, path)
         if file.read(4) != b"GGUF":
@@ -30,12 +32,16 @@ def check_header(path: Path) -> None:
             raise walk.error(f"has version {version}; 2 and 3 are read")
         tensors, fields = walk.count("<Q", _MOST_TENSORS, "tensors"), walk.count("<Q", _MOST_FIELDS, "fields")
         for _ in range(fields):
-            walk.string()
-            walk.value(walk.number("<I"))
+            name, kind = walk.text(), walk.number("<I")
+            if name == _ARCHITECTURE and kind == _STRING:
+                architecture = walk.text().decode(errors="replace")
+            else:
+                walk.value(kind)
         for _ in range(tensors):
             walk.string()
             walk.skip(8 * walk.count("<I", _MOST_DIMENSIONS, "dimensions"))
             walk.skip(12)  # type and offset
+    return architecture
 
 
 class _Walk:
@@ -66,6 +72,13 @@ class _Walk:
 
     def string(self) -> None:
         self.skip(self.count("<Q", _MOST_STRING, "bytes of text"))
+
+    def text(self) -> bytes:
+        size = self.count("<Q", _MOST_STRING, "bytes of text")
+        content = self._file.read(size)
+        if len(content) < size:
+            raise self.error("ends in its header")
+        return content
 
     def value(self, kind: int) -> None:
         if kind == _STRING:

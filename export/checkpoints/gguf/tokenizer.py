@@ -8,14 +8,19 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, processors
 
 from headfold.export.checkpoints.base import TokenizerFiles
-from headfold.export.checkpoints.gguf.vocabulary import CONTROL, USER_DEFINED, Vocabulary, sentencepiece_tokenizer
+from headfold.export.checkpoints.gguf.vocabulary import (
+    CONTROL,
+    USER_DEFINED,
+    SpecialTokens,
+    Vocabulary,
+    sentencepiece_tokenizer,
+)
 from headfold.export.checkpoints.pre_tokenizers import LLAMA3, PRE_TOKENIZERS, byte_level
-from headfold.export.model.config import ModelConfig
 from headfold.runtime.errors import CheckpointError
 
 
-def tokenizer_files(path: Path, metadata: Mapping[str, Any], config: ModelConfig) -> TokenizerFiles:
-    """Build the files from a GGUF file's metadata; none if it has no tokenizer.
+def tokenizer_files(path: Path, metadata: Mapping[str, Any], capacity: int) -> TokenizerFiles:
+    """Build the files from a GGUF file's metadata; none if it has no tokenizer. `capacity` is the model's, in tokens.
 
     Raises:
         CheckpointError: the tokenizer is of a kind that is not implemented here.
@@ -51,7 +56,7 @@ def tokenizer_files(path: Path, metadata: Mapping[str, Any], config: ModelConfig
         start = processors.TemplateProcessing(single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)])
         present = tokenizer.post_processor
         tokenizer.post_processor = processors.Sequence([present, start]) if present is not None else start
-    return TokenizerFiles(_files(tokenizer, metadata, tokens, config))
+    return TokenizerFiles(_files(tokenizer, metadata, tokens, capacity))
 
 
 def _byte_level(vocabulary: Vocabulary, metadata: Mapping[str, Any], pre: str) -> Tokenizer:
@@ -61,27 +66,22 @@ def _byte_level(vocabulary: Vocabulary, metadata: Mapping[str, Any], pre: str) -
     return byte_level(known, merges, pre)
 
 
-def _files(
-    tokenizer: Tokenizer, metadata: Mapping[str, Any], tokens: list[str], config: ModelConfig
-) -> dict[str, bytes]:
+def _files(tokenizer: Tokenizer, metadata: Mapping[str, Any], tokens: list[str], capacity: int) -> dict[str, bytes]:
     def token(name: str) -> str | None:
         index = metadata.get(f"tokenizer.ggml.{name}_token_id")
         return tokens[index] if index is not None else None
 
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": config.max_position_embeddings,
+        "model_max_length": capacity,
         "clean_up_tokenization_spaces": False,
         "bos_token": token("bos"),
         "eos_token": token("eos"),
         "unk_token": token("unknown"),
         "pad_token": token("padding"),
     }
-    generation = {
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": list(config.eos_token_id),
-        "pad_token_id": config.pad_token_id,
-    }
+    special = SpecialTokens.read(metadata)
+    generation = {"bos_token_id": special.bos, "eos_token_id": list(special.ends), "pad_token_id": special.pad}
     files = {
         "tokenizer.json": tokenizer.to_str(pretty=False).encode(),
         "generation_config.json": _json({k: v for k, v in generation.items() if v not in (None, [])}),

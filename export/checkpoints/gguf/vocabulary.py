@@ -18,6 +18,26 @@ _SPACE = "\u2581"
 
 
 @dataclass(frozen=True)
+class SpecialTokens:
+    """The ids that a file's metadata names; `ends` are all at which llama.cpp stops."""
+
+    bos: int | None
+    ends: tuple[int, ...]
+    pad: int | None
+
+    @staticmethod
+    def read(metadata: Mapping[str, Any]) -> "SpecialTokens":
+        """From a file's metadata."""
+
+        def token(name: str) -> int | None:
+            value = metadata.get(f"tokenizer.ggml.{name}_token_id")
+            return None if value is None else int(value)
+
+        ends = (token(name) for name in ("eos", "eot", "eom"))
+        return SpecialTokens(token("bos"), tuple(dict.fromkeys(x for x in ends if x is not None)), token("padding"))
+
+
+@dataclass(frozen=True)
 class Vocabulary:
     """Tokens by id, the type of each, and the score of each where SentencePiece made them."""
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from headfold.export.checkpoints.base import TokenizerFiles
 from headfold.export.checkpoints.directories.directory import Directory
-from headfold.export.exportables.base import Master, no_quantized_cache
+from headfold.export.exportables.base import Master, Tensors, no_quantized_cache
 from headfold.export.exportables.facts import Facts, LayerFacts
 from headfold.export.exportables.oracle import Oracle
 from headfold.export.exportables.transformers_road import experts
@@ -86,7 +86,7 @@ class TransformersModel:
         model, layers = _on_meta(self.config, dtype, self.path), self.facts.layers
         return TransformersMaster(model, len(layers), all_logits, layers)
 
-    def tensors(self, dtype: torch.dtype) -> "ModelTensors":
+    def tensors(self, dtype: torch.dtype) -> Tensors:
         """See Exportable."""
         return ModelTensors(self._load(self._stored or dtype), self.path)
 
@@ -197,7 +197,7 @@ def open_transformers(path: Path, trust_remote_code: bool = False, base: Path | 
     """
     if not path.is_dir():
         raise CheckpointError(
-            "is no directory", where=path, fix="The road of transformers takes Hugging Face directories."
+            "is no file or directory", where=path, fix="Name a Hugging Face directory or a GGUF file."
         )
     directory = Directory(path, base)
     _check_counts(directory.config, directory.place)

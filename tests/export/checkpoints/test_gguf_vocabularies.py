@@ -10,10 +10,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 
 from headfold.export.checkpoints.gguf.tokenizer import tokenizer_files
 from headfold.export.checkpoints.opening import open_checkpoint
-from headfold.export.model.config import ModelConfig
 from headfold.runtime.errors import CheckpointError
 
-CONFIG = ModelConfig("llama", 300, 64, 64, 1, 4, 2, 16, 64)
 BYTES = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256))] + [chr(256 + n) for n in range(68)]
 
 
@@ -29,7 +27,7 @@ def byte_level(pre: str, words: tuple[str, ...] = (), merges: tuple[str, ...] = 
         "tokenizer.ggml.eos_token_id": len(tokens) - 1,
         **{f"tokenizer.ggml.{name}": value for name, value in more.items()},
     }
-    return Tokenizer.from_buffer(tokenizer_files(Path("m.gguf"), metadata, CONFIG).files["tokenizer.json"])
+    return Tokenizer.from_buffer(tokenizer_files(Path("m.gguf"), metadata, 64).files["tokenizer.json"])
 
 
 @pytest.mark.parametrize("pre", ["llama-bpe", "llama3", "llama-v3"])
@@ -76,7 +74,7 @@ def sentencepiece() -> Tokenizer:
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
     }
-    return Tokenizer.from_buffer(tokenizer_files(Path("m.gguf"), metadata, CONFIG).files["tokenizer.json"])
+    return Tokenizer.from_buffer(tokenizer_files(Path("m.gguf"), metadata, 64).files["tokenizer.json"])
 
 
 def test_sentencepiece_takes_the_best_piece_and_falls_back_on_bytes() -> None:
