@@ -106,7 +106,8 @@ def test_a_reader_that_has_seen_enough_is_no_error(arguments, closed, toy_checkp
 
 
 def test_an_interrupt_is_130_and_leaves_nothing(toy_checkpoint, tmp_path) -> None:
-    code = "import time; from headfold.export import cli, publishing; "
+    code = "import signal, time; from headfold.export import cli, publishing; "
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler); "  # a shell's background jobs ignore it
     code += "publishing.sync_tree = lambda new: time.sleep(600); cli.main()"  # it stays just before the publication
     command = [sys.executable, "-c", code, "export", toy_checkpoint, "-o", tmp_path / "b", "-q"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
