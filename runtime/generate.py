@@ -87,6 +87,11 @@ class Model:
         """The bundle's tokenizer; InputError if it has none."""
         return self._text.tokenizer
 
+    @property
+    def temperature(self) -> Any:
+        """That of the bundle's generation_config.json, whatever it has there; 0, which is greedy, where it does not sample."""
+        return self._settings.sampling["temperature"]
+
     def chat_prompt(
         self,
         messages: Messages,

@@ -1,13 +1,23 @@
 """`headfold convert`: fewer key/value heads, a gated feed-forward."""
 
-import json
 from pathlib import Path
 from typing import Literal
 
 import rich_click as click
 
-from headfold.export.cli.shared import HF_OUTPUT, INIT, JSON, QUIET, SOURCE, dtype_of, print_json, reporter_for
-from headfold.runtime.errors import CheckpointError
+from headfold.export.cli.shared import (
+    HF_OUTPUT,
+    INIT,
+    JSON,
+    QUIET,
+    SOURCE,
+    check_file,
+    dtype_of,
+    print_json,
+    refuse_idle,
+    reporter_for,
+    write_file,
+)
 
 
 @click.command()
@@ -70,16 +80,28 @@ def convert(
     from headfold.export.conversion.checkpoint import Calibration, convert_file, render
     from headfold.export.conversion.layers import ConvertOptions
 
+    refuse_idle(
+        kv_heads is None,
+        *("init", "grouping", "data", "calibration_tokens", "calibration_length", "seed", "report"),
+        why="is of the conversion to fewer key/value heads",
+        fix="Add --kv-heads, or leave it out.",
+    )
+    refuse_idle(
+        bool(data) and init != "random",
+        "seed",
+        why="is of the model's own text, and of --init random",
+        fix="Leave it out, or leave out --data.",
+    )
     options = ConvertOptions(kv_heads, init, grouping, seed) if kv_heads is not None else None
     calibration = Calibration(data, calibration_tokens, calibration_length)
     reporter = reporter_for(quiet)
     target = getattr(torch, dtype) if dtype else None
-    if report is not None and not report.absolute().parent.is_dir():
-        raise CheckpointError("is no directory", where=report.absolute().parent, fix="Create it first.")
+    if report is not None:
+        check_file(report)
     conversion = convert_file(Path(source), output, options, calibration, reporter, target, ffn)
     content = conversion.to_json() if conversion is not None else {}
     if report is not None:
-        report.write_text(json.dumps(content, indent=2) + "\n")
+        write_file(report, content)
     if as_json:
         print_json({"checkpoint": str(output)} | content)
         return

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import rich_click as click
-from click.core import ParameterSource
 
 from headfold.export.cli.shared import Command, options
 from headfold.plugins.attention.schema import Attention
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
     from headfold.export.progress import Reporter
 
 TARGETS = get_args(Flavour)
-_OPTIONS = ("attention", "sm", "max_batch", "max_input", "weight_streaming", "workspace", "timing_cache")
+ENGINE = ("attention", "sm", "max_batch", "max_input", "weight_streaming", "workspace", "timing_cache")  # parameters
 
 
 def _capabilities(_: click.Context, __: click.Parameter, value: str) -> tuple[int, ...]:
@@ -58,20 +57,12 @@ def make_options(target: str, sm: tuple[int, ...], workspace: int | None, **othe
     return BuildOptions(target=target, compute_capabilities=sm, workspace=scratch, **others)  # type: ignore[arg-type]
 
 
-def idle_option() -> str | None:
-    """The first of these options that was given on this command line, where there is nothing to build."""
-    context = click.get_current_context()
-    assert context is not None
-    names = [name for name in _OPTIONS if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
-    return f"--{names[0].replace('_', '-')}" if names else None
-
-
 def check_early(options: "BuildOptions", dtype: str, kv_cache: str | None) -> None:
     """Refuse before a long export what `build` would refuse after it. Raises HeadfoldError."""
     from headfold.export.engine.network_report import open_flavour
-    from headfold.export.engine.options import check_cache, check_capabilities
+    from headfold.export.engine.options import check_cache, check_flavour
 
-    check_capabilities(options, dtype)
+    check_flavour(options, dtype)
     if kv_cache is not None:
         check_cache(options, kv_cache)
     open_flavour(options.target)

@@ -5,10 +5,20 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from headfold.export.cli.engine import TARGETS, build_and_tell, check_early, engine_options, idle_option, make_options
-from headfold.export.cli.shared import BASE, JSON, QUIET, REMOTE_CODE, SOURCE, STEPS, VIA, print_json, reporter_for
+from headfold.export.cli.engine import ENGINE, TARGETS, build_and_tell, check_early, engine_options, make_options
+from headfold.export.cli.shared import (
+    BASE,
+    JSON,
+    QUIET,
+    REMOTE_CODE,
+    SOURCE,
+    STEPS,
+    VIA,
+    print_json,
+    refuse_idle,
+    reporter_for,
+)
 from headfold.plugins.dtypes import FLOATS, QUANTIZED, DType, Quantized
-from headfold.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from headfold.runtime.manifest import Road
@@ -86,11 +96,17 @@ def export(
     from headfold.export.exportables.opening import open_exportable
     from headfold.export.parity.rendering import render
 
-    if kv_cache is None and (data or calibration_tokens):
-        option = "--data" if data else "--calibration-tokens"
-        raise InputError("is for calibrating a quantized cache", where=option, fix="Add --kv-cache int8.")
-    if target is None and (idle := idle_option()):
-        raise InputError("is for building an engine", where=idle, fix="Add --target tensorrt-rtx, or leave it out.")
+    refuse_idle(
+        kv_cache is None,
+        "data",
+        "calibration_tokens",
+        why="is for calibrating a quantized cache",
+        fix="Add --kv-cache int8.",
+    )
+    refuse_idle(
+        target is None, *ENGINE, why="is for building an engine", fix="Add --target tensorrt-rtx, or leave it out."
+    )
+    refuse_idle(not verify, "decode_steps", why="is of the comparison", fix="Leave out --no-verify, or leave it out.")
     calibration = None
     if kv_cache is not None:
         calibration = CacheCalibration(kv_cache, data, calibration_tokens or TOKENS)

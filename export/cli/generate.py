@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import rich_click as click
 
-from headfold.export.cli.shared import BUNDLE, JSON, Command, options, print_json
+from headfold.export.cli.shared import BUNDLE, JSON, Command, options, print_json, refuse_idle
 from headfold.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,7 +40,14 @@ def _sampling(command: Command) -> Command:
     )
 
 
-def _load(bundle: Path, backend: Literal["onnxruntime", "tensorrt"], provider: str, threads: int | None) -> "Model":
+def _load(
+    bundle: Path,
+    backend: Literal["onnxruntime", "tensorrt"],
+    provider: str,
+    threads: int | None,
+    temperature: float | None,
+) -> "Model":
+    """The bundle at work; what has no effect on it is refused."""
     from headfold.export.checkpoints.side_files import CONFIG
     from headfold.runtime import load
     from headfold.runtime.manifest import MANIFEST
@@ -49,7 +56,21 @@ def _load(bundle: Path, backend: Literal["onnxruntime", "tensorrt"], provider: s
         raise InputError(
             "is a checkpoint, not a bundle", where=bundle, fix=f"Export it first: headfold export {bundle} -o BUNDLE."
         )
-    return load(bundle, backend=backend, provider=provider, threads=threads)
+    refuse_idle(
+        backend == "tensorrt",
+        "provider",
+        "threads",
+        why="is of ONNX Runtime",
+        fix="Leave it out, or --backend onnxruntime.",
+    )
+    model = load(bundle, backend=backend, provider=provider, threads=threads)
+    refuse_idle(
+        (model.temperature if temperature is None else temperature) == 0,
+        *("top_k", "top_p", "min_p", "seed"),
+        why="is of sampling, and this is greedy",
+        fix="Add --temperature 0.7, or leave it out.",
+    )
+    return model
 
 
 def _standard_input() -> str:
@@ -87,7 +108,7 @@ def generate(
 
     `headfold generate smol --chat "Why is the sky blue?" --temperature 0.7 --seed 1`
     """
-    model = _load(bundle, backend, provider, threads)
+    model = _load(bundle, backend, provider, threads, sampling["temperature"])
     texts = [_standard_input() if text == "-" else text for text in prompts or ("-",)]
     if any(not text for text in texts):
         raise InputError("the prompt is empty", fix="Give some text.")
@@ -124,7 +145,7 @@ def chat(
 
     **Example**: `headfold chat smol --system "Answer in one sentence." --temperature 0.7`
     """
-    model = _load(bundle, backend, provider, threads)
+    model = _load(bundle, backend, provider, threads, sampling["temperature"])
     messages = [{"role": "system", "content": system}] if system else []
     while True:
         try:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import rich_click as click
 
-from headfold.export.cli.shared import BASE, JSON, REMOTE_CODE, VIA, print_json
+from headfold.export.cli.shared import BASE, JSON, REMOTE_CODE, VIA, print_json, refuse_idle
 
 if TYPE_CHECKING:
     from headfold.runtime.manifest import Road
@@ -25,7 +25,16 @@ def inspect(path: str, base: Path | None, via: "Road | None", trust_remote_code:
     **Example**: `headfold inspect smol --json`
     """
     from headfold.export.bundle.inspection import inspect_path, render
+    from headfold.runtime.manifest import MANIFEST
 
+    refuse_idle(
+        (Path(path) / MANIFEST).exists(),
+        "via",
+        "trust_remote_code",
+        "base",
+        why="is of checkpoints, and this is a bundle",
+        fix="Leave it out.",
+    )
     facts = inspect_path(Path(path), via, trust_remote_code, base)
     if as_json:
         print_json(facts)

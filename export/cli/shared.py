@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
+from click.core import ParameterSource
 
 from headfold.plugins.dtypes import FLOATS
+from headfold.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from headfold.export.progress import Reporter
@@ -58,11 +60,50 @@ def options(command: Command, *added: Callable[..., Any]) -> Command:
     return command
 
 
+def refuse_idle(idle: bool, *names: str, why: str, fix: str) -> None:
+    """Where they are `idle`, refuse the first of these options that was given: whoever gives one thinks that it does something.
+
+    Permissions are never idle: --force, --allow-nan and --resume allow what need not happen.
+
+    Args:
+        idle: whether they have no effect beside the other options.
+        names: of parameters of the command that runs.
+        why: what they are for.
+        fix: what gives them an effect.
+
+    Raises:
+        InputError: one was given.
+    """
+    context = click.get_current_context()
+    assert context is not None
+    for parameter in context.command.params:
+        given = context.get_parameter_source(parameter.name or "") not in (None, ParameterSource.DEFAULT)
+        if idle and parameter.name in names and given:
+            raise InputError(why, where=max(parameter.opts, key=len), fix=fix)
+
+
 def reporter_for(quiet: bool) -> "Reporter":
     """What tells a person how far a command is."""
     from headfold.export.progress import Reporter
 
     return Reporter(quiet=quiet)
+
+
+def check_file(path: Path) -> None:
+    """Refuse before the work what `write_file` would refuse after it. Raises InputError."""
+    if not path.absolute().parent.is_dir():
+        raise InputError("is no directory", where=path.absolute().parent, fix="Create it first.")
+    if path.is_dir():
+        raise InputError("is a directory", where=path, fix="Name a file.")
+
+
+def write_file(path: Path, content: object) -> None:
+    """Write JSON to a file, which may be there, whole or not at all. Raises InputError: the disk is full or may not be written."""
+    from headfold.export.publishing import one_line, publish_file
+
+    text = json.dumps(content, indent=2, default=str) + "\n"
+    with one_line(InputError, path, "Free some space, or choose another place."):
+        publish_file(path, lambda stage: stage.write_text(text))
 
 
 def print_json(content: object) -> None:

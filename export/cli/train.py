@@ -1,6 +1,5 @@
 """The commands that train: `headfold uptrain`, `sweep` and `study`."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +13,13 @@ from headfold.export.cli.shared import (
     QUIET,
     SOURCE,
     Command,
+    check_file,
     dtype_of,
     options,
     print_json,
+    refuse_idle,
     reporter_for,
+    write_file,
 )
 from headfold.plugins.dtypes import FLOATS, DType
 from headfold.runtime.errors import InputError
@@ -111,6 +113,13 @@ def uptrain(
     from headfold.export.training.uptrain import Budget, run_directory
     from headfold.export.training.uptrain import uptrain as run
 
+    refuse_idle(rest["loss"] == "ce", "teacher", why="is of the losses kl and kl+ce", fix="Leave it out, or --loss ce.")
+    refuse_idle(
+        rest["checkpoint_every"] == 0 and not resume,
+        "keep",
+        why="is of checkpoints on the way, and --checkpoint-every 0 makes none",
+        fix="Leave one of them out.",
+    )
     corpus, options = _split(rest, teacher is not None)
     budget = Budget(tokens, alpha, None if pretrain_tokens is None else round(pretrain_tokens))
     result = run(
@@ -266,12 +275,36 @@ def _split(values: dict[str, Any], taught: bool) -> tuple[Any, Any]:
     from headfold.export.training.options import TrainOptions
     from headfold.export.training.uptrain import Corpus
 
+    _refuse_idle_data(values["data"], values["validation"])
+    refuse_idle(
+        values["holdout"] == 0 and not values["validation"],
+        "evaluate_every",
+        "evaluate_sequences",
+        why="is of validation, and --holdout 0 leaves nothing for it",
+        fix="Give --validation, or hold something out.",
+    )
+    refuse_idle(values["loss"] != "kl+ce", "ce_weight", why="is of the loss kl+ce", fix="Add --loss kl+ce.")
     fields = ("data", "validation", "holdout", "text_field", "cache")
     corpus = Corpus(**{name: values.pop(name) for name in fields})
     values["loss"] = values.pop("loss") or ("kl" if taught else "ce")
     if values["tensorboard"] is not None:
         _need_tensorboard()
     return corpus, TrainOptions(steps=1, **values)  # steps: see Budget
+
+
+def _refuse_idle_data(data: tuple[str, ...], validation: tuple[str, ...]) -> None:
+    """Of the options that say what text to train on."""
+    from headfold.export.data.documents import has_columns
+
+    refuse_idle(
+        bool(validation), "holdout", why="is of validating on a share of --data", fix="Leave it out, or --validation."
+    )
+    refuse_idle(
+        not any(map(has_columns, (*data, *validation))),
+        "text_field",
+        why="is of data with columns, and this is plain text",
+        fix="Leave it out.",
+    )
 
 
 def _need_tensorboard() -> None:
@@ -343,16 +376,19 @@ def glu(
     from headfold.export.studies.glu import GluOptions, byte_tokens, render, study_glu
     from headfold.export.training.options import TrainOptions
 
+    _refuse_idle_data(data, validation)
+    if output is not None:
+        check_file(output)
     names = tuple(variants.split(",")) if variants else tuple(FEED_FORWARDS)
     options = GluOptions(hidden_size, d_ff, layers, heads, seeds, names)
     training = TrainOptions(steps, batch, sequence, learning_rate, evaluate_sequences=evaluate_sequences)
     tokens = byte_tokens(data, text_field)
     train_on, validate_on = (tokens, byte_tokens(validation, text_field)) if validation else tokens.split(holdout)
     result = study_glu(train_on, validate_on, training, options, reporter_for(quiet))
-    text = json.dumps(result.to_json(), indent=2, default=str)
+    content = result.to_json()
     if output is not None:
-        output.write_text(text + "\n")
+        write_file(output, content)
     if as_json:
-        click.echo(text)
+        print_json(content)
     else:
         render(result, Console(highlight=False))

@@ -6,9 +6,18 @@ from typing import TYPE_CHECKING, get_args
 
 import rich_click as click
 
-from headfold.export.cli.shared import BASE, BUNDLE, JSON, QUIET, REMOTE_CODE, STEPS, print_json, reporter_for
+from headfold.export.cli.shared import (
+    BASE,
+    BUNDLE,
+    JSON,
+    QUIET,
+    REMOTE_CODE,
+    STEPS,
+    print_json,
+    refuse_idle,
+    reporter_for,
+)
 from headfold.plugins.attention.schema import Attention
-from headfold.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from headfold.export.exportables.base import Exportable
@@ -60,8 +69,9 @@ def verify(
     from headfold.export.parity.verify import verify as verify_against
 
     candidate = None
-    if attention is not None and backend == "onnxruntime":
-        raise InputError("is of TensorRT networks", where="--attention", fix="Add --backend tensorrt-network.")
+    refuse_idle(
+        backend == "onnxruntime", "attention", why="is of TensorRT networks", fix="Add --backend tensorrt-network."
+    )
     if backend == "tensorrt-network":
         from headfold.export.engine.network_runner import network_candidate
         from headfold.export.engine.options import BuildOptions

@@ -61,6 +61,14 @@ def fingerprint(source: str) -> bytes:
     return digest.digest()
 
 
+def has_columns(source: str) -> bool:
+    """Whether `pieces` may look for a column there: not in plain text."""
+    path = Path(source)
+    if path.is_dir() and not _is_saved_data_set(path):
+        return any(file.suffix in _READERS and _READERS[file.suffix] is not _text for file in path.rglob("*"))
+    return not path.is_file() or _READERS.get(path.suffix) is not _text
+
+
 def _files(directory: Path) -> list[Path]:
     files = sorted(file for file in directory.rglob("*") if file.suffix in _READERS and file.is_file())
     if not files:

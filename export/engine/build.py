@@ -21,6 +21,7 @@ from headfold.export.engine.network_report import AttentionLayers, ParsedNetwork
 from headfold.export.engine.options import BuildOptions, check_options, profiles
 from headfold.export.engine.preflight import preflight
 from headfold.export.progress import Reporter, quiet_polygraphy
+from headfold.export.publishing import one_line, publish_file
 from headfold.plugins.attention import kernel_contract, tensorrt_plugin
 from headfold.plugins.dtypes import from_tensorrt
 from headfold.runtime.errors import BuildError
@@ -131,19 +132,27 @@ def _serialize(parsed: ParsedNetwork, manifest: Manifest, options: BuildOptions,
         config = CreateConfigRTX(compute_capabilities=pairs, **common)
     else:
         config = CreateConfig(**common)
-    cache = str(options.timing_cache) if options.timing_cache is not None else None
+    network = (parsed.builder, parsed.network, parsed.parser)
+    engines: list[Any] = []
+
+    def build(timings: Path | None) -> None:
+        cache = str(timings) if timings is not None else None
+        engines.append(engine_bytes_from_network(network, config, save_timing_cache=cache))
+
     try:
         with quiet_polygraphy():
-            engine = engine_bytes_from_network(
-                (parsed.builder, parsed.network, parsed.parser), config, save_timing_cache=cache
-            )
+            if options.timing_cache is not None:
+                with one_line(BuildError, options.timing_cache, "Name another file with --timing-cache."):
+                    publish_file(options.timing_cache, build)
+            else:
+                build(None)
     except PolygraphyException as error:
         raise BuildError(
             f"TensorRT builds no engine: {parsed.logger.last_error()}",
             where=f"--target {options.target}",
             fix="--workspace or another --capacity may help; please report it otherwise.",
         ) from error
-    return memoryview(engine)
+    return memoryview(engines[0])
 
 
 def _polygraphy_profile(empty: Any, profile: EngineProfile) -> Any:

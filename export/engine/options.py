@@ -60,6 +60,28 @@ def check_options(options: BuildOptions, bundle: Path, manifest: Manifest) -> No
             where="--max-input",
             fix=f"Choose 1 to {capacity}.",
         )
+    if len(set(manifest.cache.shapes)) > 1:
+        raise BuildError(
+            "its layers have caches of different shapes, which headfold's TensorRT session has not",
+            where=bundle,
+            fix=_ORT,
+        )
+    check_flavour(options, manifest.dtype)
+    if manifest.cache.quantization is not None:
+        check_cache(options, manifest.cache_dtype)
+    if (
+        any((e.flavour, e.attention) == (options.target, options.attention) for e in manifest.engines)
+        and not options.force
+    ):
+        raise BuildError(
+            f"has a {options.target} engine with {options.attention} attention already",
+            where=bundle,
+            fix="Replace it with --force.",
+        )
+
+
+def check_flavour(options: BuildOptions, dtype: str) -> None:
+    """Refuse what no bundle of this dtype makes possible: numbers, a timing cache, GPUs. Raises BuildError."""
     if options.max_batch < 1:
         raise BuildError(f"is {options.max_batch}", where="--max-batch", fix="It must be at least 1.")
     if options.workspace is not None and options.workspace < 1:
@@ -74,27 +96,10 @@ def check_options(options: BuildOptions, bundle: Path, manifest: Manifest) -> No
         raise BuildError(
             "is no directory", where=f"--timing-cache: {options.timing_cache.absolute().parent}", fix="Create it first."
         )
-    if len(set(manifest.cache.shapes)) > 1:
-        raise BuildError(
-            "its layers have caches of different shapes, which headfold's TensorRT session has not",
-            where=bundle,
-            fix=_ORT,
-        )
-    check_capabilities(options, manifest.dtype)
-    if manifest.cache.quantization is not None:
-        check_cache(options, manifest.cache_dtype)
-    if (
-        any((e.flavour, e.attention) == (options.target, options.attention) for e in manifest.engines)
-        and not options.force
-    ):
-        raise BuildError(
-            f"has a {options.target} engine with {options.attention} attention already",
-            where=bundle,
-            fix="Replace it with --force.",
-        )
+    _check_capabilities(options, dtype)
 
 
-def check_capabilities(options: BuildOptions, dtype: str) -> None:
+def _check_capabilities(options: BuildOptions, dtype: str) -> None:
     """Refuse GPUs that the flavour does not build for, or that have no arithmetic of this dtype. Raises BuildError."""
     asked = options.compute_capabilities
     if options.target == "tensorrt":

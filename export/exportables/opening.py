@@ -10,7 +10,7 @@ from headfold.export.checkpoints.opening import open_checkpoint
 from headfold.export.exportables.base import Exportable
 from headfold.export.exportables.own import OwnModel
 from headfold.export.progress import Reporter
-from headfold.runtime.errors import ConfigError
+from headfold.runtime.errors import ConfigError, InputError
 from headfold.runtime.manifest import Road
 
 
@@ -33,6 +33,7 @@ def open_exportable(
     Raises:
         CheckpointError: there is none, or it is damaged.
         ConfigError: the model is not one that can be exported.
+        InputError: code is to be trusted, and none is run.
     """
     known: set[str | None] = {*FAMILIES, OWN}
     model_type = Directory(path, base).config.get("model_type") if path.is_dir() else None
@@ -41,6 +42,12 @@ def open_exportable(
     if via is None:
         via = "transformers" if isinstance(model_type, str) and model_type not in known else "headfold"
     if via == "headfold":
+        if trust_remote_code:
+            raise InputError(
+                "headfold reads this family by its own table, and runs no code beside the weights",
+                where="--trust-remote-code",
+                fix="Leave it out, or add --via transformers.",
+            )
         return OwnModel(open_checkpoint(path, base))
     if find_spec("transformers") is None:
         raise ConfigError(

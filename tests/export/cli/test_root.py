@@ -1,5 +1,6 @@
 """The command line end to end, on the toy: export, verify, inspect, generate, chat."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -16,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from headfold.export.bundle import pipeline
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
 from headfold.export.cli import main
+from headfold.export.cli.shared import write_file
 from headfold.export.graph.weights import attach_weights
+from headfold.runtime.errors import InputError
 
 
 def run(*arguments: object, stdin: str = "") -> Result:
@@ -155,6 +158,33 @@ def test_help_is_quick_and_has_examples() -> None:
     assert "headfold export ./SmolLM2-135M-Instruct -o smol" in result.stdout.replace("\n", " ")
     heavy = "import sys, headfold.export.cli.root; sys.exit(bool({'torch', 'onnx', 'onnxruntime'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", heavy], check=False).returncode == 0
+
+
+def test_a_report_is_replaced_whole_and_refused_before_the_work_where_it_cannot_be_written(
+    toy_checkpoint, tmp_path, monkeypatch
+) -> None:
+    def convert(report: Path) -> Result:
+        small = ("--kv-heads", 1, "--calibration-tokens", 64, "--calibration-length", 16)
+        return run("convert", toy_checkpoint, "-o", tmp_path / "made", *small, "--report", report, "-q")
+
+    report = tmp_path / "report.json"
+    report.write_text("old")
+    for place, wrong in ((tmp_path / "no" / "r", "is no directory"), (tmp_path, "is a directory")):
+        result = convert(place)
+        assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+        assert wrong in result.stderr
+    with monkeypatch.context() as patched, pytest.raises(InputError, match="No space left"):
+        patched.setattr("os.fsync", full)
+        write_file(report, {})
+    assert report.read_text() == "old"
+    assert convert(report).exit_code == 0
+    assert json.loads(report.read_text())["kv_heads"] == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "report.json"]
+
+
+def full(_: int) -> None:
+    """A disk that is full, as fsync has it."""
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_bad_usage_exits_with_2() -> None:

@@ -48,9 +48,6 @@ def test_the_root_has_an_example_and_tells_the_commands_without_arguments() -> N
         (["export"], "Missing argument 'CHECKPOINT'."),
         (["export", "x", "-o", "y", "--dtype", "float8"], "Invalid value for '--dtype'"),
         (["no-such-command"], "No such command 'no-such-command'."),
-        (["export", "x", "-o", "y", "--sm", "86"], "--sm: is for building an engine. Add --target tensorrt-rtx"),
-        (["export", "x", "-o", "y", "--calibration-tokens", "9"], "--calibration-tokens: is for calibrating"),
-        (["verify", "x", "--against", "y", "--attention", "plugin"], "--attention: is of TensorRT networks."),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, message) -> None:
@@ -58,6 +55,99 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message) -> None:
     assert result.exit_code == 2
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+EXPORT, CONVERT, VERIFY = ["export", "x", "-o", "y"], ["convert", "x", "-o", "y"], ["verify", "x", "--against", "y"]
+UPTRAIN = ["uptrain", "x", "-o", "y", "--data", "z", "--tokens", "9"]
+SWEEP = ["sweep", "x", "-o", "y", "--data", "z", "--tokens", "9", "--kv-heads", "1"]
+GLU = ["study", "glu", "--data", "z"]
+GENERATE, CHAT = ["generate", "BUNDLE", "the"], ["chat", "BUNDLE"]
+GREEDY = "is of sampling, and this is greedy"
+IDLE = [  # a command line, the option in it that does nothing there, and why
+    ([*EXPORT, "--data", "z"], "--data", "is for calibrating a quantized cache"),
+    ([*EXPORT, "--calibration-tokens", "9"], "--calibration-tokens", "is for calibrating a quantized cache"),
+    ([*EXPORT, "--no-verify", "--decode-steps", "16"], "--decode-steps", "is of the comparison"),
+    ([*EXPORT, "--attention", "native"], "--attention", "is for building an engine"),
+    ([*EXPORT, "--sm", "86"], "--sm", "is for building an engine"),
+    ([*EXPORT, "--max-batch", "4"], "--max-batch", "is for building an engine"),
+    ([*EXPORT, "--max-input", "4"], "--max-input", "is for building an engine"),
+    ([*EXPORT, "--weight-streaming"], "--weight-streaming", "is for building an engine"),
+    ([*EXPORT, "--workspace", "4"], "--workspace", "is for building an engine"),
+    ([*EXPORT, "--timing-cache", "z"], "--timing-cache", "is for building an engine"),
+    (
+        [*EXPORT, "--target", "tensorrt-rtx", "--sm", "86", "--timing-cache", "z"],
+        "--timing-cache",
+        "TensorRT-RTX times nothing",
+    ),
+    (
+        ["export", "CHECKPOINT", "-o", "y", "--trust-remote-code"],
+        "--trust-remote-code",
+        "runs no code beside the weights",
+    ),
+    ([*VERIFY, "--attention", "plugin"], "--attention", "is of TensorRT networks"),
+    *(
+        ([*CONVERT, "--ffn", "swiglu", f"--{name}", value], f"--{name}", "is of the conversion to fewer")
+        for name, value in (
+            ("init", "svd"),
+            ("grouping", "contiguous"),
+            ("data", "z"),
+            ("calibration-tokens", "8192"),
+            ("calibration-length", "256"),
+            ("seed", "0"),
+            ("report", "z"),
+        )
+    ),
+    ([*CONVERT, "--kv-heads", "1", "--data", "z", "--seed", "1"], "--seed", "is of the model's own text"),
+    ([*UPTRAIN, "--teacher", "t", "--loss", "ce"], "--teacher", "is of the losses kl and kl+ce"),
+    ([*UPTRAIN, "--teacher", "t", "--ce-weight", "0.5"], "--ce-weight", "is of the loss kl+ce"),
+    ([*UPTRAIN, "--validation", "v", "--holdout", "0.1"], "--holdout", "is of validating on a share"),
+    ([*UPTRAIN, "--holdout", "0", "--evaluate-every", "9"], "--evaluate-every", "is of validation"),
+    ([*UPTRAIN, "--checkpoint-every", "0", "--keep", "3"], "--keep", "is of checkpoints on the way"),
+    (["uptrain", "x", "-o", "y", "--data", "TEXT", "--text-field", "x"], "--text-field", "is of data with columns"),
+    ([*SWEEP, "--ce-weight", "0.5"], "--ce-weight", "is of the loss kl+ce"),
+    ([*SWEEP, "--validation", "v", "--holdout", "0.1"], "--holdout", "is of validating on a share"),
+    ([*GLU, "--validation", "v", "--holdout", "0.1"], "--holdout", "is of validating on a share"),
+    (["study", "glu", "--data", "TEXT", "--text-field", "x"], "--text-field", "is of data with columns"),
+    *(
+        ([*command, f"--{name}", value, *greedy], f"--{name}", GREEDY)
+        for name, value in (("top-k", "5"), ("top-p", "0.9"), ("min-p", "0.1"), ("seed", "0"))
+        for command, greedy in ((GENERATE, ()), (GENERATE, ("--temperature", "0")), (CHAT, ()))
+    ),
+    ([*GENERATE, "--backend", "tensorrt", "--provider", "cpu"], "--provider", "is of ONNX Runtime"),
+    ([*GENERATE, "--backend", "tensorrt", "--threads", "1"], "--threads", "is of ONNX Runtime"),
+    (["inspect", "BUNDLE", "--via", "headfold"], "--via", "is of checkpoints"),
+    (["inspect", "BUNDLE", "--trust-remote-code"], "--trust-remote-code", "is of checkpoints"),
+]
+
+
+@pytest.fixture(scope="module")
+def bundle(toy_checkpoint, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("usage") / "b"
+    result = CliRunner().invoke(main, ["export", str(toy_checkpoint), "-o", str(path), "--no-verify", "-q"])
+    assert result.exit_code == 0, result.output
+    return path
+
+
+@pytest.mark.parametrize(("arguments", "option", "why"), IDLE)
+def test_an_option_without_effect_where_it_stands_is_refused(
+    arguments, option, why, toy_checkpoint, bundle, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("the")
+    paths = {"CHECKPOINT": str(toy_checkpoint), "BUNDLE": str(bundle), "TEXT": "text.txt"}
+    result = CliRunner().invoke(main, [paths.get(part, part) for part in arguments])
+    assert result.exit_code == 2, result.output
+    assert f"headfold: error: {option}: " in result.stderr
+    assert why in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_an_option_that_has_an_effect_is_not(bundle) -> None:
+    sampled = ["--temperature", "0.7", "--top-p", "0.9", "--seed", "1", "-n", "2"]
+    for arguments in (sampled, ["--repetition-penalty", "1.1", "-n", "2"]):
+        result = CliRunner().invoke(main, ["generate", str(bundle), "the", *arguments])
+        assert result.exit_code == 0, result.output
 
 
 def test_generating_from_a_checkpoint_says_export_it_first(toy_checkpoint) -> None:
