@@ -1,10 +1,13 @@
 """Hugging Face directories, out: what is written loads in transformers unchanged, and is complete or not there."""
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -13,6 +16,8 @@ from headfold.export.checkpoints.families import config_to_json
 from headfold.export.checkpoints.side_files import CONFIG, INDEX, SINGLE
 from headfold.export.publishing import one_line, publish
 from headfold.runtime.errors import CheckpointError
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # in safetensors' message, which is all that it tells
 
 
 def save_hf(directory: Path, checkpoint: Checkpoint, dtype: torch.dtype, max_shard_bytes: int = 4 << 30) -> None:
@@ -55,8 +60,18 @@ def write_hf(stage: Path, checkpoint: Checkpoint, dtype: torch.dtype, max_shard_
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file, for whom the user's umask lets read its directory; safetensors itself writes for the owner alone."""
-    save_file(tensors, path, metadata={"format": "pt"})
+    """Write a safetensors file, for whom the user's umask lets read its directory; safetensors itself writes for the owner alone.
+
+    Raises:
+        OSError: the disk is full or may not be written.
+    """
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        failed = _OS_ERROR.search(str(error))
+        if failed is None:
+            raise
+        raise OSError(int(failed[1]), os.strerror(int(failed[1])), str(path)) from error
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 

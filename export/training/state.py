@@ -113,13 +113,12 @@ def writing(what: str, run: Path) -> Iterator[None]:
     """Turns a full or read-only disk into a CheckpointError that says which checkpoint of the run can be resumed from."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno not in CANNOT_WRITE:
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
             raise
         kept = latest(run)
-        reason = error.strerror if isinstance(error, OSError) else str(error).partition("I/O error: ")[2] or error
         raise CheckpointError(
-            f"cannot write {what}: {reason}",
+            f"cannot write {what}: {error.strerror}",
             where=run,
             fix=f"Free some space, then --resume: {kept.name if kept else 'no checkpoint'} is kept.",
         ) from error

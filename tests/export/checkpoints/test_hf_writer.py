@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from headfold.export.checkpoints.hf_writer import save_hf
+from headfold.export.checkpoints.hf_writer import save_hf, save_tensors
 from headfold.export.checkpoints.opening import open_checkpoint
 
 
@@ -17,3 +17,11 @@ def test_all_files_have_the_permissions_of_the_users_umask(umask, mode, toy_chec
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "c").iterdir()} == {mode}
+
+
+def test_what_the_system_refuses_safetensors_is_an_oserror(tmp_path) -> None:
+    (tmp_path / "taken").mkdir()
+    for path, kind in ((tmp_path / "no" / "t", FileNotFoundError), (tmp_path / "taken", IsADirectoryError)):
+        with pytest.raises(kind) as caught:
+            save_tensors({"a": torch.zeros(1)}, path)
+        assert caught.value.filename == str(path)

@@ -278,4 +278,6 @@ def test_debug_shows_the_traceback(tmp_path, monkeypatch) -> None:
 def test_a_full_disk(checkpoint, small_disk) -> None:
     disk = small_disk(200)  # KiB
     fails(["export", str(checkpoint), "-o", str(disk / "b"), "--no-verify", "-q"], "cannot write: No space left")
+    small = ["--kv-heads", "1", "--init", "mean", "--calibration-tokens", "32", "--calibration-length", "16", "-q"]
+    fails(["convert", str(checkpoint), "-o", str(disk / "c"), *small], "cannot write: No space left")
     assert list(disk.iterdir()) == []
