@@ -52,7 +52,7 @@ class Family:
     output_bias: bool | str = False
     mlp_bias: bool | str = False
     qk_norm: bool = False
-    sliding_window: bool = False  # all layers have it, if sliding_window is not null
+    sliding_window: bool = False  # all layers have it, if sliding_window is not null, or those that layer_types names
     layer_types: bool = False  # Qwen: use_sliding_window, max_window_layers, layer_types
     never_null: str = ""  # of num_key_value_heads and head_dim the one that must be a number
     gguf_permuted: bool = False  # llama.cpp stores query and key rows for interleaved RoPE
@@ -113,16 +113,21 @@ OWN = "headfold"  # the model type of models that no family can express: its con
 _TYPES = {"full_attention", "sliding_attention"}
 
 
+class NotInTable(ConfigError):
+    """A family has a table, which has no place for what a configuration asks for; transformers runs it."""
+
+
 def config_from_json(content: Json, where: object) -> ModelConfig:
     """Read a Hugging Face `config.json` as transformers 5 does; `where` is named in errors.
 
     Raises:
+        NotInTable: it is for transformers.
         ConfigError: a field is of the wrong type, or asks for something headfold does not implement.
     """
     try:
         return _config_from_json(content)
     except ConfigError as error:
-        raise ConfigError(error.what, where=error.where or where, fix=error.fix) from error
+        raise type(error)(error.what, where=error.where or where, fix=error.fix) from error
 
 
 class _Fields:
@@ -224,19 +229,17 @@ def _flag(flag: bool | str, fields: _Fields) -> bool:
 def _sliding(fields: _Fields, family: Family, layers: int) -> tuple[int | None, tuple[int, ...]]:
     """The window and the layers that have it."""
     types = fields.content.get("layer_types")
-    if family.sliding_window:
-        window = fields.optional("sliding_window", int)
-        if window is not None and types is not None and types != ["sliding_attention"] * layers:
-            raise ConfigError(
-                "layer_types names layers without the window, and transformers' Mistral has it in all of them",
-                fix="Remove layer_types, or set sliding_window to null.",
-            )
-        return window, tuple(range(layers)) if window is not None else ()
-    if not family.layer_types:
+    if not (family.sliding_window or family.layer_types):
         return None, ()
-    window = fields.optional("sliding_window", int) if fields.get("use_sliding_window", bool) else None
+    switched = family.layer_types and not fields.get("use_sliding_window", bool)
+    window = fields.optional("sliding_window", int) if not switched else None
+    if family.sliding_window and window is None and "layer_types" in fields.content:
+        raise ConfigError(
+            "there are layer_types, and sliding_window is null: transformers does not run such a model",
+            fix="Remove layer_types if no layer has a window.",
+        )
     if types is None:
-        first = fields.get("max_window_layers", int)
+        first = fields.get("max_window_layers", int) if family.layer_types else 0
         return window, tuple(range(max(first, 0), min(layers, MOST_LAYERS))) if window is not None else ()
     if not isinstance(types, list) or len(types) != layers or not all(kind in _TYPES for kind in types):
         raise ConfigError(
@@ -265,9 +268,14 @@ def _rope(content: Json, positions: int) -> RopeConfig:
     given = _Fields(merged, {"rope_theta": 10000.0, "original_max_position_embeddings": positions}, "rope: ")
     partial = given.optional("partial_rotary_factor", float)
     if partial not in (None, 1.0):
-        raise ConfigError(
-            f"partial_rotary_factor is {partial}: transformers ignores it or fails in this family, vLLM heeds it",
-            fix="Say which is meant: remove it, or take a model type that has it.",
+        if kind != "default":
+            raise ConfigError(
+                f"partial_rotary_factor is {partial} with {kind} RoPE: transformers does not run that in this family",
+                fix="Take a model type that has it.",
+            )
+        raise NotInTable(
+            f"partial_rotary_factor is {partial}, which transformers ignores in this family, and vLLM heeds",
+            fix="Remove it, or take a model type that has it; headfold export goes by way of transformers.",
         )
     values: dict[str, Any] = {}
     if kind in ("linear", "llama3"):
@@ -319,10 +327,12 @@ def config_to_json(config: ModelConfig) -> dict[str, Any]:
     for flag, value in ((family.qkv_bias, config.qkv_bias), (family.mlp_bias, config.mlp_bias)):
         if isinstance(flag, str):
             content[flag] = value
-    if family.sliding_window:
+    sliding = set(config.sliding_layers)
+    kinds = ["sliding_attention" if i in sliding else "full_attention" for i in range(config.num_hidden_layers)]
+    if family.sliding_window or family.layer_types:
         content["sliding_window"] = config.sliding_window
     if family.layer_types:
-        sliding = set(config.sliding_layers)
-        kinds = ["sliding_attention" if i in sliding else "full_attention" for i in range(config.num_hidden_layers)]
-        content |= {"use_sliding_window": bool(sliding), "sliding_window": config.sliding_window, "layer_types": kinds}
+        content["use_sliding_window"] = bool(sliding)
+    if family.layer_types or 0 < len(sliding) < len(kinds):
+        content["layer_types"] = kinds
     return content

@@ -19,14 +19,24 @@ def open_checkpoint(path: Path, base: Path | None = None) -> Checkpoint:
         CheckpointError: there is none, it is damaged, or its tensors are not exactly what its configuration implies.
         ConfigError: its configuration is not one headfold implements.
     """
-    if path.is_file():
-        if base is not None:
-            raise CheckpointError("is no adapter, and needs no base", where=path, fix="Leave --base out.")
-        return GGUFCheckpoint(path)
+    path = find(path)
     if path.is_dir():
         return HuggingFaceCheckpoint(path, base)
+    if base is not None:
+        raise CheckpointError("is no adapter, and needs no base", where=path, fix="Leave --base out.")
+    return GGUFCheckpoint(path)
+
+
+def find(path: Path) -> Path:
+    """The file or directory itself; `organisation/name` is fetched from the Hugging Face hub.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if path.is_file() or path.is_dir():
+        return path
     if is_hub_name(path):
-        return HuggingFaceCheckpoint(download(path.as_posix()), base)
+        return download(path.as_posix())
     raise CheckpointError("no such file or directory", where=path, fix="Name a GGUF file or a Hugging Face directory.")
 
 

@@ -4,9 +4,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from headfold.export.checkpoints.directories.directory import Directory
-from headfold.export.checkpoints.families import FAMILIES, OWN
+from headfold.export.checkpoints.families import FAMILIES, OWN, NotInTable
 from headfold.export.checkpoints.gguf.header import check_header
-from headfold.export.checkpoints.opening import open_checkpoint
+from headfold.export.checkpoints.opening import find, open_checkpoint
 from headfold.export.exportables.base import Exportable
 from headfold.export.exportables.own import OwnModel
 from headfold.export.progress import Reporter
@@ -25,7 +25,8 @@ def open_exportable(
 
     Args:
         path: of the checkpoint.
-        via: the road; by default headfold's own where it has a table of the family, otherwise transformers.
+        via: the road; by default headfold's own where it has a table of the family and a place in it for what the configuration asks
+            for, otherwise transformers.
         trust_remote_code: let transformers run code that lies beside the weights.
         reporter: is told which road it is, if that is not headfold's own.
         base: of an adapter, a directory or hub name; by default what it names itself.
@@ -35,30 +36,38 @@ def open_exportable(
         ConfigError: the model is not one that can be exported.
         InputError: code is to be trusted, and none is run.
     """
-    known: set[str | None] = {*FAMILIES, OWN}
+    path, why = find(path), None
+    tables: set[str | None] = {*FAMILIES, OWN}
     model_type = Directory(path, base).config.get("model_type") if path.is_dir() else None
     if path.is_file():
-        known, model_type = {family.gguf for family in FAMILIES.values()}, check_header(path)
-    if via is None:
-        via = "transformers" if isinstance(model_type, str) and model_type not in known else "headfold"
-    if via == "headfold":
-        if trust_remote_code:
-            raise InputError(
-                "headfold reads this family by its own table, and runs no code beside the weights",
-                where="--trust-remote-code",
-                fix="Leave it out, or add --via transformers.",
-            )
-        return OwnModel(open_checkpoint(path, base))
+        tables, model_type = {family.gguf for family in FAMILIES.values()}, check_header(path)
+    known = not isinstance(model_type, str) or model_type in tables
+    if via == "headfold" or (via is None and known):
+        try:
+            exportable = OwnModel(open_checkpoint(path, base))
+        except NotInTable as error:
+            if via is not None:
+                raise
+            why = error.what
+        else:
+            if trust_remote_code:
+                raise InputError(
+                    "headfold reads this family by its own table, and runs no code beside the weights",
+                    where="--trust-remote-code",
+                    fix="Leave it out, or add --via transformers.",
+                )
+            return exportable
     if find_spec("transformers") is None:
+        unknown = f"model_type {model_type!r} is none of headfold's own ({', '.join(FAMILIES)})"
         raise ConfigError(
-            f"model_type {model_type!r} is none of headfold's own ({', '.join(FAMILIES)}), and transformers is not installed",
+            f"{why or unknown}, and transformers is not installed",
             where=path,
-            fix="pip install 'headfold[transformers]'",
+            fix='Install it: pip install "headfold[transformers]".',
         )
     from headfold.export.exportables.transformers_road.gguf_model import open_gguf
     from headfold.export.exportables.transformers_road.transformers_model import open_transformers
 
-    exportable = open_gguf(path) if path.is_file() else open_transformers(path, trust_remote_code, base)
+    opened = open_gguf(path) if path.is_file() else open_transformers(path, trust_remote_code, base)
     if reporter is not None:
-        reporter.note(f"{exportable.facts.model_type}: by way of transformers")
-    return exportable
+        reporter.note(f"{opened.facts.model_type}: by way of transformers{f', for {why}' if why else ''}")
+    return opened

@@ -1,6 +1,8 @@
 """config.json as the ecosystem reads it: every field against transformers' own configuration and rotary embedding."""
 
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from headfold.export.checkpoints.families import FAMILIES, config_from_json
+from headfold.export.checkpoints.families import FAMILIES, config_from_json, config_to_json
 from headfold.export.model.config import ModelConfig
 from headfold.export.model.rope import rope_tables
 from headfold.runtime.errors import ConfigError
@@ -132,6 +134,29 @@ def test_they_are_read_as_transformers_reads_them_or_refused_where_it_refuses(se
     assert read > 20
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@pytest.mark.parametrize("types", [None, [FULL] * 3, [SLIDING] * 3, [FULL, SLIDING, FULL]])
+@pytest.mark.parametrize("window", [7, "ABSENT"])
+def test_a_mistral_with_layer_types_is_read_as_the_ministral_that_transformers_makes_of_it(
+    types: list[str] | None, window: Any, tmp_path: Path
+) -> None:
+    content = SMALL | {"model_type": "mistral", "layer_types": types}
+    if window != "ABSENT":
+        content["sliding_window"] = window
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    assert theirs.model_type == "ministral"
+    ours = config_from_json(content, "config.json")
+    windows = [theirs.sliding_window if kind == SLIDING else -1 for kind in theirs.layer_types]
+    assert [ours.window(layer) for layer in range(3)] == windows
+    (tmp_path / "config.json").write_text(json.dumps(config_to_json(ours)))
+    again = AutoConfig.from_pretrained(tmp_path)
+    kinds = getattr(again, "layer_types", None) or [SLIDING] * 3
+    assert [again.sliding_window if again.sliding_window and kind == SLIDING else -1 for kind in kinds] == windows
+
+
 def test_a_whole_number_may_be_written_as_a_float() -> None:
     content = SMALL | {"model_type": "llama", "max_position_embeddings": 8192.0}
     assert config_from_json(content, "config.json").max_position_embeddings == 8192
@@ -142,12 +167,17 @@ def test_a_whole_number_may_be_written_as_a_float() -> None:
     [
         (
             {"model_type": "llama", "partial_rotary_factor": 0.5},
-            "partial_rotary_factor is 0.5: transformers ignores it",
+            "partial_rotary_factor is 0.5, which transformers ignores",
         ),
         ({"model_type": "qwen3", "rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
         (
-            {"model_type": "mistral", "layer_types": ["full_attention"] * 3},
-            "layer_types names layers without the window",
+            {"model_type": "llama", "rope_parameters": {"type": "linear", "factor": 2, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor is 0.5 with linear RoPE: transformers does not run that",
+        ),
+        ({"model_type": "mistral", "layer_types": ["full_attention"] * 2}, "layer_types is"),
+        (
+            {"model_type": "mistral", "layer_types": ["full_attention"] * 3, "sliding_window": None},
+            "sliding_window is null: transformers does not run such a model",
         ),
         ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 3}, "sliding layers, and there is no window"),
         ({"model_type": "qwen2", "layer_types": ["chunked_attention"] * 3}, "layer_types is"),

@@ -173,9 +173,10 @@ def test_a_report_is_replaced_whole_and_refused_before_the_work_where_it_cannot_
         result = convert(place)
         assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
         assert wrong in result.stderr
-    with monkeypatch.context() as patched, pytest.raises(InputError, match="No space left"):
+    with monkeypatch.context() as patched:
         patched.setattr("os.fsync", full)
-        write_file(report, {})
+        with pytest.raises(InputError, match="No space left"):
+            write_file(report, {})
     assert report.read_text() == "old"
     assert convert(report).exit_code == 0
     assert json.loads(report.read_text())["kv_heads"] == 1

@@ -9,13 +9,14 @@ import pytest
 import torch
 from random_transformers import random_model, save_random
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from headfold.export.bundle.pipeline import ExportOptions, ExportResult, export_bundle
 from headfold.export.engine.options import BuildOptions, check_options
 from headfold.export.exportables.opening import open_exportable
 from headfold.export.progress import Reporter
 from headfold.runtime import load
-from headfold.runtime.errors import HeadfoldError
+from headfold.runtime.errors import ConfigError, HeadfoldError
 from headfold.runtime.manifest import read_manifest
 
 QUIET = Reporter(quiet=True)
@@ -38,6 +39,53 @@ def test_is_proven_and_generates_what_transformers_does(model_type, tmp_path) ->
     logits = model.backend.prefill(cache, 0, prompt)
     expected = random_model(model_type)(torch.tensor(prompt)[None]).logits[0, -1]
     np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+OUTSIDE = {  # of the tables of headfold's own families
+    "llama": {"partial_rotary_factor": 0.5},
+    "qwen3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}},
+}
+
+
+@pytest.mark.parametrize("model_type", OUTSIDE)
+def test_what_a_table_has_no_place_for_takes_this_road_by_itself_and_says_so(
+    model_type, tmp_path, capsys, monkeypatch
+) -> None:
+    path = save_random(model_type, tmp_path / "model", **OUTSIDE[model_type])
+    source = open_exportable(path, reporter=Reporter())
+    assert source.road == "transformers"
+    assert f"{model_type}: by way of transformers, for partial_rotary_factor is 0." in capsys.readouterr().err
+    result = export_bundle(source, tmp_path / "bundle", ExportOptions(decode_steps=4), QUIET)
+    assert result.parity is not None
+    assert result.parity.passed
+    assert_generates_what_transformers_does(path, tmp_path / "bundle")
+    with pytest.raises(ConfigError, match="which transformers ignores in this family"):
+        open_exportable(path, "headfold")
+    monkeypatch.setattr("headfold.export.exportables.opening.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match='Install it: pip install "headfold\\[transformers\\]"') as caught:
+        open_exportable(path)
+    assert "partial_rotary_factor" in str(caught.value)
+
+
+def test_a_mistral_with_layer_types_generates_what_transformers_does(tmp_path) -> None:
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    path = save_random("ministral", tmp_path / "model", layer_types=kinds, sliding_window=9)
+    config(model_type="mistral")(path)
+    source = open_exportable(path)
+    assert source.road == "headfold"
+    result = export_bundle(source, tmp_path / "bundle", ExportOptions(decode_steps=4), QUIET)
+    assert result.parity is not None
+    assert result.parity.passed
+    assert "MinistralForCausalLM of transformers" in result.parity.oracle
+    assert_generates_what_transformers_does(path, tmp_path / "bundle")
+
+
+def assert_generates_what_transformers_does(checkpoint: Path, bundle: Path) -> None:
+    """Loaded by its own code, with its own cache."""
+    theirs = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager")
+    prompt = np.random.default_rng(0).integers(3, 300, 30).tolist()
+    expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=-1)[0, 30:]
+    assert load(bundle).generate(prompt, max_new_tokens=8, ignore_eos=True).token_ids == expected.tolist()
 
 
 def test_layers_are_what_the_model_does(tmp_path) -> None:
