@@ -1,6 +1,6 @@
 """What `headfold inspect` tells of a checkpoint or a bundle: facts as plain JSON types, and a table of them.
 
-A bundle's are told without torch: on machines that only serve, and at once.
+A bundle's are told without torch: on machines that only serve, and at once, however large it is.
 """
 
 import math
@@ -20,7 +20,7 @@ from headfold.export.model.config import ModelConfig
 from headfold.plugins.dtypes import DTYPES
 from headfold.runtime.errors import printable
 from headfold.runtime.files.engine_file import check_engine
-from headfold.runtime.manifest import MANIFEST, EngineEntry, Road, check_files, read_manifest
+from headfold.runtime.manifest import MANIFEST, EngineEntry, Road, check_sizes, read_manifest
 
 Facts = dict[str, Any]
 _LONGEST = 4000  # characters of one fact
@@ -29,7 +29,8 @@ _LONGEST = 4000  # characters of one fact
 def inspect_path(
     path: Path, via: Road | None = None, trust_remote_code: bool = False, base: Path | None = None
 ) -> Facts:
-    """Facts of the bundle or checkpoint at `path`; sizes are in bytes. A bundle's files are checked against its manifest.
+    """Facts of the bundle or checkpoint at `path`; sizes are in bytes. A bundle's files are there and as large as its
+    manifest says; their hashes are for those who run it.
 
     See `open_exportable` for the other arguments.
 
@@ -66,7 +67,7 @@ def _checkpoint(path: Path, via: Road | None, trust_remote_code: bool, base: Pat
 
 def _bundle(path: Path) -> Facts:
     manifest = read_manifest(path)
-    check_files(path, manifest)
+    check_sizes(path, manifest)
     for engine in manifest.engines:
         check_engine(path, engine)
     itemsize, cache_itemsize = (DTYPES[name].size for name in (manifest.dtype, manifest.cache_dtype))

@@ -21,6 +21,7 @@ def inspect(path: str, base: Path | None, via: "Road | None", trust_remote_code:
     """Show what is in a checkpoint or a bundle: its road, architecture, parameters, heads, bytes of weights and cache, parity.
 
     Of a checkpoint also what its weights are quantized in, and what it is an adapter of.
+    Of a bundle's files the sizes are checked, but not the hashes: `headfold verify` and whoever loads it do that.
 
     **Example**: `headfold inspect smol --json`
     """

@@ -76,6 +76,12 @@ def recipe_of(value: ir.Value) -> WeightRecipe | None:
     raise ValueError(f"{value.name} has no recipe but {text}")
 
 
+def lacks_recipes(model: ir.Model) -> bool:
+    """Whether there are weights, and the file says of none of them how it was made."""
+    values = model.graph.initializers.values()
+    return bool(values) and not any(_KEY in value.metadata_props for value in values)
+
+
 def add_weight(model: ir.Model, recipe: WeightRecipe, shape: Sequence[int], like: ir.Value) -> ir.Value:
     """A new initializer of the dtype of `like`. It has no value before `headfold.export.graph.weights` attaches it."""
     value = ir.Value(shape=ir.Shape(shape), type=like.type)

@@ -11,6 +11,7 @@ from headfold.export.exportables.base import Exportable
 from headfold.export.exportables.oracle import Oracle
 from headfold.export.exportables.own import OwnModel
 from headfold.export.graph.experts import experts_nodes
+from headfold.export.graph.recipes import lacks_recipes
 from headfold.export.graph.trace import export_graph
 from headfold.export.graph.weights import load_model, scale_name
 from headfold.export.parity.compare import Candidate, Subject, verify_graph
@@ -54,12 +55,18 @@ def verify(
     `candidate` makes what is compared from the checked manifest; by default the bundle's graph in ONNX Runtime.
 
     Raises:
-        BundleError: the bundle is damaged, or its configuration is not that of the source.
+        BundleError: the bundle is damaged or too old to be proven, or its configuration is not that of the source.
     """
     manifest = read_manifest(bundle)
     with reporter.step("check the bundle's files"):
         check_files(bundle, manifest)
         check_capacity(bundle / MODEL, manifest.cache.capacity)
+        if lacks_recipes(load_model(bundle / MODEL)):
+            raise BundleError(
+                "was exported by an older headfold, whose file does not say how its weights were made",
+                where=bundle,
+                fix="Export it again.",
+            )
     exportable = open_(manifest)
     found = exportable.describe()
     if found != manifest.config:

@@ -73,7 +73,7 @@ def prompts(toy: Toy) -> list[np.ndarray]:
 def changed(toy: Toy, tmp_path: Path) -> Callable[..., Path]:
     """Copies the toy's bundle with other side files, and a manifest that is right for them; None removes a file."""
 
-    def change(files: dict[str, dict[str, Any] | str | None], **fields: Any) -> Path:
+    def change(files: dict[str, dict[str, Any] | str | bytes | None], **fields: Any) -> Path:
         path = tmp_path / "changed"
         path.mkdir()
         for source in toy.path.iterdir():
@@ -81,7 +81,8 @@ def changed(toy: Toy, tmp_path: Path) -> Callable[..., Path]:
                 (path / source.name).write_bytes(source.read_bytes())
         for name, content in files.items():
             if content is not None:
-                (path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+                text = json.dumps(content) if isinstance(content, dict) else content
+                (path / name).write_bytes(text.encode() if isinstance(text, str) else text)
         manifest = json.loads((toy.path / "manifest.json").read_text()) | fields
         (path / "manifest.json").unlink(missing_ok=True)
         del manifest["files"]

@@ -242,3 +242,12 @@ def test_verifying_a_graph_that_cannot_be_loaded_is_one_line(content, changed, t
     monkeypatch.setattr("headfold.export.parity.verify.check_capacity", lambda path, capacity: None)
     with pytest.raises(BundleError, match=r"model\.onnx: (onnx|ONNX Runtime) cannot load it"):
         verify(changed({"model.onnx": content}), lambda _: open_exportable(toy_checkpoint), 1, Reporter(quiet=True))
+
+
+def test_verifying_a_bundle_from_before_recipes_says_so(changed, toy, toy_checkpoint) -> None:
+    old = onnx.load(toy.path / "model.onnx", load_external_data=False)
+    for value in (*old.graph.initializer, *old.graph.value_info):
+        del value.metadata_props[:]
+    bundle = changed({"model.onnx": old.SerializeToString()})
+    with pytest.raises(BundleError, match=r"was exported by an older headfold.* Export it again\.$"):
+        verify(bundle, lambda _: open_exportable(toy_checkpoint), 1, Reporter(quiet=True))

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from headfold.export.bundle.inspection import inspect_path
 from headfold.export.cli import main
+from headfold.runtime.errors import BundleError
 
 
 def test_a_bundle_is_inspected_without_torch(toy_bundle) -> None:
@@ -22,7 +23,21 @@ def test_a_bundle_is_inspected_without_torch(toy_bundle) -> None:
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "weight bytes" in shown
-    assert not {"torch", "onnxruntime", "onnx", "transformers"} & set(shown.rpartition("modules")[2].split())
+    assert not {"torch", "onnxruntime", "onnx", "transformers", "numpy"} & set(shown.rpartition("modules")[2].split())
+
+
+def test_a_bundles_sizes_are_checked_and_its_hashes_are_left_to_who_runs_it(toy_bundle, tmp_path, monkeypatch) -> None:
+    bundle = Path(shutil.copytree(toy_bundle, tmp_path / "bundle"))
+    monkeypatch.setattr("headfold.runtime.manifest.sha256", None)  # of gigabytes it takes seconds
+    assert inspect_path(bundle)["kind"] == "bundle"
+    (bundle / "more").touch()
+    with pytest.raises(BundleError, match="more: is not listed"):
+        inspect_path(bundle)
+    (bundle / "more").unlink()
+    with (bundle / "model.onnx.data").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(BundleError, match=r"model\.onnx\.data: has \d+ bytes, not the"):
+        inspect_path(bundle)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--json"]])
