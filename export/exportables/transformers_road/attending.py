@@ -8,16 +8,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
-from headfold.export.exportables.facts import LayerFacts
-from headfold.export.model.decoder import Cache as Caches
-from headfold.export.model.decoder import Layout
-from headfold.plugins.attention.schema import AttentionInputs, Attributes
-from headfold.plugins.attention.torch_op import attention
+from headfold.export.exportables.traced import OnePass
+from headfold.plugins.attention.schema import Attributes
 from headfold.runtime.errors import ConfigError
 
 NAME = "headfold"  # of the attention, in `config._attn_implementation`
@@ -26,17 +22,12 @@ _current: ContextVar["OpCache"] = ContextVar("the cache of the forward pass that
 
 
 class OpCache(Cache):  # type: ignore[misc]
-    """The caches of one forward pass. `update` stores nothing: it hands the new keys and values on, and remembers whose they are.
+    """The caches of one forward pass. `update` stores nothing: it hands the new keys and values on, and remembers whose they are."""
 
-    Without caches nothing is computed: it only learns how each layer attends, for `facts`.
-    """
-
-    def __init__(self, num_hidden_layers: int, layout: Layout, past: Caches | None) -> None:
+    def __init__(self, num_hidden_layers: int, one_pass: OnePass) -> None:
         super().__init__(layers=[])
-        self._count, self._layout, self._past = num_hidden_layers, layout, past
+        self._count, self._pass = num_hidden_layers, one_pass
         self._layer: int | None = None  # whose keys and values were last handed on
-        self.facts: dict[int, LayerFacts] = {}
-        self.present: dict[int, tuple[Tensor, Tensor]] = {}
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -54,38 +45,14 @@ class OpCache(Cache):  # type: ignore[misc]
         self._layer = layer_idx
         return key_states, value_states
 
-    def attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, facts: LayerFacts, sinks: Tensor | None) -> Tensor:
-        """[B, S, Hq*D] of new queries [B, Hq, S, D], keys and values [B, Hkv, S, D]."""
+    def attend(
+        self, name: str, query: Tensor, key: Tensor, value: Tensor, attributes: Attributes, sinks: Tensor | None
+    ) -> Tensor:
+        """[B, Hq, S, D] of new queries [B, Hq, S, D], keys and values [B, Hkv, S, D]."""
         layer, self._layer = self._layer, None
-        if layer is None or layer in self.facts:
+        if layer is None or layer in self._pass.facts:
             raise ConfigError("attends to the keys of another layer", where=name, fix=_OTHER)
-        self.facts[layer] = facts
-        batch, length = q.shape[0], q.shape[2]
-        query, key, value = (x.transpose(1, 2).reshape(batch, length, x.shape[1] * x.shape[3]) for x in (q, k, v))
-        if self._past is None:
-            return torch.empty_like(query)
-        keys, values = self._past[layer]
-        inputs = AttentionInputs(
-            query=query,
-            key=key,
-            value=value,
-            past_key=keys,
-            past_value=values,
-            past_lengths=self._layout.past_lengths,
-            total_sequence_length=self._layout.total,
-            head_sink=sinks,
-        )
-        attributes = Attributes(
-            num_heads=facts.num_attention_heads,
-            kv_num_heads=facts.num_key_value_heads,
-            scale=facts.scale,
-            local_window_size=facts.window,
-            softcap=facts.softcap,
-        )
-        output, present = attention(inputs, attributes)
-        assert present is not None
-        self.present[layer] = present
-        return output
+        return self._pass.attend(layer, query, key, value, attributes, sinks)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Nothing: positions are given."""
@@ -138,20 +105,17 @@ def _attention(
         raise ConfigError("brings an attention mask of its own", where=name, fix=_OTHER)
     if is_causal is False or getattr(module, "is_causal", True) is False:
         raise ConfigError("attends in both directions", where=name, fix="headfold exports decoders.")
-    facts = LayerFacts(
-        num_attention_heads=query.shape[1],
-        num_key_value_heads=key.shape[1],
-        head_dim=query.shape[3],
+    attributes = Attributes(
+        num_heads=query.shape[1],
+        kv_num_heads=key.shape[1],
         scale=float(scaling) if scaling is not None else query.shape[3] ** -0.5,
-        window=int(sliding_window) if sliding_window else -1,
+        local_window_size=int(sliding_window) if sliding_window else -1,
         softcap=float(softcap or 0),
-        sinks=s_aux is not None,
     )
     cache = _current.get(None)
     if cache is None:
         raise RuntimeError(f"{name} attends outside of an OpCache")
-    output = cache.attend(name, query, key, value, facts, s_aux)
-    return output.view(query.shape[0], query.shape[2], query.shape[1], query.shape[3]), None
+    return cache.attend(name, query, key, value, attributes, s_aux).transpose(1, 2), None
 
 
 AttentionInterface.register(NAME, _attention)

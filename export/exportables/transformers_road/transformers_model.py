@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from headfold.export.checkpoints.base import TokenizerFiles
@@ -19,10 +19,10 @@ from headfold.export.checkpoints.side_files import side_files
 from headfold.export.exportables.base import Master, no_quantized_cache
 from headfold.export.exportables.facts import Facts
 from headfold.export.exportables.oracle import Oracle
+from headfold.export.exportables.traced import ModelTensors, OnePass, TracedMaster
 from headfold.export.exportables.transformers_road import experts
 from headfold.export.exportables.transformers_road.attending import NAME, OpCache
 from headfold.export.exportables.transformers_road.transformers_oracle import TransformersOracle, decoder_layers, quiet
-from headfold.export.model.decoder import Cache, sequence_layout
 from headfold.plugins.dtypes import Quantized
 from headfold.runtime.errors import CheckpointError, ConfigError
 from headfold.runtime.manifest import Road
@@ -68,7 +68,7 @@ class TransformersModel:
             raise no_quantized_cache(self.path)
         return TransformersMaster(_on_meta(self.config, dtype, self.path), len(self.facts.layers), all_logits)
 
-    def tensors(self, dtype: torch.dtype) -> "ModelTensors":
+    def tensors(self, dtype: torch.dtype) -> ModelTensors:
         """See Exportable."""
         return ModelTensors(self._load(dtype, "eager"), self.path)
 
@@ -85,79 +85,22 @@ class TransformersModel:
         return TransformersOracle(self._load(stored, "eager").to(arithmetic))
 
 
-class TransformersMaster(Master):
-    """A transformers decoder with the graph's inputs and outputs; see Master. Padding is moved to the end of each row."""
+class TransformersMaster(TracedMaster):
+    """A transformers decoder with the graph's inputs and outputs; see Master."""
 
     def __init__(self, model: PreTrainedModel, num_hidden_layers: int, all_logits: bool) -> None:
-        super().__init__()
-        self.decoder = model
-        self._count, self._all = num_hidden_layers, all_logits
-        self._wanted: Tensor | None = None
-        self._hidden: list[Tensor] = []
-        head = model.get_output_embeddings()
-        head.register_forward_pre_hook(self._take)
-        head.register_forward_hook(self._give)
-        for layer in decoder_layers(model, num_hidden_layers):
-            layer.register_forward_hook(self._keep)
+        layers = decoder_layers(model, num_hidden_layers)
+        super().__init__(model, layers, model.get_output_embeddings(), all_logits)
+        self._layers = num_hidden_layers
 
-    def _take(self, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Logits are computed of the wanted tokens only, [B * (1 or S), hidden]: two axes, so that a tied weight is not transposed."""
-        x, wanted = inputs[0], self._wanted
-        assert wanted is not None
-        return (x.gather(1, wanted[:, :, None].expand(-1, -1, x.shape[2])).flatten(0, 1), *inputs[1:])
-
-    def _give(self, _module: nn.Module, _inputs: tuple[Any, ...], logits: Tensor) -> Tensor:
-        """[B, 1 or S, vocab] again."""
-        wanted = self._wanted
-        assert wanted is not None
-        return logits.view(wanted.shape[0], wanted.shape[1], logits.shape[1])
-
-    def _keep(self, _module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
-        self._hidden.append(output if isinstance(output, Tensor) else output[0])
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, caches: Cache | None
-    ) -> tuple[Tensor, Cache, list[Tensor]]:
-        """See Master; without caches only the facts are learned."""
-        logits, cache, hidden = self.run(input_ids, attention_mask, caches)
-        missing = [layer for layer in range(self._count) if layer not in cache.present]
-        if missing:
-            raise ConfigError(f"layer {missing[0]} does not attend through transformers' AttentionInterface", fix=_ROAD)
-        return logits, [cache.present[layer] for layer in range(self._count)], hidden
-
-    def run(
-        self, input_ids: Tensor, attention_mask: Tensor, caches: Cache | None
-    ) -> tuple[Tensor, OpCache, list[Tensor]]:
-        """One pass, and the cache it had."""
-        layout = sequence_layout(input_ids, attention_mask)
-        length = input_ids.shape[1]
-        ids = input_ids.gather(1, layout.real_first(length))
-        positions = layout.past_lengths[:, None] + torch.arange(length, device=ids.device)  # [B, S]
-        self._wanted, self._hidden = layout.wanted(length, not self._all), []
-        cache = OpCache(self._count, layout, caches)
-        with cache.running():
+    def logits(self, input_ids: Tensor, positions: Tensor, cache: OnePass) -> Tensor:
+        """See TracedMaster."""
+        caches = OpCache(self._layers, cache)
+        with caches.running():
             output = self.decoder(
-                input_ids=ids, attention_mask=None, position_ids=positions, past_key_values=cache, use_cache=True
+                input_ids=input_ids, attention_mask=None, position_ids=positions, past_key_values=caches, use_cache=True
             )
-        hidden, self._hidden, self._wanted = self._hidden, [], None
-        return output.logits, cache, hidden
-
-
-class ModelTensors:
-    """The parameters and buffers of a loaded model; see Tensors. What is tied has its first name only."""
-
-    def __init__(self, model: PreTrainedModel, path: Path) -> None:
-        self.path = path
-        self._tensors = {name: x.detach() for name, x in (*model.named_parameters(), *model.named_buffers())}
-        self._parameters = {name for name, _ in model.named_parameters()}
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Of the parameters: the graph must use every one of them."""
-        return {name: tuple(x.shape) for name, x in self._tensors.items() if name in self._parameters}
-
-    def read(self, name: str) -> Tensor:
-        """See Tensors; buffers too."""
-        return cast(Tensor, self._tensors[name])
+        return cast(Tensor, output.logits)
 
 
 def open_transformers(path: Path, trust_remote_code: bool = False) -> TransformersModel:
