@@ -75,7 +75,7 @@ def attention(
         total_sequence_length=length,
         head_sink=sinks,
     )
-    return attend(inputs, attributes).unflatten(2, (heads, head_dim)).transpose(1, 2)
+    return attend(inputs, attributes).view(batch, length, heads, head_dim).transpose(1, 2)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, window: int | None, sinks: Tensor | None) -> None:

@@ -30,7 +30,7 @@ _HUB = frozenset(
     {".cache", ".git", ".gitattributes", ".gitignore", "README.md"}
 )  # what a hub's download adds; never read
 _FIX = "Export the bundle again."
-Road = Literal["headfold", "transformers"]
+Road = Literal["headfold", "transformers", "module"]
 
 
 def _inside(name: str) -> str:

@@ -28,6 +28,12 @@ def open_exportable(
         CheckpointError: there is none, or it is damaged.
         ConfigError: the model is not one that can be exported.
     """
+    if via == "module":
+        raise ConfigError(
+            "holds no code of the module that the bundle was made of",
+            where=path,
+            fix="Compare it in Python: headfold.export.verify_module(bundle, module).",
+        )
     model_type = read_json(path / CONFIG).get("model_type") if path.is_dir() else None
     if via is None:
         via = "transformers" if isinstance(model_type, str) and model_type not in {*FAMILIES, OWN} else "headfold"

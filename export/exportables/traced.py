@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -151,4 +151,4 @@ class ModelTensors:
 
     def read(self, name: str) -> Tensor:
         """See Tensors; buffers too."""
-        return cast(Tensor, self._tensors[name])
+        return self._tensors[name]

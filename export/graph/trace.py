@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import onnx
 import onnx_ir as ir
@@ -15,6 +16,7 @@ import torch
 from onnx_ir.passes import common as common_passes
 from onnxscript import opset23 as op
 from torch import Tensor, nn
+from torch.onnx import OnnxExporterError
 
 import headfold.plugins.experts.torch_op  # noqa: F401  # registers the op that the table below names
 from headfold.export.exportables.base import Exportable, Tensors
@@ -31,6 +33,7 @@ from headfold.plugins.dtypes import Quantized
 from headfold.plugins.experts import onnx_functions as experts_body
 from headfold.plugins.experts import schema as experts_schema
 from headfold.plugins.names import caches, hidden_state
+from headfold.runtime.errors import ConfigError, HeadfoldError
 
 IR_VERSION = 11  # of ONNX 1.18: the first with opset 23 and later, and what onnxruntime 1.31 reads
 
@@ -75,7 +78,7 @@ def export_graph(
     )
     layers = range(len(shapes))
     kv = caches(len(shapes))
-    with _quiet():
+    with _quiet(), _one_line(exportable.path):
         program = torch.onnx.export(
             master,
             args,
@@ -159,6 +162,25 @@ def _experts_node(*tensors: ir.Value | None, **attributes: float | str) -> objec
 
 def _norm_node(x: Tensor, weight: Tensor, epsilon: float) -> object:
     return op.RMSNormalization(x, weight, axis=-1, epsilon=epsilon)
+
+
+@contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    """The exporter's pages on why it fails, as a line of what failed first."""
+    try:
+        yield
+    except OnnxExporterError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None and not isinstance(cause, HeadfoldError):
+            cause = cause.__cause__
+        if isinstance(cause, HeadfoldError):
+            raise cause from error
+        first = (str(cause).strip().splitlines() or [""])[0]
+        raise ConfigError(
+            f"torch cannot export it as one graph: {type(cause).__name__}: {first}",
+            where=path,
+            fix="Make its forward pass the same operations for every batch, length and value.",
+        ) from error
 
 
 @contextmanager

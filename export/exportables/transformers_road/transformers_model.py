@@ -4,6 +4,7 @@ Only here and in `attending.py` the export imports transformers, the extra `head
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,7 +56,7 @@ class TransformersModel:
         self.config, self.path, self.tokenizer = config, path, tokenizer
         self._load = load
         model = _on_meta(config, torch.float32, path)
-        self.parameters = sum(parameter.numel() for parameter in model.parameters())  # what is tied counts once
+        self.shapes = {name: tuple(x.shape) for name, x in model.named_parameters()}  # what is tied counts once
         self.facts = _facts(model, path)
 
     def describe(self) -> dict[str, Any]:
@@ -169,10 +170,9 @@ def open_transformers(path: Path, trust_remote_code: bool = False) -> Transforme
     if isinstance(layers, int) and layers > tensors:  # before they are made
         raise ConfigError(f"it has {layers} layers, and {tensors} tensors", where=path, fix=_BELONGS)
     opened = TransformersModel(config, load, path, TokenizerFiles(side_files(path)))
-    if opened.parameters > _SHARED * elements:  # before transformers takes memory for them
-        raise CheckpointError(
-            f"it has {opened.parameters:,} parameters, and its files {elements:,}", where=path, fix=_BELONGS
-        )
+    parameters = sum(map(math.prod, opened.shapes.values()))
+    if parameters > _SHARED * elements:  # before transformers takes memory for them
+        raise CheckpointError(f"it has {parameters:,} parameters, and its files {elements:,}", where=path, fix=_BELONGS)
     return opened
 
 
