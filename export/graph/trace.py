@@ -24,7 +24,7 @@ from headfold.export.graph.bodies import onnxruntime_can, use_onnxruntime_body, 
 from headfold.export.graph.experts import alternate_experts, use_experts_body
 from headfold.export.graph.joining import join_projections
 from headfold.export.graph.norms import fold_norms
-from headfold.export.graph.passes import fold_transposes, name_weights, share_last_index
+from headfold.export.graph.passes import fold_transposes, name_weights, share_last_index, split_at_once
 from headfold.export.graph.reshapes import drop_idle_reshapes
 from headfold.export.graph.rotation import fold_rotations
 from headfold.plugins.attention.onnx_functions import OPSET, schema
@@ -106,6 +106,7 @@ def export_graph(
     del model.graph.outputs[-len(shapes) :]  # the residual stream: named values, not outputs
     name_weights(model, prefix="decoder.", tied=_tied(master.decoder))
     fold_transposes(model)
+    split_at_once(model)
     if (
         dtype == torch.float32
     ):  # in 16 bits models cast in between, and the rules would lose the casts: it stays spelled out

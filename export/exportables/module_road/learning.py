@@ -167,7 +167,11 @@ def _refused(heard: _Heard, error: Exception) -> ConfigError:
             where=heard.where,
             fix="Register them: self.register_buffer(name, tensor).",
         )
-    return ConfigError(f"does not run: {type(error).__name__}: {text}", where=heard.where, fix=_FORWARD)
+    return ConfigError(
+        f"does not run: {text}",
+        where=heard.where,
+        fix="It runs in the bundle's dtype (parameters; buffers keep theirs) and with any number of tokens.",
+    )
 
 
 def _layers(stacks: list[tuple[str, ...]]) -> tuple[str, ...]:

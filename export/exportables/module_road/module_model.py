@@ -12,7 +12,7 @@ from headfold.export.checkpoints.base import TokenizerFiles
 from headfold.export.exportables.base import Master, no_quantized_cache
 from headfold.export.exportables.copying import in_dtype, without_weights
 from headfold.export.exportables.facts import Facts
-from headfold.export.exportables.module_road.learning import learn
+from headfold.export.exportables.module_road.learning import Learned, learn
 from headfold.export.exportables.module_road.module_oracle import ModuleOracle
 from headfold.export.exportables.oracle import Oracle
 from headfold.export.exportables.traced import ModelTensors, OnePass, TracedMaster
@@ -49,11 +49,7 @@ class ModuleModel:
                 f"max_position_embeddings is {facts.max_position_embeddings}", fix="Give a number of tokens."
             )
         _check_parameters(module, name)
-        try:
-            self._learned = learn(without_weights(module, torch.float32))
-        except ConfigError as error:
-            where = f"{name}.{error.where}" if error.where else name
-            raise ConfigError(error.what, where=where, fix=error.fix) from error
+        self._learned = self._learn(torch.float32)
         self.facts = Facts(
             model_type=name,
             vocab_size=self._learned.vocab_size,
@@ -65,6 +61,13 @@ class ModuleModel:
             pad_token_id=facts.pad_token_id,
         )
 
+    def _learn(self, dtype: torch.dtype) -> Learned:
+        try:
+            return learn(without_weights(self._module, dtype))
+        except ConfigError as error:
+            where = f"{self.path}.{error.where}" if error.where else self.path
+            raise ConfigError(error.what, where=where, fix=error.fix) from error
+
     def describe(self) -> dict[str, Any]:
         """See Exportable."""
         return self.facts.to_json()
@@ -73,6 +76,7 @@ class ModuleModel:
         """See Exportable."""
         if cache is not None:
             raise no_quantized_cache(self.path)
+        self._learn(dtype)  # what does not run in it is named
         module, learned = without_weights(self._module, dtype), self._learned
         head = module.get_submodule(learned.head) if learned.head is not None else None
         return ModuleMaster(module, map(module.get_submodule, learned.names), head, all_logits)
