@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
@@ -27,7 +28,8 @@ class OpCache(Cache):  # type: ignore[misc]
     def __init__(self, num_hidden_layers: int, one_pass: OnePass) -> None:
         super().__init__(layers=[])
         self._count, self._pass = num_hidden_layers, one_pass
-        self._layer: int | None = None  # whose keys and values were last handed on
+        self._layer: int | None = None  # whose keys and values were last handed on, and their shapes
+        self._shapes: tuple[torch.Size, torch.Size] | None = None
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -42,7 +44,7 @@ class OpCache(Cache):  # type: ignore[misc]
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """The new keys and values themselves."""
-        self._layer = layer_idx
+        self._layer, self._shapes = layer_idx, (key_states.shape, value_states.shape)
         return key_states, value_states
 
     def attend(
@@ -52,6 +54,12 @@ class OpCache(Cache):  # type: ignore[misc]
         layer, self._layer = self._layer, None
         if layer is None or layer in self._pass.facts:
             raise ConfigError("attends to the keys of another layer", where=name, fix=_OTHER)
+        if self._shapes != (key.shape, value.shape):
+            raise ConfigError(
+                "caches something else than the keys and values it attends to (multi-head latent attention?)",
+                where=name,
+                fix=_OTHER,
+            )
         return self._pass.attend(layer, query, key, value, attributes, sinks)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -23,6 +23,17 @@ from headfold.export.exportables.oracle import Oracle
 from headfold.export.exportables.traced import ModelTensors, OnePass, TracedMaster
 from headfold.export.exportables.transformers_road import experts
 from headfold.export.exportables.transformers_road.attending import NAME, OpCache
+from headfold.export.exportables.transformers_road.refusals import (
+    BELONGS,
+    ROAD,
+    one_line,
+    other_class,
+    refuse_other_kinds,
+    unattending,
+    unmade,
+    unreadable,
+    unrun,
+)
 from headfold.export.exportables.transformers_road.transformers_oracle import TransformersOracle, decoder_layers, quiet
 from headfold.plugins.dtypes import Quantized
 from headfold.runtime.errors import CheckpointError, ConfigError
@@ -30,10 +41,6 @@ from headfold.runtime.manifest import Road
 
 Load = Callable[[torch.dtype, str], PreTrainedModel]  # in a dtype, with an attention implementation
 
-_ROAD = (
-    "headfold exports what transformers can run with another attention, every layer with keys and values of its own."
-)
-_BELONGS = "The checkpoint is incomplete, or config.json is another model's."
 _SHARED = 2  # parameters made of one that is stored, at most; those that are missing are named when they are read
 
 
@@ -125,8 +132,8 @@ def open_transformers(path: Path, trust_remote_code: bool = False) -> Transforme
         with quiet():
             config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a configuration's own validation raises
-        fix = "Give --trust-remote-code if you trust it." if "trust_remote_code" in str(error) else _ROAD
-        raise ConfigError(f"transformers cannot read its configuration: {_line(error)}", where=path, fix=fix) from error
+        raise unreadable(error, path) from error
+    refuse_other_kinds(config, path)
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
@@ -153,7 +160,7 @@ def open_transformers(path: Path, trust_remote_code: bool = False) -> Transforme
                 )
         except Exception as error:  # of its loader, of safetensors, of a model's own code
             raise CheckpointError(
-                f"transformers cannot load it: {_line(error)}", where=path, fix="Download it again."
+                f"transformers cannot load it: {one_line(error)}", where=path, fix="Download it again."
             ) from error
         for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             if found[what]:
@@ -161,18 +168,18 @@ def open_transformers(path: Path, trust_remote_code: bool = False) -> Transforme
                 raise CheckpointError(
                     f"{what.replace('_keys', '')} tensors: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}",
                     where=path,
-                    fix=_BELONGS,
+                    fix=other_class(config),
                 )
         return cast(PreTrainedModel, model.eval().requires_grad_(False))
 
     tensors, elements = stored_sizes(path)
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if isinstance(layers, int) and layers > tensors:  # before they are made
-        raise ConfigError(f"it has {layers} layers, and {tensors} tensors", where=path, fix=_BELONGS)
+        raise ConfigError(f"it has {layers} layers, and {tensors} tensors", where=path, fix=BELONGS)
     opened = TransformersModel(config, load, path, TokenizerFiles(side_files(path)))
     parameters = sum(map(math.prod, opened.shapes.values()))
     if parameters > _SHARED * elements:  # before transformers takes memory for them
-        raise CheckpointError(f"it has {parameters:,} parameters, and its files {elements:,}", where=path, fix=_BELONGS)
+        raise CheckpointError(f"it has {parameters:,} parameters, and its files {elements:,}", where=path, fix=BELONGS)
     return opened
 
 
@@ -183,14 +190,8 @@ def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, path: Path) -> PreTra
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=NAME, experts_implementation=experts.NAME
             )
-    except ValueError as error:  # of a class that has no AttentionInterface
-        raise ConfigError(
-            f"{config.model_type} cannot take another attention: {_line(error)}", where=path, fix=_ROAD
-        ) from error
-    except Exception as error:  # whatever a model's own code raises at sizes that make no sense
-        raise ConfigError(
-            f"no {config.model_type} can be made of its configuration: {_line(error)}", where=path, fix=_BELONGS
-        ) from error
+    except Exception as error:  # of a class that has no AttentionInterface, of a model's own code
+        raise unmade(config, error, NAME, path) from error
     with _found_in(path):
         experts.learn_gates(model)
     return cast(PreTrainedModel, model.eval().requires_grad_(False))
@@ -202,7 +203,7 @@ def _facts(model: PreTrainedModel, path: Path) -> Facts:
     text = config.get_text_config()
     count = int(text.num_hidden_layers)
     if getattr(type(model), "_is_stateful", False):
-        raise ConfigError(f"{config.model_type} has a state beside keys and values", where=path, fix=_ROAD)
+        raise ConfigError(f"{config.model_type} has a state beside keys and values", where=path, fix=ROAD)
     master = TransformersMaster(model, count, all_logits=True)
     with torch.device("meta"):
         ids = torch.zeros(1, 3, dtype=torch.long)
@@ -212,17 +213,10 @@ def _facts(model: PreTrainedModel, path: Path) -> Facts:
         except ConfigError:
             raise
         except Exception as error:  # whatever a model's own code raises when it finds no cache of its own kind
-            raise ConfigError(
-                f"{config.model_type} does not run with headfold's cache: {_line(error)}", where=path, fix=_ROAD
-            ) from error
+            raise unrun(model, error, path) from error
     silent = [layer for layer in range(count) if layer not in cache.facts]
     if silent or len(hidden) != count:
-        which = silent[0] if silent else len(hidden)
-        raise ConfigError(
-            f"layer {which} of {config.model_type} does not attend through transformers' AttentionInterface",
-            where=path,
-            fix=_ROAD,
-        )
+        raise unattending(model, silent[0] if silent else len(hidden), path)
     capacity = getattr(text, "max_position_embeddings", None)
     if not isinstance(capacity, int) or capacity < 1:
         raise ConfigError(
@@ -250,7 +244,3 @@ def _found_in(path: Path) -> Iterator[None]:
     except ConfigError as error:
         where = f"{path}: {error.where}" if error.where else path
         raise ConfigError(error.what, where=where, fix=error.fix) from error
-
-
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
