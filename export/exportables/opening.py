@@ -43,7 +43,7 @@ def open_exportable(
         raise ConfigError(
             f"model_type {model_type!r} is none of headfold's own ({', '.join(FAMILIES)}), and transformers is not installed",
             where=path,
-            fix="pip install 'headfold[transformers]'",
+            fix="Install it: pip install 'headfold[transformers]'.",
         )
     from headfold.export.exportables.transformers_road.transformers_model import open_transformers
 
