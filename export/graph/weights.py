@@ -27,7 +27,7 @@ def attach_weights(model: ir.Model, tensors: Tensors, tables: Mapping[str, Tenso
     cannot hold, unless `allow_nan`.
 
     Raises:
-        ConfigError: there is a tensor that the graph does not have.
+        ConfigError: there is a tensor that the graph does not have, or one in the graph that is none of them.
     """
     total, taken = 0, set[str]()
     for name, value in model.graph.initializers.items():
@@ -39,6 +39,12 @@ def attach_weights(model: ir.Model, tensors: Tensors, tables: Mapping[str, Tenso
             read = _reader(tensors, name, recipe, to_torch_dtype(tensor.dtype), allow_nan)
             value.const_value = ir.LazyTensor(read, dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name)
             total += tensor.nbytes
+        elif getattr(getattr(tensor, "raw", None), "is_meta", False):  # of torch's exporter, whose classes are its own
+            raise ConfigError(
+                f"has a tensor that is neither parameter nor buffer, {name}",
+                where=tensors.path,
+                fix="Register it: self.register_buffer(name, tensor).",
+            )
     left = [name for name in tensors.shapes() if name not in taken]
     if left:
         raise ConfigError(

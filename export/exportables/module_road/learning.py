@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from headfold.export.exportables.facts import LayerFacts
@@ -17,6 +18,7 @@ from headfold.runtime.errors import ConfigError, HeadfoldError
 
 _OP = "headfold.plugins.torch.attention(q, k, v, cache, layer)"
 _FORWARD = "headfold calls forward(input_ids, positions, cache), and takes logits [batch, tokens, vocabulary]."
+_REGISTER = "Register it: self.register_buffer(name, tensor)."
 _LENGTHS = (
     31,
     37,
@@ -88,6 +90,19 @@ class _NoOtherAttention(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return output
 
 
+class _NoNumbers(TorchFunctionMode):
+    """Refuses tensors of numbers that the module's code has: they are neither weights nor computed."""
+
+    def __init__(self, heard: _Heard) -> None:
+        super().__init__()
+        self._heard = heard
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.tensor, torch.as_tensor, torch.from_numpy):
+            raise ConfigError("makes a tensor of numbers while it runs", where=self._heard.where, fix=_REGISTER)
+        return func(*args, **(kwargs or {}))
+
+
 def learn(module: nn.Module) -> Learned:
     """Learn it of a module on meta tensors.
 
@@ -102,7 +117,7 @@ def learn(module: nn.Module) -> Learned:
         positions = torch.arange(length)[None]
         cache = _Listening(heard, ids)
         try:
-            with _NoOtherAttention(heard, length):
+            with _NoOtherAttention(heard, length), _NoNumbers(heard):
                 logits = module(ids, positions, cache)
         except HeadfoldError as error:
             raise ConfigError(error.what, where=error.where or heard.where, fix=error.fix) from error
@@ -165,7 +180,7 @@ def _refused(heard: _Heard, error: Exception) -> ConfigError:
         return ConfigError(
             f"has tensors that are neither parameters nor buffers: {text}",
             where=heard.where,
-            fix="Register them: self.register_buffer(name, tensor).",
+            fix=_REGISTER,
         )
     return ConfigError(
         f"does not run: {text}",

@@ -107,7 +107,8 @@ class ModuleMaster(TracedMaster):
 
     def logits(self, input_ids: Tensor, positions: Tensor, cache: OnePass) -> Tensor:
         """See TracedMaster."""
-        return cast(Tensor, self.decoder(input_ids, positions, cache))
+        with torch.device(input_ids.device):  # of what it makes on the way, as torch.arange(n)
+            return cast(Tensor, self.decoder(input_ids, positions, cache))
 
 
 def _check_parameters(module: nn.Module, name: str) -> None:

@@ -190,6 +190,10 @@ MODULES: dict[str, tuple[Maker, str]] = {
         ),
         "Plain.layers.0.attending: has tensors that are neither parameters nor buffers",
     ),
+    "numbers in its code": (
+        attends(attend=lambda self, q, k, v, cache, layer: attention(q * torch.tensor(0.5), k, v, cache, layer)),
+        "Plain.layers.0.attending: makes a tensor of numbers while it runs",
+    ),
     "another forward": (module(forward=lambda self, input_ids: input_ids), "Plain: does not run"),
     "no logits": (module(forward=lambda self, i, p, c: (Plain.forward(self, i, p, c),)), "makes tuple"),
     "a classifier of ones own": (
