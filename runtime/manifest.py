@@ -33,7 +33,7 @@ _HUB = frozenset(
 )  # what a hub's download adds; never read
 _FIX = "Export the bundle again."
 _CHANGED = "The bundle was changed after its export: export it again, or copy it anew."
-Road = Literal["headfold", "transformers"]
+Road = Literal["headfold", "transformers", "module"]
 
 
 def _inside(name: str) -> str:

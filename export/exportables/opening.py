@@ -36,6 +36,12 @@ def open_exportable(
         ConfigError: the model is not one that can be exported.
         InputError: code is to be trusted, and none is run.
     """
+    if via == "module":
+        raise ConfigError(
+            "holds no code of the module that the bundle was made of",
+            where=path,
+            fix="Compare it in Python: headfold.export.verify_module(bundle, module).",
+        )
     path, why = find(path), None
     tables: set[str | None] = {*FAMILIES, OWN}
     model_type = Directory(path, base).config.get("model_type") if path.is_dir() else None

@@ -6,7 +6,14 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from headfold.export.graph.recipes import WeightRecipe, add_weight, recipe_of, remove_unread, set_recipe
+from headfold.export.graph.recipes import (
+    WeightRecipe,
+    add_weight,
+    recipe_of,
+    remove_unread,
+    set_recipe,
+    shared_constant,
+)
 from headfold.plugins.attention.schema import ALL_INPUTS, DOMAIN, LAST_INDEX, OP_TYPE
 from headfold.plugins.names import hidden_state, is_cache_output, layer_input
 
@@ -35,7 +42,8 @@ def fold_transposes(model: ir.Model) -> None:
         if weight is None or recipe is None or weight.shape is None or len(weight.shape) not in (2, 3):
             continue
         *rest, rows, columns = (int(dim) for dim in weight.shape)  # type: ignore[arg-type]  # of a weight: numbers
-        if len(rest) == 1 and list(node.attributes.get_ints("perm", [])) != [0, 2, 1]:
+        axes = list(range(len(weight.shape)))
+        if list(node.attributes.get_ints("perm", axes[::-1])) != [*axes[:-2], axes[-1], axes[-2]]:
             continue
         shape = [*rest, columns, rows]
         recipe = replace(recipe, transposed=not recipe.transposed)
@@ -43,6 +51,45 @@ def fold_transposes(model: ir.Model) -> None:
         ir.convenience.replace_all_uses_with(node.outputs[0], folded)
         model.graph.remove(node, safe=True)
         remove_unread(model, [weight])
+
+
+def split_at_once(model: ir.Model) -> None:
+    """What torch's `split` and `chunk` are traced as, elements of a sequence, becomes the outputs of a `Split`, as kernels know it."""
+    for node in [node for node in model.graph if node.op_type == "SplitToSequence" and not node.domain]:
+        x, readers = node.inputs[0], list(node.outputs[0].consumers())
+        sizes, *picks = (_constant(reader, 1) for reader in (node, *readers))
+        axis = node.attributes.get_int("axis", 0)
+        whole = x.shape[axis] if x is not None and x.shape is not None else None
+        if (
+            x is None
+            or sizes is None
+            or any(reader.op_type != "SequenceAt" for reader in readers)
+            or any(pick is None for pick in picks)
+        ):
+            continue
+        parts = sizes.tolist()
+        if isinstance(parts, int):
+            if not isinstance(whole, int):
+                continue
+            parts = [min(parts, whole - begin) for begin in range(0, whole, parts)]
+        tape = ir.tape.Tape()
+        widths = shared_constant(model, "widths." + ".".join(map(str, parts)), np.array(parts))
+        outputs = tape.op_multi_out("Split", [x, widths], {"axis": axis}, num_outputs=len(parts))
+        model.graph.insert_before(node, tape.nodes)
+        for reader, pick in zip(readers, picks, strict=True):
+            assert pick is not None
+            old, new = reader.outputs[0], outputs[int(pick)]
+            new.type, new.shape, new.name = old.type, old.shape, old.name
+            ir.convenience.replace_all_uses_with(old, new)
+            model.graph.remove(reader, safe=True)
+        model.graph.remove(node, safe=True)
+
+
+def _constant(node: ir.Node, index: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]] | None:
+    """What a node's input always is, if that is known."""
+    value = node.inputs[index] if len(node.inputs) > index else None
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    return tensor.numpy() if tensor is not None else None
 
 
 def attention_nodes(model: ir.Model) -> list[ir.Node]:

@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import onnx
 import onnx_ir as ir
@@ -15,6 +16,7 @@ import torch
 from onnx_ir.passes import common as common_passes
 from onnxscript import opset23 as op
 from torch import Tensor, nn
+from torch.onnx import OnnxExporterError
 
 import headfold.plugins.experts.torch_op  # noqa: F401  # registers the op that the table below names
 from headfold.export.exportables.base import Exportable, Tensors
@@ -22,7 +24,7 @@ from headfold.export.graph.bodies import onnxruntime_can, use_onnxruntime_body, 
 from headfold.export.graph.experts import alternate_experts, use_experts_body
 from headfold.export.graph.joining import join_projections
 from headfold.export.graph.norms import fold_norms
-from headfold.export.graph.passes import fold_transposes, name_weights, share_last_index
+from headfold.export.graph.passes import fold_transposes, name_weights, share_last_index, split_at_once
 from headfold.export.graph.reshapes import drop_idle_reshapes
 from headfold.export.graph.rotation import fold_rotations
 from headfold.plugins.attention.onnx_functions import schema
@@ -32,6 +34,7 @@ from headfold.plugins.experts import onnx_functions as experts_body
 from headfold.plugins.experts import schema as experts_schema
 from headfold.plugins.names import caches, hidden_state
 from headfold.plugins.onnx_body import OPSET
+from headfold.runtime.errors import ConfigError, HeadfoldError
 
 IR_VERSION = 11  # of ONNX 1.18: the first with opset 23 and later, and what onnxruntime 1.31 reads
 
@@ -76,7 +79,7 @@ def export_graph(
     )
     layers = range(len(shapes))
     kv = caches(len(shapes))
-    with _quiet():
+    with _quiet(), _one_line(exportable.path):
         program = torch.onnx.export(
             master,
             args,
@@ -104,6 +107,7 @@ def export_graph(
     del model.graph.outputs[-len(shapes) :]  # the residual stream: named values, not outputs
     name_weights(model, prefix="decoder.", tied=_tied(master.decoder))
     fold_transposes(model)
+    split_at_once(model)
     if (
         dtype == torch.float32
     ):  # in 16 bits models cast in between, and the rules would lose the casts: it stays spelled out
@@ -160,6 +164,25 @@ def _experts_node(*tensors: ir.Value | None, **attributes: float | str) -> objec
 
 def _norm_node(x: Tensor, weight: Tensor, epsilon: float) -> object:
     return op.RMSNormalization(x, weight, axis=-1, epsilon=epsilon)
+
+
+@contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    """The exporter's pages on why it fails, as a line of what failed first."""
+    try:
+        yield
+    except OnnxExporterError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None and not isinstance(cause, HeadfoldError):
+            cause = cause.__cause__
+        if isinstance(cause, HeadfoldError):
+            raise cause from error
+        first = (str(cause).strip().splitlines() or [""])[0]
+        raise ConfigError(
+            f"torch cannot export it as one graph: {type(cause).__name__}: {first}",
+            where=path,
+            fix="Make its forward pass the same operations for every batch, length and value.",
+        ) from error
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from headfold.export.exportables.base import Tensors
 from headfold.export.graph.recipes import WeightRecipe, recipe_of
 from headfold.export.model.decoder import Scales
 from headfold.plugins.attention.schema import SCALES
-from headfold.runtime.errors import BundleError, CheckpointError, HeadfoldError
+from headfold.runtime.errors import BundleError, CheckpointError, ConfigError, HeadfoldError
 
 _INLINE = 1024  # bytes; smaller tensors stay in the graph, where shape inference can see them
 
@@ -25,6 +25,9 @@ def attach_weights(model: ir.Model, tensors: Tensors, tables: Mapping[str, Tenso
 
     Nothing is read before the graph is saved; reading raises CheckpointError for a value that is not finite, or that the dtype
     cannot hold, unless `allow_nan`.
+
+    Raises:
+        ConfigError: there is a tensor that the graph does not have, or one in the graph that is none of them.
     """
     total, taken = 0, set[str]()
     for name, value in model.graph.initializers.items():
@@ -36,9 +39,19 @@ def attach_weights(model: ir.Model, tensors: Tensors, tables: Mapping[str, Tenso
             read = _reader(tensors, name, recipe, to_torch_dtype(tensor.dtype), allow_nan)
             value.const_value = ir.LazyTensor(read, dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name)
             total += tensor.nbytes
+        elif getattr(getattr(tensor, "raw", None), "is_meta", False):  # of torch's exporter, whose classes are its own
+            raise ConfigError(
+                f"has a tensor that is neither parameter nor buffer, {name}",
+                where=tensors.path,
+                fix="Register it: self.register_buffer(name, tensor).",
+            )
     left = [name for name in tensors.shapes() if name not in taken]
     if left:
-        raise RuntimeError(f"the graph takes nothing from {', '.join(left[:3])} of the checkpoint")
+        raise ConfigError(
+            f"its forward pass reads nothing of {', '.join(left[:3])}{', ...' if len(left) > 3 else ''}",
+            where=tensors.path,
+            fix="Leave them out of the model, or use them.",
+        )
     return total
 
 

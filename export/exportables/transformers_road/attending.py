@@ -6,6 +6,7 @@ Any decoder of transformers that asks `AttentionInterface` for its attention the
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,12 +15,10 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
 from headfold.export.exportables.facts import LayerFacts
+from headfold.export.exportables.traced import OnePass
 from headfold.export.exportables.transformers_road import masks
 from headfold.export.exportables.transformers_road.masks import CAUSAL, Visible
-from headfold.export.model.decoder import Cache as Caches
-from headfold.export.model.decoder import Layout
-from headfold.plugins.attention.schema import AttentionInputs, Attributes
-from headfold.plugins.attention.torch_op import attention
+from headfold.plugins.attention.schema import Attributes
 from headfold.runtime.errors import ConfigError
 
 NAME = "headfold"  # of the attention, in `config._attn_implementation`
@@ -30,17 +29,13 @@ _current: ContextVar["OpCache"] = ContextVar("the cache of the forward pass that
 class OpCache(Cache):  # type: ignore[misc]
     """The caches of one forward pass. `update` stores nothing: it hands the new keys and values on, and remembers whose they are.
 
-    Without caches nothing is computed: it only learns how each layer attends, for `facts`. With them that is `known`.
+    What each layer sees is `known`, but for the pass that learns it.
     """
 
-    def __init__(
-        self, num_hidden_layers: int, layout: Layout, past: Caches | None, known: Sequence[LayerFacts] = ()
-    ) -> None:
+    def __init__(self, num_hidden_layers: int, one_pass: OnePass, known: Sequence[LayerFacts] = ()) -> None:
         super().__init__(layers=[])
-        self._count, self._layout, self._past, self._known = num_hidden_layers, layout, past, known
+        self._count, self._pass, self._known = num_hidden_layers, one_pass, known
         self._handed: tuple[int, Tensor, Tensor] | None = None  # a layer, and the keys and values that it last gave
-        self.facts: dict[int, LayerFacts] = {}
-        self.present: dict[int, tuple[Tensor, Tensor]] = {}
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -64,42 +59,20 @@ class OpCache(Cache):  # type: ignore[misc]
 
     get_conv_state = update_conv_state = get_recurrent_state = update_recurrent_state = has_previous_state
 
-    def attend(self, name: str, q: Tensor, k: Tensor, v: Tensor, found: LayerFacts, sinks: Tensor | None) -> Tensor:
-        """[B, S, Hq*D] of new queries [B, Hq, S, D], keys and values [B, Hkv, S, D]."""
+    def attend(
+        self, name: str, query: Tensor, key: Tensor, value: Tensor, attributes: Attributes, sinks: Tensor | None
+    ) -> Tensor:
+        """[B, Hq, S, D] of new queries [B, Hq, S, D], keys and values [B, Hkv, S, D]."""
         handed, self._handed = self._handed, None
-        if handed is None or handed[0] in self.facts:
+        if handed is None or handed[0] in self._pass.facts:
             raise ConfigError("attends to the keys of another layer", where=name, fix=_OTHER)
         layer, keys, values = handed
-        if keys is not k or values is not v:
+        if keys is not key or values is not value:
             what = "attends to other keys and values than it caches (multi-head latent attention?)"
             raise ConfigError(what, where=name, fix=_OTHER)
-        facts = self.facts[layer] = self._known[layer] if self._known else found
-        batch, length = q.shape[0], q.shape[2]
-        query, key, value = (x.transpose(1, 2).reshape(batch, length, x.shape[1] * x.shape[3]) for x in (q, k, v))
-        if self._past is None:
-            return torch.empty_like(query)
-        past_key, past_value = self._past[layer]
-        inputs = AttentionInputs(
-            query=query,
-            key=key,
-            value=value,
-            past_key=past_key,
-            past_value=past_value,
-            past_lengths=self._layout.past_lengths,
-            total_sequence_length=self._layout.total,
-            head_sink=sinks,
-        )
-        attributes = Attributes(
-            num_heads=facts.num_attention_heads,
-            kv_num_heads=facts.num_key_value_heads,
-            scale=facts.scale,
-            local_window_size=facts.window,
-            softcap=facts.softcap,
-        )
-        output, present = attention(inputs, attributes)
-        assert present is not None
-        self.present[layer] = present
-        return output
+        if self._known:
+            attributes = replace(attributes, local_window_size=self._known[layer].window)
+        return self._pass.attend(layer, query, key, value, attributes, sinks)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Nothing: positions are given."""
@@ -157,20 +130,17 @@ def _attention(
     window = attention_mask.window if attention_mask is not None else -1
     if window is None or window == 0:
         raise ConfigError("has tokens see in a pattern of its own (in chunks or blocks?)", where=name, fix=CAUSAL)
-    facts = LayerFacts(
-        num_attention_heads=query.shape[1],
-        num_key_value_heads=key.shape[1],
-        head_dim=query.shape[3],
+    attributes = Attributes(
+        num_heads=query.shape[1],
+        kv_num_heads=key.shape[1],
         scale=float(scaling) if scaling is not None else query.shape[3] ** -0.5,
-        window=window,
+        local_window_size=window,
         softcap=float(softcap or 0),
-        sinks=s_aux is not None,
     )
     cache = _current.get(None)
     if cache is None:
         raise RuntimeError(f"{name} attends outside of an OpCache")
-    output = cache.attend(name, query, key, value, facts, s_aux)
-    return output.view(query.shape[0], query.shape[2], query.shape[1], query.shape[3]), None
+    return cache.attend(name, query, key, value, attributes, s_aux).transpose(1, 2), None
 
 
 AttentionInterface.register(NAME, _attention)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from headfold.export.checkpoints.base import TokenizerFiles
@@ -19,24 +19,28 @@ from headfold.export.checkpoints.directories.directory import Directory
 from headfold.export.exportables.base import Master, Tensors, no_quantized_cache
 from headfold.export.exportables.facts import Facts, LayerFacts
 from headfold.export.exportables.oracle import Oracle
+from headfold.export.exportables.traced import ModelTensors, OnePass, TracedMaster
 from headfold.export.exportables.transformers_road import experts
 from headfold.export.exportables.transformers_road.attending import NAME, OpCache
-from headfold.export.exportables.transformers_road.loading import load_model, one_line, quiet
-from headfold.export.exportables.transformers_road.mapped import MappedFiles
+from headfold.export.exportables.transformers_road.loading import load_model, quiet
+from headfold.export.exportables.transformers_road.refusals import (
+    BELONGS,
+    ROAD,
+    other_class,
+    refuse_other_kinds,
+    unattending,
+    unmade,
+    unreadable,
+    unrun,
+)
 from headfold.export.exportables.transformers_road.transformers_oracle import TransformersOracle, decoder_layers
 from headfold.export.model.config import MOST_LAYERS
-from headfold.export.model.decoder import Cache, sequence_layout
 from headfold.plugins.dtypes import Quantized
 from headfold.runtime.errors import CheckpointError, ConfigError
 from headfold.runtime.manifest import Road
 
 Load = Callable[[torch.dtype], PreTrainedModel]  # in a dtype, with eager attention
 
-_ROAD = (
-    "headfold exports what transformers can run with another attention, every layer with keys and values of its own."
-)
-_OWN_ATTENTION = "attends by code of its own (with ALiBi?), not through transformers' AttentionInterface"
-_BELONGS = "The checkpoint is incomplete, or config.json is another model's."
 _SHARED = 2  # parameters made of one that is stored, at most; those that are missing are named when they are read
 
 
@@ -67,7 +71,7 @@ class TransformersModel:
         self.config, self.path, self.tokenizer, self.directory = config, path, tokenizer, directory
         self._load, self._stored = load, _stored(directory)
         model = _on_meta(config, torch.float32, path)
-        self.parameters = sum(parameter.numel() for parameter in model.parameters())  # what is tied counts once
+        self.shapes = {name: tuple(x.shape) for name, x in model.named_parameters()}  # what is tied counts once
         self.facts = _facts(model, path)
 
     @property
@@ -104,88 +108,27 @@ class TransformersModel:
         return TransformersOracle(self._load(stored).to(arithmetic), made=made)
 
 
-class TransformersMaster(Master):
-    """A transformers decoder with the graph's inputs and outputs; see Master. Padding is moved to the end of each row.
+class TransformersMaster(TracedMaster):
+    """A transformers decoder with the graph's inputs and outputs; see Master.
 
-    How its layers attend is `known`, but for a pass without caches, which learns it.
+    What its layers see is `known`, but for a pass without caches, which learns it.
     """
 
     def __init__(
         self, model: PreTrainedModel, num_hidden_layers: int, all_logits: bool, known: Sequence[LayerFacts] = ()
     ) -> None:
-        super().__init__()
-        self.decoder = model
-        self._count, self._all, self._known = num_hidden_layers, all_logits, known
-        self._wanted: Tensor | None = None
-        self._hidden: list[Tensor] = []
-        head = model.get_output_embeddings()
-        head.register_forward_pre_hook(self._take)
-        head.register_forward_hook(self._give)
-        for layer in decoder_layers(model, num_hidden_layers):
-            layer.register_forward_hook(self._keep)
+        layers = decoder_layers(model, num_hidden_layers)
+        super().__init__(model, layers, model.get_output_embeddings(), all_logits)
+        self._layers, self._known = num_hidden_layers, known
 
-    def _take(self, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Logits are computed of the wanted tokens only, [B * (1 or S), hidden]: two axes, so that a tied weight is not transposed."""
-        x, wanted = inputs[0], self._wanted
-        assert wanted is not None
-        return (x.gather(1, wanted[:, :, None].expand(-1, -1, x.shape[2])).flatten(0, 1), *inputs[1:])
-
-    def _give(self, _module: nn.Module, _inputs: tuple[Any, ...], logits: Tensor) -> Tensor:
-        """[B, 1 or S, vocab] again."""
-        wanted = self._wanted
-        assert wanted is not None
-        return logits.view(wanted.shape[0], wanted.shape[1], logits.shape[1])
-
-    def _keep(self, _module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
-        self._hidden.append(output if isinstance(output, Tensor) else output[0])
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, caches: Cache | None
-    ) -> tuple[Tensor, Cache, list[Tensor]]:
-        """See Master; without caches only the facts are learned."""
-        logits, cache, hidden = self.run(input_ids, attention_mask, caches)
-        missing = [layer for layer in range(self._count) if layer not in cache.present]
-        if missing:
-            raise ConfigError(f"layer {missing[0]} does not attend through transformers' AttentionInterface", fix=_ROAD)
-        return logits, [cache.present[layer] for layer in range(self._count)], hidden
-
-    def run(
-        self, input_ids: Tensor, attention_mask: Tensor, caches: Cache | None
-    ) -> tuple[Tensor, OpCache, list[Tensor]]:
-        """One pass, and the cache it had."""
-        layout = sequence_layout(input_ids, attention_mask)
-        length = input_ids.shape[1]
-        ids = input_ids.gather(1, layout.real_first(length))
-        positions = layout.past_lengths[:, None] + torch.arange(length, device=ids.device)  # [B, S]
-        self._wanted, self._hidden = layout.wanted(length, not self._all), []
-        cache = OpCache(self._count, layout, caches, self._known)
-        with cache.running():
+    def logits(self, input_ids: Tensor, positions: Tensor, cache: OnePass) -> Tensor:
+        """See TracedMaster."""
+        caches = OpCache(self._layers, cache, self._known)
+        with caches.running():
             output = self.decoder(
-                input_ids=ids, attention_mask=None, position_ids=positions, past_key_values=cache, use_cache=True
+                input_ids=input_ids, attention_mask=None, position_ids=positions, past_key_values=caches, use_cache=True
             )
-        hidden, self._hidden, self._wanted = self._hidden, [], None
-        return output.logits, cache, hidden
-
-
-class ModelTensors:
-    """The parameters and buffers of a loaded model; see Tensors. What is tied has its first name only."""
-
-    def __init__(self, model: PreTrainedModel, path: Path) -> None:
-        self.path = path
-        self._tensors = {name: x.detach() for name, x in (*model.named_parameters(), *model.named_buffers())}
-        self._parameters = {name for name, _ in model.named_parameters()}
-        self._files, self._last = MappedFiles(), ""
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Of the parameters: the graph must use every one of them."""
-        return {name: tuple(x.shape) for name, x in self._tensors.items() if name in self._parameters}
-
-    def read(self, name: str) -> Tensor:
-        """See Tensors; buffers too. The one that was read before it is taken to be done with."""
-        if self._last:
-            self._files.give_back(self._tensors[self._last])
-        self._last = name
-        return cast(Tensor, self._tensors[name])
+        return cast(Tensor, output.logits)
 
 
 def open_transformers(path: Path, trust_remote_code: bool = False, base: Path | None = None) -> TransformersModel:
@@ -205,7 +148,7 @@ def open_transformers(path: Path, trust_remote_code: bool = False, base: Path | 
     config = _config(directory.place, trust_remote_code)
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if isinstance(layers, int) and layers > len(directory.tensors):  # before they are made
-        raise ConfigError(f"it has {layers} layers, and {len(directory.tensors)} tensors", where=path, fix=_BELONGS)
+        raise ConfigError(f"it has {layers} layers, and {len(directory.tensors)} tensors", where=path, fix=BELONGS)
     if config.get_text_config().tie_word_embeddings:
         directory.check_tied()
 
@@ -217,15 +160,14 @@ def open_transformers(path: Path, trust_remote_code: bool = False, base: Path | 
                 raise CheckpointError(
                     f"{what.replace('_keys', '')} tensors: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}",
                     where=path,
-                    fix=_BELONGS,
+                    fix=other_class(config),
                 )
         return model
 
     opened = TransformersModel(config, load, path, TokenizerFiles(directory.tokenizer), directory)
-    if opened.parameters > _SHARED * elements:  # before transformers takes memory for them
-        raise CheckpointError(
-            f"it has {opened.parameters:,} parameters, and its files {elements:,}", where=path, fix=_BELONGS
-        )
+    parameters = sum(map(math.prod, opened.shapes.values()))
+    if parameters > _SHARED * elements:  # before transformers takes memory for them
+        raise CheckpointError(f"it has {parameters:,} parameters, and its files {elements:,}", where=path, fix=BELONGS)
     return opened
 
 
@@ -243,10 +185,8 @@ def _config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
         with quiet():
             config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a configuration's own validation raises
-        fix = "Give --trust-remote-code if you trust it." if "trust_remote_code" in str(error) else _ROAD
-        raise ConfigError(
-            f"transformers cannot read its configuration: {one_line(error)}", where=path, fix=fix
-        ) from error
+        raise unreadable(error, path) from error
+    refuse_other_kinds(config, path)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     return config
@@ -259,12 +199,8 @@ def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, path: Path) -> PreTra
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=NAME, experts_implementation=experts.NAME
             )
-    except (ValueError, KeyError) as error:  # of a class that has no AttentionInterface, or a dictionary of its own
-        raise ConfigError(f"{config.model_type} {_OWN_ATTENTION}: {one_line(error)}", where=path, fix=_ROAD) from error
-    except Exception as error:  # whatever a model's own code raises at sizes that make no sense
-        raise ConfigError(
-            f"no {config.model_type} can be made of its configuration: {one_line(error)}", where=path, fix=_BELONGS
-        ) from error
+    except Exception as error:  # of a class that has no AttentionInterface, of a model's own code
+        raise unmade(config, error, path) from error
     with _found_in(path):
         experts.learn_gates(model)
     return cast(PreTrainedModel, model.eval().requires_grad_(False))
@@ -276,7 +212,7 @@ def _facts(model: PreTrainedModel, path: Path) -> Facts:
     text = config.get_text_config()
     count = int(text.num_hidden_layers)
     if getattr(type(model), "_is_stateful", False):
-        raise ConfigError(f"{config.model_type} has a state beside keys and values", where=path, fix=_ROAD)
+        raise ConfigError(f"{config.model_type} has a state beside keys and values", where=path, fix=ROAD)
     master, pad = TransformersMaster(model, count, all_logits=True), text.pad_token_id
     text.pad_token_id = None  # models look for it among the tokens, which are no numbers yet, only to warn
     with torch.device("meta"):
@@ -285,21 +221,12 @@ def _facts(model: PreTrainedModel, path: Path) -> Facts:
             with _found_in(path):
                 _, cache, hidden = master.run(ids, torch.ones_like(ids), None)
         except Exception as error:  # whatever a model's own code raises when it finds no cache or mask of its own kind
-            if not type(model)._can_set_attn_implementation():
-                what = f"{config.model_type} {_OWN_ATTENTION}"
-            elif isinstance(error, ConfigError):
+            if isinstance(error, ConfigError) and type(model)._can_set_attn_implementation():
                 raise
-            else:
-                what = f"{config.model_type} does not run with headfold's cache, on tensors without numbers: {one_line(error)}"
-            raise ConfigError(what, where=path, fix=_ROAD) from error
+            raise unrun(model, error, path) from error
     silent = [layer for layer in range(count) if layer not in cache.facts]
     if silent or len(hidden) != count:
-        which = silent[0] if silent else len(hidden)
-        raise ConfigError(
-            f"layer {which} of {config.model_type} does not attend through transformers' AttentionInterface",
-            where=path,
-            fix=_ROAD,
-        )
+        raise unattending(model, silent[0] if silent else len(hidden), path)
     capacity = getattr(text, "max_position_embeddings", None)
     if not isinstance(capacity, int) or capacity < 1:
         raise ConfigError(

@@ -5,7 +5,7 @@ import torch
 from random_transformers import random_model
 
 from headfold.export.bundle.pipeline import ExportOptions, export_bundle
-from headfold.export.exportables.in_memory import transformers_in_memory
+from headfold.export.exportables.transformers_road.in_memory import transformers_in_memory
 from headfold.export.progress import Reporter
 from headfold.runtime import load
 

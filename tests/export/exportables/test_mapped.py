@@ -7,8 +7,8 @@ from random_transformers import save_random
 from safetensors.torch import load_file, save_file
 
 from headfold.export.bundle.pipeline import ExportOptions, export_bundle
+from headfold.export.exportables.mapped import MappedFiles
 from headfold.export.exportables.opening import open_exportable
-from headfold.export.exportables.transformers_road.mapped import MappedFiles
 from headfold.export.progress import Reporter
 from headfold.runtime.errors import CheckpointError
 

@@ -15,7 +15,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from headfold.export.exportables.in_memory import transformers_in_memory
+from headfold.export.exportables.transformers_road.in_memory import transformers_in_memory
 from headfold.export.exportables.transformers_road.masks import _mask
 from headfold.runtime.errors import ConfigError
 

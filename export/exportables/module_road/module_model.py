@@ -1,0 +1,131 @@
+"""The road of a person's own nn.Module: the module itself is traced, and says what is right, with attention spelled out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from headfold.export.checkpoints.base import TokenizerFiles
+from headfold.export.exportables.base import Master, no_quantized_cache
+from headfold.export.exportables.copying import in_dtype, without_weights
+from headfold.export.exportables.facts import Facts
+from headfold.export.exportables.module_road.learning import Learned, learn
+from headfold.export.exportables.module_road.module_oracle import ModuleOracle
+from headfold.export.exportables.oracle import Oracle
+from headfold.export.exportables.traced import ModelTensors, OnePass, TracedMaster
+from headfold.plugins.dtypes import Quantized
+from headfold.runtime.errors import ConfigError
+from headfold.runtime.manifest import Road
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleFacts:
+    """What running a module does not tell of it; all else is learned from a pass on meta tensors."""
+
+    max_position_embeddings: int  # the most tokens that the model was made for
+    bos_token_id: int | None = None
+    eos_token_id: tuple[int, ...] = ()  # those that end an answer
+    pad_token_id: int | None = None
+
+
+class ModuleModel:
+    """An Exportable of a module; see `headfold.export.bundle.modules.export_module` for what it must be.
+
+    Raises:
+        ConfigError: it is no decoder that can be exported; which submodule, and why, is named.
+    """
+
+    road: Road = "module"
+
+    def __init__(self, module: nn.Module, facts: ModuleFacts, tokenizer: TokenizerFiles) -> None:
+        name = type(module).__name__
+        self.path, self.tokenizer = Path(name), tokenizer
+        self._module = module
+        if facts.max_position_embeddings < 1:
+            raise ConfigError(
+                f"max_position_embeddings is {facts.max_position_embeddings}", fix="Give a number of tokens."
+            )
+        _check_parameters(module, name)
+        self._learned = self._learn(torch.float32)
+        self.facts = Facts(
+            model_type=name,
+            vocab_size=self._learned.vocab_size,
+            hidden_size=self._learned.hidden_size,
+            capacity=facts.max_position_embeddings,
+            layers=self._learned.layers,
+            bos_token_id=facts.bos_token_id,
+            eos_token_id=facts.eos_token_id,
+            pad_token_id=facts.pad_token_id,
+        )
+
+    def _learn(self, dtype: torch.dtype) -> Learned:
+        try:
+            return learn(without_weights(self._module, dtype))
+        except ConfigError as error:
+            where = f"{self.path}.{error.where}" if error.where else self.path
+            raise ConfigError(error.what, where=where, fix=error.fix) from error
+
+    @property
+    def titles(self) -> Mapping[str, str]:
+        """See Exportable: none."""
+        return {}
+
+    def describe(self) -> dict[str, Any]:
+        """See Exportable."""
+        return self.facts.to_json()
+
+    def master(self, dtype: torch.dtype, capacity: int, all_logits: bool, cache: Quantized | None = None) -> Master:
+        """See Exportable."""
+        if cache is not None:
+            raise no_quantized_cache(self.path)
+        self._learn(dtype)  # what does not run in it is named
+        module, learned = without_weights(self._module, dtype), self._learned
+        head = module.get_submodule(learned.head) if learned.head is not None else None
+        return ModuleMaster(module, map(module.get_submodule, learned.names), head, all_logits)
+
+    def tensors(self, dtype: torch.dtype) -> ModelTensors:
+        """See Exportable."""
+        return ModelTensors(self._module, self.path)
+
+    def tables(self, dtype: torch.dtype, capacity: int) -> Mapping[str, Tensor]:
+        """See Exportable: none; buffers come with the weights."""
+        return {}
+
+    def oracle(self, stored: torch.dtype, capacity: int) -> Oracle:
+        """See Exportable: the module itself, without headfold's op."""
+        return self.reference(stored, capacity, torch.float32)
+
+    def reference(self, stored: torch.dtype, capacity: int, arithmetic: torch.dtype) -> Oracle:
+        """See Exportable."""
+        module = in_dtype(in_dtype(self._module, stored), arithmetic)
+        for buffer in module.buffers():
+            if buffer.is_floating_point():
+                buffer.data = buffer.data.to(arithmetic)
+        return ModuleOracle(module, self._learned.names)
+
+
+class ModuleMaster(TracedMaster):
+    """A module with the graph's inputs and outputs; see Master."""
+
+    def logits(self, input_ids: Tensor, positions: Tensor, cache: OnePass) -> Tensor:
+        """See TracedMaster."""
+        with torch.device(input_ids.device):  # of what it makes on the way, as torch.arange(n)
+            return cast(Tensor, self.decoder(input_ids, positions, cache))
+
+
+def _check_parameters(module: nn.Module, name: str) -> None:
+    parameters = dict(module.named_parameters())
+    if not parameters:
+        raise ConfigError("has no parameters", where=name, fix="Give a model with its weights.")
+    for parameter, x in parameters.items():
+        if x.is_meta:
+            raise ConfigError("has no values, only a shape", where=f"{name}.{parameter}", fix="Load the weights first.")
+        if x.dtype not in {torch.float64, torch.float32, torch.float16, torch.bfloat16}:
+            raise ConfigError(
+                f"is of {str(x.dtype).removeprefix('torch.')}",
+                where=f"{name}.{parameter}",
+                fix="headfold exports parameters of float32, float16, bfloat16 and float64.",
+            )
