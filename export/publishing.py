@@ -106,6 +106,7 @@ def recover(target: Path) -> None:
 
     What cannot be removed stays: it is in nobody's way, and another process may be removing it, too.
     """
+    target = Path(os.path.realpath(target))
     if not target.parent.is_dir():
         return
     for staging in target.parent.glob(f"{_STAGING}{_key(target)}-*"):
@@ -116,6 +117,15 @@ def recover(target: Path) -> None:
                     continue
                 _settle(staging, target)
             _close(staging)
+
+
+def check_free(target: Path, kind: type[HeadfoldError]) -> None:
+    """Refuse a place that is taken, or where nothing can be, before the work for it; after undoing what killed processes left there."""
+    recover(target)
+    if target.exists():
+        raise kind("already exists", where=target, fix="Choose another place.")
+    if not target.absolute().parent.is_dir():
+        raise kind("is no directory", where=target.absolute().parent, fix="Create it first.")
 
 
 def sweep(directory: Path) -> None:

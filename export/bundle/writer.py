@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from headfold.export.publishing import one_line, publish
+from headfold.export.publishing import one_line, publish, recover
 from headfold.runtime.errors import BundleError, HeadfoldError
 from headfold.runtime.manifest import MANIFEST, FileEntry, Manifest, read_manifest, sha256
 
@@ -32,8 +32,9 @@ def staged(output: Path, force: bool) -> Iterator[Path]:
 
 
 def check_output(output: Path, force: bool) -> None:
-    """Refuse an output before any work is done for it; see `staged`."""
+    """Refuse an output before any work is done for it, after undoing what killed processes left of it; see `staged`."""
     with one_line(BundleError, output, "Choose another place with -o."):
+        recover(output)
         if output.exists():
             if not force:
                 raise BundleError(

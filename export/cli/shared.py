@@ -90,7 +90,10 @@ def reporter_for(quiet: bool) -> "Reporter":
 
 
 def check_file(path: Path) -> None:
-    """Refuse before the work what `write_file` would refuse after it. Raises InputError."""
+    """Refuse before the work what `write_file` would refuse after it; what killed processes left of it goes. Raises InputError."""
+    from headfold.export.publishing import recover
+
+    recover(path)
     if not path.absolute().parent.is_dir():
         raise InputError("is no directory", where=path.absolute().parent, fix="Create it first.")
     if path.is_dir():

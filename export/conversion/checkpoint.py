@@ -23,6 +23,7 @@ from headfold.export.data.calibration import LENGTH, TOKENS, calibration_tokens
 from headfold.export.model.config import ModelConfig
 from headfold.export.model.decoder import Attention, Decoder
 from headfold.export.progress import Reporter
+from headfold.export.publishing import check_free
 from headfold.runtime.errors import CheckpointError, InputError
 
 
@@ -143,10 +144,7 @@ def convert_file(
     """
     if options is None and feed_forward is None:
         raise InputError("nothing to convert", fix="Give --kv-heads, --ffn, or both.")
-    if output.exists():
-        raise CheckpointError("already exists", where=output, fix="Choose another place.")
-    if not output.absolute().parent.is_dir():
-        raise CheckpointError("is no directory", where=output.absolute().parent, fix="Create it first.")
+    check_free(output, CheckpointError)
     checkpoint = open_checkpoint(source)
     stored = dtype or checkpoint.dtype("model.embed_tokens.weight")
     conversion = None

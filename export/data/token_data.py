@@ -20,7 +20,7 @@ from torch import Tensor
 from headfold.export.data.documents import Piece, fingerprint, pieces
 from headfold.export.model.config import ModelConfig
 from headfold.export.progress import Reporter
-from headfold.export.publishing import one_line, publish_file
+from headfold.export.publishing import one_line, publish_file, recover
 from headfold.runtime.errors import DataError
 
 _FORMAT = "1"  # of the cache: another number, another name
@@ -133,6 +133,7 @@ def tokenize(
     dtype = _dtype(config.vocab_size)
     name = key.hexdigest()
     path = (cache or _default_cache()) / f"{name}.{np.dtype(dtype).name}"
+    recover(path)
     if not path.is_file():
         with reporter.step(f"tokenize {', '.join(sources)}"):
             _write(path, dtype, _encode(sources, text_field, Tokenizer.from_buffer(tokenizer), config))

@@ -27,7 +27,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from headfold.export.graph.passes import attention_nodes
 from headfold.export.progress import Reporter
-from headfold.export.publishing import publish_file
+from headfold.export.publishing import publish_file, sweep
 from headfold.plugins.attention import kernel_contract, tensorrt_plugin
 from headfold.plugins.attention.kernel_contract import (
     GRIDS,
@@ -161,6 +161,7 @@ def compile_spec(
     _check(spec, capabilities)
     cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headfold" / "kernels"
     cache.mkdir(parents=True, exist_ok=True)
+    sweep(cache)
     source, triton = hashlib.sha256(_SOURCE.read_bytes()).hexdigest(), version("triton")
     jobs = [
         _Job(kernel, capability, _key(spec, kernel, capability, source, triton))

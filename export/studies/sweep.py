@@ -15,6 +15,7 @@ from headfold.export.exportables.own import OwnModel
 from headfold.export.model.config import ModelConfig
 from headfold.export.progress import Reporter
 from headfold.export.publishing import scratch
+from headfold.export.publishing import sweep as sweep_leftovers
 from headfold.export.studies.sweep_results import Choice, Point, SweepReport, choose
 from headfold.export.studies.sweep_runs import Runs, Student
 from headfold.export.studies.timing import Timing, machine, time_decoding
@@ -80,6 +81,7 @@ def sweep(
     if validation is None:
         raise DataError("there is nothing to validate on", fix="Give --validation, or a larger --holdout.")
     output.mkdir(exist_ok=True)
+    sweep_leftovers(output)
     runs = Runs(checkpoint, output, data, validation, training, reporter)
     students = _students(runs, counts, options, budget)
     control = runs.train("control", checkpoint, replace(training, loss="ce"), None) if options.control else []

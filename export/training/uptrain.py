@@ -15,6 +15,7 @@ from headfold.export.checkpoints.hf_writer import save_hf
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint, trainable
 from headfold.export.data.token_data import TokenData, tokenize
 from headfold.export.progress import Reporter
+from headfold.export.publishing import check_free
 from headfold.export.training.loop import accelerator, train
 from headfold.export.training.options import TrainOptions, TrainResult
 from headfold.export.training.state import latest, writing
@@ -128,10 +129,7 @@ def uptrain(
         TokenizerMismatchError: teacher and student have different vocabularies.
         HeadfoldError: see `train`, `tokenize` and `open_checkpoint`.
     """
-    if output.exists():
-        raise CheckpointError("already exists", where=output, fix="Choose another place.")
-    if not output.absolute().parent.is_dir():
-        raise CheckpointError("is no directory", where=output.absolute().parent, fix="Create it first.")
+    check_free(output, CheckpointError)
     if options.loss != "ce" and teacher is None:
         raise InputError(f"the loss {options.loss} needs a teacher", fix="Name one with --teacher, or use --loss ce.")
     options = replace(options, steps=budget.steps(options))
