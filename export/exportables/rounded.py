@@ -50,6 +50,11 @@ class RoundedCheckpoint:
         """See Checkpoint."""
         return self.original.ignored
 
+    @property
+    def titles(self) -> Mapping[str, str]:
+        """See Checkpoint."""
+        return self.original.titles
+
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """See Checkpoint."""
         return self.original.shapes()
@@ -61,6 +66,10 @@ class RoundedCheckpoint:
     def read(self, name: str) -> Tensor:
         """See Checkpoint."""
         return restored(*self.rounded(name)) if name in self.bits else self.original.read(name)
+
+    def quantized(self, name: str) -> None:
+        """See Checkpoint."""
+        return None
 
     def rounded(self, name: str) -> Rounded:
         """One of the rounded weights."""

@@ -11,7 +11,7 @@ from dataclasses import fields
 import numpy as np
 from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper, numpy_helper
 
-from headfold.plugins.attention.onnx_functions import OPSET
+from headfold.plugins.onnx_body import OPSET
 from headfold.plugins.quantized.schema import (
     DOMAIN,
     GATHER,

@@ -7,8 +7,8 @@ import pytest
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
-from headfold.plugins.attention.onnx_functions import OPSET
 from headfold.plugins.attention.schema import VERSION
+from headfold.plugins.onnx_body import OPSET
 from headfold.plugins.quantized.onnx_functions import gather, onnxruntime_matmul, standard_matmul
 from headfold.plugins.quantized.reference import dequantized, quantized_gather, quantized_matmul
 from headfold.plugins.quantized.schema import (
