@@ -18,7 +18,7 @@ from headfold.plugins.quantized.schema import BLOCK, Bits
 from headfold.runtime.errors import BundleError
 
 # GPTQ moves weights further from the checkpoint's than the nearest numbers are, so that their products are nearer: on SmolLM2 their
-# squared error is 1.3 to 3.4 times as large. A scale that is wrong by half of itself makes it tens of times as large.
+# squared error is 1.3 to 3.5 times as large. A scale that is wrong by half of itself makes it tens of times as large.
 _FURTHER = 16.0
 
 
