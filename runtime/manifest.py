@@ -25,6 +25,8 @@ QUANTIZED_VERSION = 3  # of a bundle with a quantized cache
 ROADS_VERSION = (
     4  # of a bundle of a model that headfold has no table of, or whose layers have caches of different shapes
 )
+ROUNDED_VERSION = 5  # of a bundle with weights of four or eight bits
+NEWEST_VERSION = ROUNDED_VERSION
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 _CHUNK = 1 << 22  # bytes hashed at a time
@@ -43,6 +45,7 @@ def _inside(name: str) -> str:
     return name
 
 
+WeightsScheme = Literal["int8", "int4", "mixed"]
 Size = Annotated[int, Field(ge=1)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 FileName = Annotated[str, AfterValidator(_inside)]  # relative to the bundle, with slashes
@@ -74,6 +77,30 @@ class QuantizationSpec(_Strict):
     calibration_tokens: int = Field(ge=1)
     kl: float  # mean KL of the next token's distribution, without || with quantization, nats
     top1: float  # share of positions whose likeliest token is the same
+
+
+class WeightsCost(_Strict):
+    """What rounded weights cost on held-out text: ONNX Runtime, as `generate` runs it, against PyTorch without rounding."""
+
+    tokens: int = Field(ge=1)
+    kl: float  # mean KL of the next token's distribution, without || with rounding, nats
+    kl_99: float  # its 99th percentile over the tokens
+    top1: float  # share of positions whose likeliest token is the same
+    perplexity_before: float  # of the text, without rounding and with it
+    perplexity: float
+    greedy_tokens: int  # length of the greedy answers compared
+    greedy_agreement: float  # how many of their first tokens are the same, a mean over the answers
+
+
+class WeightsSpec(_Strict):
+    """Weights of four or eight bits in blocks along the input that share a scale; `weights.json` has each one's bits."""
+
+    scheme: WeightsScheme
+    block_size: Literal[32] = 32
+    bits: float  # of their numbers on average; the scales are not counted
+    accuracy_level: Literal[1, 4]  # of the products: 1 with float32 inputs, 4 with inputs rounded to eight bits
+    max_kl: float  # most that they were allowed to cost, nats
+    cost: WeightsCost | None  # None only while it is being measured
 
 
 class CacheSpec(_Strict):
@@ -176,7 +203,7 @@ class EngineEntry(_Strict):
 class Manifest(_Strict):
     """Everything a user of the bundle must know before opening its graph."""
 
-    format_version: int = Field(ge=1, le=ROADS_VERSION)
+    format_version: int = Field(ge=1, le=NEWEST_VERSION)
     headfold_version: str
     source: str  # name of the checkpoint's file or directory, without its path
     road: Road = "headfold"  # who made the model of its weights
@@ -194,6 +221,7 @@ class Manifest(_Strict):
     tools: dict[str, str]  # package and version that made it
     parity: dict[str, Any] | None  # summary of parity.json; None if the export was told not to verify
     engines: list[EngineEntry] = []
+    weights: WeightsSpec | None = None  # of four or eight bits; None for all in `dtype`
 
     @property
     def cache_dtype(self) -> str:
@@ -216,9 +244,9 @@ def read_manifest(bundle: Path) -> Manifest:
         raise BundleError("has no manifest.json", where=bundle, fix="Only a finished export has one: export again.")
     content = read_object(path, MANIFEST_BYTES, BundleError, _FIX)
     version = content.get("format_version")
-    if isinstance(version, int) and version > ROADS_VERSION:
+    if isinstance(version, int) and version > NEWEST_VERSION:
         raise BundleError(
-            f"has format version {version}, this headfold reads up to {ROADS_VERSION}",
+            f"has format version {version}, this headfold reads up to {NEWEST_VERSION}",
             where=path,
             fix="Upgrade headfold, or export the bundle with this version.",
         )

@@ -20,7 +20,7 @@ from headfold.export.model.config import ModelConfig
 from headfold.plugins.dtypes import DTYPES
 from headfold.runtime.errors import printable
 from headfold.runtime.files.engine_file import check_engine
-from headfold.runtime.manifest import MANIFEST, EngineEntry, Road, check_sizes, read_manifest
+from headfold.runtime.manifest import MANIFEST, MODEL, EngineEntry, Road, check_sizes, read_manifest
 
 Facts = dict[str, Any]
 _LONGEST = 4000  # characters of one fact
@@ -71,6 +71,7 @@ def _bundle(path: Path) -> Facts:
     for engine in manifest.engines:
         check_engine(path, engine)
     itemsize, cache_itemsize = (DTYPES[name].size for name in (manifest.dtype, manifest.cache_dtype))
+    spec = manifest.weights
     facts: Facts = {"kind": "bundle", "path": str(path), "source": manifest.source, "road": manifest.road}
     if manifest.road == "headfold":
         facts |= _architecture(ModelConfig.from_json(manifest.config), cache_itemsize)
@@ -80,7 +81,11 @@ def _bundle(path: Path) -> Facts:
         "parameters": manifest.parameters,
         "dtype": manifest.dtype,
         "cache_dtype": manifest.cache_dtype,
-        "weight_bytes": manifest.parameters * itemsize,
+        "weights": f"{spec.scheme}, {spec.bits:.3g} bits in blocks of {spec.block_size}, accuracy level {spec.accuracy_level}"
+        if spec
+        else None,
+        "weights_cost": spec.cost.model_dump() if spec and spec.cost else None,
+        "weight_bytes": manifest.files[f"{MODEL}.data"].size if spec else manifest.parameters * itemsize,
         "bundle_bytes": sum(entry.size for entry in manifest.files.values()),
         "capacity": manifest.cache.capacity,
         "logits": manifest.logits,

@@ -20,12 +20,17 @@ from headfold.export.data.calibration import CALIBRATION, calibration_tokens, wr
 from headfold.export.data.calibration import TOKENS as CALIBRATION_TOKENS
 from headfold.export.exportables.base import Exportable, no_quantized_cache
 from headfold.export.exportables.own import OwnModel
+from headfold.export.exportables.rounded import StoredTensors
+from headfold.export.exportables.rounding_record import RECORD, record_of, record_to_json
 from headfold.export.graph.trace import export_graph
 from headfold.export.graph.weights import attach_weights, cache_scales_by_name, save_model
 from headfold.export.model.decoder import Scales
 from headfold.export.parity.report import ParityReport
 from headfold.export.parity.verify import verify_bundle
 from headfold.export.progress import Reporter
+from headfold.export.quantization.gate import pass_gate
+from headfold.export.quantization.products import round_weights
+from headfold.export.quantization.rounding import WeightRounding, prepare
 from headfold.plugins.dtypes import DType, Quantized
 from headfold.runtime.choosing.generation_settings import read_generation_settings
 from headfold.runtime.errors import BundleError, CheckpointError, ConfigError, VerificationError
@@ -35,6 +40,7 @@ from headfold.runtime.manifest import (
     MODEL,
     QUANTIZED_VERSION,
     ROADS_VERSION,
+    ROUNDED_VERSION,
     Manifest,
     QuantizationSpec,
     TensorSpec,
@@ -68,6 +74,15 @@ class ExportOptions:
     decode_steps: int = 16
     force: bool = False
     cache: CacheCalibration | None = None  # of a quantized cache; None for one in `dtype`
+    weights: WeightRounding | None = None  # None for all of them in `dtype`
+
+    def __post_init__(self) -> None:
+        for wrong, where, fix in (
+            (self.dtype != "float32", f"--dtype {self.dtype}", "Use float32, or leave --weights out."),
+            (self.allow_nan, "--allow-nan", "Leave it or --weights out."),
+        ):
+            if self.weights is not None and wrong:
+                raise ConfigError("does not go with weights of four or eight bits", where=where, fix=fix)
 
 
 @dataclass(frozen=True)
@@ -86,10 +101,10 @@ def export_bundle(source: Exportable, output: Path, options: ExportOptions, repo
 
     Raises:
         HeadfoldError: see the errors of `staged`, `export_graph` and `attach_weights`.
-        VerificationError: parity failed; no bundle is published.
+        VerificationError: parity failed, or rounded weights cost too much; no bundle is published.
     """
     check_output(output, options.force)
-    facts = source.facts
+    facts, rounding = source.facts, options.weights
     capacity = _capacity(options.capacity, facts.capacity)
     dtype = getattr(torch, options.dtype)
     with staged(output, options.force) as stage:
@@ -97,6 +112,7 @@ def export_bundle(source: Exportable, output: Path, options: ExportOptions, repo
         scales, quantization = (
             _calibrate(source, capacity, options.cache, reporter, stage) if options.cache else ([], None)
         )
+        prepared = prepare(source, capacity, rounding, reporter) if rounding is not None else None
         _forget_peak_memory()
         before = psutil.Process().memory_info().rss
         with reporter.step("open the weights"):
@@ -104,17 +120,20 @@ def export_bundle(source: Exportable, output: Path, options: ExportOptions, repo
         with reporter.step("trace the graph"):
             stored = options.cache.dtype if options.cache else None
             model = export_graph(source, tensors, dtype, capacity, options.all_logits, stored)
+            if prepared is not None:
+                round_weights(model, prepared.checkpoint.bits)
             tables = {**source.tables(dtype, capacity), **cache_scales_by_name(scales)}
-            weight_bytes = attach_weights(model, tensors, tables, options.allow_nan)
+            stored_tensors = StoredTensors(prepared.checkpoint) if prepared is not None else tensors
+            weight_bytes = attach_weights(model, stored_tensors, tables, options.allow_nan)
             parameters = sum(math.prod(shape) for shape in tensors.shapes().values())
         with reporter.step(f"write {weight_bytes / 2**20:,.0f} MiB of weights", weight_bytes) as advance:
             save_model(model, stage / MODEL, lambda _, size: advance(size))
         inputs, outputs = [_spec(v) for v in model.graph.inputs], [_spec(v) for v in model.graph.outputs]
-        del model, tensors
+        del model, tensors, stored_tensors
         peak = max(_peak_memory() - before, 0)
         reporter.note(f"peak memory of the export: {peak / 2**20:,.0f} MiB, {peak / weight_bytes:.2f} x the weights")
         fields: dict[str, Any] = {
-            "format_version": _format_version(source, quantization),
+            "format_version": _format_version(source, quantization, rounding),
             "headfold_version": version("headfold"),
             "source": source.path.name,
             "road": source.road,
@@ -127,9 +146,15 @@ def export_bundle(source: Exportable, output: Path, options: ExportOptions, repo
             "outputs": outputs,
             "cache": cache_spec(facts.cache_shapes, capacity, quantization),
             "tools": _tools(),
+            "weights": prepared.spec if prepared is not None else None,
         }
         with reporter.step("hash"):
             manifest = manifest_of(stage, parity=None, **fields)
+        if prepared is not None:
+            spec = pass_gate(stage, manifest, prepared.before, reporter)
+            write_json(stage / RECORD, record_to_json(record_of(prepared.checkpoint, prepared.costs)))
+            files = manifest.files | {name: file_entry(stage / name) for name in (MODEL, RECORD)}
+            manifest = manifest.model_copy(update={"files": files, "weights": spec})
         report = None
         if options.verify:
             report = verify_bundle(stage, source, manifest, options.decode_steps, reporter)
@@ -137,7 +162,7 @@ def export_bundle(source: Exportable, output: Path, options: ExportOptions, repo
                 raise VerificationError(
                     report.failure(), where=source.path, fix="No bundle was written; --no-verify publishes it anyway."
                 )
-            write_json(stage / PARITY, report.to_json())
+            write_json(stage / PARITY, report.to_json() | _weights_of(manifest))
             files = manifest.files | {PARITY: file_entry(stage / PARITY)}
             manifest = manifest.model_copy(update={"files": files, "parity": report.summary()})
         write_json(stage / MANIFEST, manifest.model_dump())
@@ -183,8 +208,15 @@ def _capacity(asked: int | None, trained: int) -> int:
     return asked
 
 
-def _format_version(source: Exportable, quantization: QuantizationSpec | None) -> int:
+def _weights_of(manifest: Manifest) -> dict[str, Any]:
+    """What rounded weights cost, beside parity's comparisons, which are with the rounded ones."""
+    return {"weights": manifest.weights.model_dump()} if manifest.weights is not None else {}
+
+
+def _format_version(source: Exportable, quantization: QuantizationSpec | None, rounding: WeightRounding | None) -> int:
     """The oldest one that says what is there, so that old readers open what they can."""
+    if rounding is not None:
+        return ROUNDED_VERSION
     if source.road != "headfold" or len(set(source.facts.cache_shapes)) > 1:
         return ROADS_VERSION
     return FORMAT_VERSION if quantization is None else QUANTIZED_VERSION

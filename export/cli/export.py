@@ -21,7 +21,8 @@ from headfold.export.cli.shared import (
 from headfold.plugins.dtypes import FLOATS, QUANTIZED, DType, Quantized
 
 if TYPE_CHECKING:
-    from headfold.runtime.manifest import Road
+    from headfold.export.exportables.rounding_record import Method
+    from headfold.runtime.manifest import Road, WeightsScheme
 
 
 @click.command()
@@ -35,8 +36,33 @@ if TYPE_CHECKING:
     type=click.Choice(list(QUANTIZED)),
     help="Store keys and values in one byte each, with a scale per head. [default: in --dtype]",
 )
-@click.option("--data", multiple=True, help="Text to find these scales on. [default: the model writes its own]")
-@click.option("--calibration-tokens", type=click.IntRange(min=1), help="How much of it. [default: 8192]")
+@click.option(
+    "--weights",
+    type=click.Choice(["int8", "int4", "mixed"]),
+    help="Store weights in eight or four bits, blocks of 32 with a scale; embedding and head in eight. mixed: each weight in four or "
+    "eight, by what four cost in it. [default: in --dtype]",
+)
+@click.option(
+    "--bits",
+    type=click.FloatRange(4, 8),
+    help="Of --weights mixed: the average. [default: the fewest that seem to stay within --max-kl]",
+)
+@click.option(
+    "--rounding",
+    type=click.Choice(["gptq", "nearest"]),
+    help="How weights of four bits are rounded: gptq takes longer and loses less. [default: gptq]",
+)
+@click.option(
+    "--max-kl",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Most that --weights may cost: mean KL to the model without it, in nats. [default: 0.1]",
+)
+@click.option(
+    "--data",
+    multiple=True,
+    help="Text to find the cache's scales, or the cost of --weights on. [default: the model writes its own]",
+)
+@click.option("--calibration-tokens", type=click.IntRange(min=1), help="How much for the cache. [default: 8192]")
 @click.option(
     "--capacity",
     type=int,
@@ -59,6 +85,10 @@ def export(
     output: Path,
     dtype: DType,
     kv_cache: Quantized | None,
+    weights: "WeightsScheme | None",
+    bits: float | None,
+    rounding: "Method | None",
+    max_kl: float | None,
     data: tuple[str, ...],
     calibration_tokens: int | None,
     capacity: int | None,
@@ -88,20 +118,35 @@ def export(
 
     `headfold export model.Q4_1.gguf -o smol-fp16 --dtype float16 --target tensorrt-rtx --sm 86,89,120`
 
-    `headfold export model.Q4_1.gguf -o smol-int8 --kv-cache int8 --data corpus.txt`
+    `headfold export model.Q4_1.gguf -o smol-int8 --weights int8 --kv-cache int8 --data corpus.txt`
     """
     from headfold.export.bundle.pipeline import CacheCalibration, ExportOptions, export_bundle
     from headfold.export.bundle.writer import check_output
     from headfold.export.data.calibration import TOKENS
     from headfold.export.exportables.opening import open_exportable
     from headfold.export.parity.rendering import render
+    from headfold.export.quantization.gate import MAX_KL
+    from headfold.export.quantization.rounding import WeightRounding
 
     refuse_idle(
         kv_cache is None,
-        "data",
         "calibration_tokens",
         why="is for calibrating a quantized cache",
         fix="Add --kv-cache int8.",
+    )
+    refuse_idle(
+        kv_cache is None and weights is None,
+        "data",
+        why="is for calibrating a quantized cache or rounded weights",
+        fix="Add --kv-cache int8, or --weights int8.",
+    )
+    refuse_idle(weights is None, "max_kl", why="is for rounded weights", fix="Add --weights int8.")
+    refuse_idle(weights != "mixed", "bits", why="is for weights of either width", fix="Add --weights mixed.")
+    refuse_idle(
+        weights not in {"int4", "mixed"},
+        "rounding",
+        why="is for weights of four bits",
+        fix="Add --weights int4 or mixed.",
     )
     refuse_idle(
         target is None, *ENGINE, why="is for building an engine", fix="Add --target tensorrt-rtx, or leave it out."
@@ -110,6 +155,10 @@ def export(
     calibration = None
     if kv_cache is not None:
         calibration = CacheCalibration(kv_cache, data, calibration_tokens or TOKENS)
+    rounded = None
+    if weights is not None:
+        how = rounding or "gptq"
+        rounded = WeightRounding(scheme=weights, max_kl=max_kl or MAX_KL, bits=bits, method=how, data=data)
     options = ExportOptions(
         dtype=dtype,
         capacity=capacity,
@@ -119,6 +168,7 @@ def export(
         decode_steps=decode_steps,
         force=force,
         cache=calibration,
+        weights=rounded,
     )
     reporter = reporter_for(quiet)
     build = make_options(target, **engine) if target is not None else None

@@ -69,7 +69,7 @@ def calibration_tokens(
                 if not logits.isfinite().all():
                     raise DataError(
                         "the model computes NaN or infinity, so it writes no text to calibrate on",
-                        fix="Leave out --kv-cache, or correct the weights.",
+                        fix="Leave out --kv-cache and --weights, or correct the model.",
                     )
                 chosen = torch.multinomial(logits.softmax(-1), 1, generator=generator)
                 tokens = torch.cat((tokens, chosen), 1)

@@ -6,6 +6,7 @@ make right, `preflight.py` refuses.
 
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import onnxscript.optimizer
 from onnx_ir.passes import common as common_passes
@@ -13,10 +14,13 @@ from onnx_ir.passes import common as common_passes
 from headfold.export.graph.bodies import call_plugin, inline_standard_body
 from headfold.export.graph.experts import experts_nodes
 from headfold.export.graph.passes import attention_nodes
+from headfold.export.graph.recipes import remove_unread
 from headfold.plugins.attention.schema import DOMAIN, OP_TYPE, Attention, AttentionInputs
 from headfold.plugins.names import is_cache_input, is_cache_output
+from headfold.plugins.quantized.schema import BLOCK, GATHER, GATHER_INPUTS, MATMUL, MATMUL_INPUTS
 from headfold.runtime.errors import BuildError, BundleError
 
+_MESSAGE = 2_000_000_000  # bytes of weights; protobuf stops at 2^31
 _ELSEWHERE = "The bundle runs in ONNX Runtime."
 
 
@@ -41,6 +45,7 @@ def lower(path: Path, attention: Attention, capacity: int) -> ir.Model:
         if present:
             raise BuildError(f"the model has {what}, which headfold has not in TensorRT", where=path, fix=_ELSEWHERE)
     fix_capacity(model, capacity)
+    spell_out_quantized(model, path)
     if attention == "native":
         inline_standard_body(model)
     else:
@@ -65,6 +70,65 @@ def fix_capacity(model: ir.Model, capacity: int) -> None:
         if is_cache_input(value.name) or is_cache_output(value.name):
             assert value.shape is not None
             value.shape = ir.Shape([*value.shape[:2], capacity, *value.shape[3:]])
+
+
+def spell_out_quantized(model: ir.Model, where: Path) -> None:
+    """Matrices of four and eight bits become `DequantizeLinear`, which TensorRT fuses into their products; signed, [N, K].
+
+    So the engine keeps them as small as they are. The embedding, too: TensorRT looks rows up in quantized constants in no other way.
+
+    Raises:
+        BuildError: they are more than the parser takes in one message.
+    """
+    found = dict[str, ir.Value]()
+    for node in list(model.graph):
+        if node.domain != DOMAIN or node.op_type not in (MATMUL, GATHER):
+            continue
+        names = MATMUL_INPUTS if node.op_type == MATMUL else GATHER_INPUTS
+        inputs = dict(zip(names, node.inputs, strict=True))
+        values, scales, bits = inputs["values"], inputs["scales"], node.attributes["bits"].as_int()
+        assert values is not None
+        assert values.name is not None
+        if values.name not in found:
+            found[values.name] = _signed(values, bits)
+            model.graph.register_initializer(found[values.name])
+        tape = ir.tape.Tape()
+        w = tape.op("DequantizeLinear", [found[values.name], scales], {"axis": 1, "block_size": BLOCK})
+        if node.op_type == MATMUL:
+            result = tape.op("MatMul", [inputs["x"], tape.op("Transpose", [w], {"perm": [1, 0]})])
+        else:
+            result = tape.op("Gather", [w, inputs["indices"]], {"axis": 0})
+        old = node.outputs[0]
+        result.name, result.type, result.shape = old.name, old.type, old.shape
+        model.graph.insert_before(node, tape.nodes)
+        ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
+        model.graph.remove(node, safe=True)
+        remove_unread(model, [values])
+    for name in [name for name in model.functions if name[:2] in ((DOMAIN, MATMUL), (DOMAIN, GATHER))]:
+        del model.functions[name]
+    size = sum(value.const_value.nbytes for value in found.values() if value.const_value is not None)
+    if size > _MESSAGE:
+        raise BuildError(
+            f"{size:,} bytes of rounded weights are too many for TensorRT's parser", where=where, fix=_ELSEWHERE
+        )
+
+
+def _signed(values: ir.Value, bits: int) -> ir.Value:
+    """A matrix's numbers as int4 or int8 [N, K]: half of the range less, which is the highest bit of each turned."""
+    stored, turned = values.const_value, 0x80 if bits == 8 else 0x88
+    assert stored is not None
+    rows, blocks, _ = stored.shape.numpy()
+    dtype, shape = ir.DataType.INT8 if bits == 8 else ir.DataType.INT4, ir.Shape([rows, blocks * BLOCK])
+    name = f"{values.name}.signed"
+
+    def read() -> ir.TensorProtocol:
+        numbers = stored.numpy() ^ np.uint8(turned)
+        if bits == 8:
+            return ir.Tensor(numbers.view(np.int8).reshape(rows, -1), dtype, shape=shape, name=name)
+        return ir.PackedTensor(numbers.ravel(), dtype, shape=shape, name=name)
+
+    content = ir.LazyTensor(read, dtype=dtype, shape=shape, name=name)
+    return ir.Value(name=name, shape=shape, type=ir.TensorType(dtype), const_value=content)
 
 
 def spell_out_argmax(model: ir.Model) -> None:

@@ -225,6 +225,14 @@ def _fill(layer: Any, inputs: Inputs) -> Tensor:
     return (start + step[0] * torch.arange(int(shape[0]))).to(torch_dtype(layer.get_output(0).dtype))
 
 
+def _dequantize(layer: Any, inputs: Inputs) -> Tensor:
+    values, scales = _required(inputs, 2)  # [N, K], [N, K / block]
+    if layer.axis != 1 or values.ndim != 2 or scales.ndim != 2 or len(inputs) > 2:
+        raise unknown(layer, f"dequantizes {tuple(values.shape)} with scales {tuple(scales.shape)}")
+    wide = values.float().view(*scales.shape, -1) * scales.float()[..., None]
+    return wide.flatten(1).to(torch_dtype(layer.get_output(0).dtype))
+
+
 def _unsqueeze(layer: Any, inputs: Inputs) -> Tensor:
     x, axes = _required(inputs, 2)
     for axis in sorted(axes.tolist()):
@@ -338,6 +346,7 @@ _LAYERS: dict[str, Callable[[Any, Inputs], Tensor | list[Tensor]]] = {
     "ATTENTION_OUTPUT": _identity,
     "CAST": _cast,
     "CONCATENATION": _concatenation,
+    "DEQUANTIZE": _dequantize,
     "ELEMENTWISE": _elementwise,
     "FILL": _fill,
     "GATHER": _gather,

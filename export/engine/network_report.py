@@ -130,6 +130,7 @@ _CLASSES = {
     "CAST": "ICastLayer",
     "CONCATENATION": "IConcatenationLayer",
     "CONSTANT": "IConstantLayer",
+    "DEQUANTIZE": "IDequantizeLayer",
     "ELEMENTWISE": "IElementWiseLayer",
     "FILL": "IFillLayer",
     "GATHER": "IGatherLayer",

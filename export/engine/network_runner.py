@@ -45,7 +45,7 @@ class Network:
 
     Args:
         parsed: the network.
-        model: the graph it was parsed from: TensorRT's Python cannot show bfloat16 weights, so they are read there, by name.
+        model: the graph it was parsed from: TensorRT's Python cannot show bfloat16 and int4 weights, so they are read there, by name.
         keep: names of tensors to return besides the outputs.
     """
 
@@ -148,13 +148,15 @@ class Network:
 
 
 def _constant(layer: Any, model: ir.Model) -> Tensor:
-    dtype, shape = torch_dtype(layer.get_output(0).dtype), tuple(layer.shape)
-    weights = layer.weights
+    weights, shape = layer.weights, tuple(layer.shape)
     if isinstance(weights, np.ndarray):
-        return torch.from_numpy(weights.copy()).reshape(shape).to(dtype)
+        return torch.from_numpy(weights.copy()).reshape(shape).to(torch_dtype(layer.get_output(0).dtype))
     value = model.graph.initializers.get(layer.name)
     if value is None or value.const_value is None or value.const_value.size != weights.size:
         raise unknown(layer, "is a constant without a name in the graph")
+    if value.dtype == ir.DataType.INT4:  # which torch has not
+        return torch.from_numpy(value.const_value.numpy().astype(np.int8)).reshape(shape)
+    dtype = torch_dtype(layer.get_output(0).dtype)
     bits = np.ascontiguousarray(value.const_value.numpy()).view(np.int16)
     return torch.from_numpy(bits.copy()).view(dtype).reshape(shape)
 

@@ -26,6 +26,8 @@ _DTYPES = {
     ir.DataType.BOOL,
 }
 _CACHES = {ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN}  # quantized ones, which go into the plugin and nowhere else
+_ROUNDED = {ir.DataType.INT4, ir.DataType.INT8}  # weights, which go into DequantizeLinear and nowhere else
+_BLOCKS = {32, 64, 128}
 
 # Ops that TensorRT imports as they are meant, with the attributes that it heeds.
 _ALLOWED: dict[str, set[str]] = {
@@ -38,6 +40,7 @@ _ALLOWED: dict[str, set[str]] = {
     "Concat": {"axis"},
     "Constant": {"value", "value_int", "value_ints", "value_float", "value_floats"},
     "Cos": set(),
+    "DequantizeLinear": {"axis", "block_size"},
     "Div": set(),
     "Equal": set(),
     "Erf": set(),
@@ -110,7 +113,8 @@ def preflight(model: ir.Model, attention: Attention, where: Path) -> None:
         raise BuildError(f"still has the function {name[0]}::{name[1]}", where=where, fix=_REPORT)
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         cached = is_cache_input(value.name) and value.dtype in _CACHES
-        if value.dtype not in _DTYPES and not cached:
+        rounded = value.dtype in _ROUNDED and all(node.op_type == "DequantizeLinear" for node, _ in value.uses())
+        if value.dtype not in _DTYPES and not cached and not rounded:
             raise BuildError(f"{value.name} is {value.dtype}, which TensorRT has not", where=where, fix=_EXPORT)
     inputs = {value.name for value in model.graph.inputs}
     for node in model.graph:
@@ -197,6 +201,24 @@ def _cast(node: ir.Node, _: set[str | None]) -> tuple[str, str] | None:
     return (f"TensorRT has no {to}", _EXPORT) if to not in _DTYPES else None
 
 
+def _dequantize(node: ir.Node, inputs: set[str | None]) -> tuple[str, str] | None:
+    values, scales, *zeros = node.inputs
+    axis, block = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
+    if values is None or values.const_value is None or values.dtype not in _ROUNDED:
+        return "TensorRT dequantizes int4 and int8 constants only", _REPORT
+    if any(zero is not None for zero in zeros):
+        return "TensorRT has no zero points", _REPORT
+    if axis != 1 or block not in _BLOCKS or len(values.const_value.shape) != 2:
+        return (
+            f"has blocks of {block} in axis {axis}; TensorRT is known to read blocks of 32, 64 or 128 in axis 1",
+            _REPORT,
+        )
+    rows, columns = values.const_value.shape.numpy()
+    if scales is None or scales.const_value is None or scales.const_value.shape.numpy() != (rows, columns // block):
+        return f"its scales are not [{rows}, {columns // block}]", _EXPORT
+    return None
+
+
 _CHECKS: dict[str, Callable[[ir.Node, set[str | None]], tuple[str, str] | None]] = {
     "Attention": _attention,
     "TensorScatter": _tensor_scatter,
@@ -204,6 +226,7 @@ _CHECKS: dict[str, Callable[[ir.Node, set[str | None]], tuple[str, str] | None]]
     "RMSNormalization": _norm,
     "LayerNormalization": _norm,
     "Cast": _cast,
+    "DequantizeLinear": _dequantize,
 }
 
 

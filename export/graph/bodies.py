@@ -1,4 +1,4 @@
-"""Exchange what implements the attention op: what makes one master serve every backend."""
+"""Exchange what implements an op of ours: what makes one master serve every backend."""
 
 from typing import cast
 
@@ -12,6 +12,8 @@ from headfold.export.graph.recipes import shared_constant
 from headfold.plugins.attention.onnx_functions import onnxruntime_body, standard_body
 from headfold.plugins.attention.schema import ALL_INPUTS, DOMAIN, LAST_INDEX, TABLES, VERSION, AttentionInputs
 from headfold.plugins.dtypes import DTYPES, QUANTIZED, Quantized
+from headfold.plugins.quantized.onnx_functions import gather, onnxruntime_matmul, standard_matmul
+from headfold.plugins.quantized.schema import GATHER, MATMUL, Level
 
 
 def set_body(model: ir.Model, function: onnx.FunctionProto) -> None:
@@ -124,3 +126,25 @@ def _tables_of_no_turn(model: ir.Model, inputs: AttentionInputs[ir.Value]) -> di
         name: shared_constant(model, f"no_turn.{name}", np.full((capacity, 1), number, dtype.numpy()), dtype)
         for name, number in zip(TABLES, (1, 0), strict=True)
     }
+
+
+def quantized_products(model: ir.Model) -> list[ir.Node]:
+    """The products with matrices of four or eight bits."""
+    return [node for node in model.graph if node.domain == DOMAIN and node.op_type == MATMUL]
+
+
+def use_quantized_bodies(model: ir.Model, standard: bool = False) -> None:
+    """Give the ops of such matrices their bodies: ONNX Runtime's kernel, or standard ops. Nothing without them."""
+    used = {node.op_type for node in model.graph if node.domain == DOMAIN}
+    if MATMUL in used:
+        set_body(model, standard_matmul() if standard else onnxruntime_matmul())
+    if GATHER in used:
+        set_body(model, gather())
+
+
+def set_level(model: ir.Model, level: Level) -> bool:
+    """Have all products with matrices of four or eight bits compute at this level; whether there are any."""
+    products = quantized_products(model)
+    for node in products:
+        node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
+    return bool(products)

@@ -37,7 +37,7 @@ def alternate_experts(model: ir.Model) -> None:
             shape = [int(dim) for dim in rows.shape]  # type: ignore[arg-type]  # of a weight: numbers
             recipe = replace(recipe, alternating=True)
             known = model.graph.initializers.get(recipe.name)
-            node.replace_input_with(position, known or add_weight(model, recipe, shape, rows))
+            node.replace_input_with(position, known or add_weight(model, recipe, shape, rows.dtype))
             remove_unread(model, [rows])
         node.attributes["interleaved"] = ir.AttrInt64("interleaved", 1)
 

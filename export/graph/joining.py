@@ -77,4 +77,4 @@ def _joined(model: ir.Model, values: list[ir.Value | None]) -> ir.Value:
     assert first.shape is not None
     sizes = [int(value.shape[-1]) for value in values if value is not None and value.shape is not None]  # type: ignore[arg-type]
     rows = [int(dim) for dim in first.shape[:-1]]  # type: ignore[arg-type]
-    return add_weight(model, WeightRecipe.joined(*recipes), [*rows, sum(sizes)], first)
+    return add_weight(model, WeightRecipe.joined(*recipes), [*rows, sum(sizes)], first.dtype)

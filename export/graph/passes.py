@@ -47,7 +47,7 @@ def fold_transposes(model: ir.Model) -> None:
             continue
         shape = [*rest, columns, rows]
         recipe = replace(recipe, transposed=not recipe.transposed)
-        folded = model.graph.initializers.get(recipe.name) or add_weight(model, recipe, shape, weight)
+        folded = model.graph.initializers.get(recipe.name) or add_weight(model, recipe, shape, weight.dtype)
         ir.convenience.replace_all_uses_with(node.outputs[0], folded)
         model.graph.remove(node, safe=True)
         remove_unread(model, [weight])

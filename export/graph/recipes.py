@@ -82,12 +82,12 @@ def lacks_recipes(model: ir.Model) -> bool:
     return bool(values) and not any(_KEY in value.metadata_props for value in values)
 
 
-def add_weight(model: ir.Model, recipe: WeightRecipe, shape: Sequence[int], like: ir.Value) -> ir.Value:
-    """A new initializer of the dtype of `like`. It has no value before `headfold.export.graph.weights` attaches it."""
-    value = ir.Value(shape=ir.Shape(shape), type=like.type)
+def add_weight(model: ir.Model, recipe: WeightRecipe, shape: Sequence[int], dtype: ir.DataType | None) -> ir.Value:
+    """A new initializer. It has no value before `headfold.export.graph.weights` attaches it."""
+    assert dtype is not None
+    value = ir.Value(shape=ir.Shape(shape), type=ir.TensorType(dtype))
     set_recipe(value, recipe)
-    assert like.dtype is not None
-    value.const_value = ir.LazyTensor(_no_value, dtype=like.dtype, shape=ir.Shape(shape), name=value.name)
+    value.const_value = ir.LazyTensor(_no_value, dtype=dtype, shape=ir.Shape(shape), name=value.name)
     model.graph.register_initializer(value)
     return value
 

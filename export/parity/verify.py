@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import onnx_ir as ir
 import torch
 from tokenizers import Tokenizer
 
@@ -10,12 +11,15 @@ from headfold.export.data.calibration import CALIBRATION, read_tokens
 from headfold.export.exportables.base import Exportable
 from headfold.export.exportables.oracle import Oracle
 from headfold.export.exportables.own import OwnModel
+from headfold.export.exportables.rounded import RoundedCheckpoint, StoredTensors
+from headfold.export.exportables.rounding_record import RECORD, WeightRecord, read_record
 from headfold.export.graph.experts import experts_nodes
 from headfold.export.graph.recipes import lacks_recipes
 from headfold.export.graph.trace import export_graph
 from headfold.export.graph.weights import load_model, scale_name
 from headfold.export.parity.compare import Candidate, Subject, verify_graph
 from headfold.export.parity.exact.experts import prove_experts
+from headfold.export.parity.exact.rounding import StoredRoundings, prove_rounding
 from headfold.export.parity.exact.weights import (
     prove_attributes,
     prove_rotations,
@@ -96,11 +100,12 @@ def verify_bundle(
     own = exportable.checkpoint.config if isinstance(exportable, OwnModel) else None
     quantization, cache = manifest.cache.quantization, None
     model = load_model(directory / MODEL)
+    rounded, record = _rounded(directory, exportable, model) if manifest.weights is not None else (None, {})
     if quantization is not None:
         cache = stored_cache(model, quantization.dtype, len(facts.layers))
     with reporter.step("compare the weights"):
         scales = [scale_name(layer, part) for layer in range(len(facts.layers)) for part in SCALES] if cache else []
-        tensors = exportable.tensors(stored)
+        tensors = StoredTensors(rounded) if rounded is not None else exportable.tensors(stored)
         checks = [prove_weights(model, tensors, stored, TABLES if own is not None else table_names(model), scales)]
         if own is not None:
             checks.append(prove_tables(model, own, capacity, stored))
@@ -112,7 +117,10 @@ def verify_bundle(
             del again
         del tensors
         checks.append(prove_attributes(model, facts, own))
+        if rounded is not None:
+            checks.append(prove_rounding(rounded, record))
     del model
+    restored = OwnModel(rounded) if rounded is not None else exportable  # what rounding costs is for the gate
 
     def also(oracle: Oracle) -> Iterator[CheckResult]:
         yield from checks
@@ -126,8 +134,8 @@ def verify_bundle(
         all_logits=manifest.logits == "all",
         capacity=capacity,
         cache=cache,
-        oracle=lambda: exportable.oracle(stored, capacity),
-        reference=lambda arithmetic: exportable.reference(stored, capacity, arithmetic),
+        oracle=lambda: restored.oracle(stored, capacity),
+        reference=lambda arithmetic: restored.reference(stored, capacity, arithmetic),
     )
     tokenizer = directory / "tokenizer.json"
     text = Tokenizer.from_file(str(tokenizer)).encode(_TEXT).ids if tokenizer.is_file() else None
@@ -135,6 +143,19 @@ def verify_bundle(
     prompts = make_prompts(facts.vocab_size, min(_PROMPT, max(room, 1)), text)
     steps = min(decode_steps, capacity - max(map(len, prompts)) - 1)
     return verify_graph(subject, prompts, steps, reporter, candidate, also)
+
+
+def _rounded(
+    directory: Path, exportable: Exportable, model: ir.Model
+) -> tuple[RoundedCheckpoint, dict[str, WeightRecord]]:
+    """The checkpoint as the bundle rounds it: by the rule, or to the numbers that stand in the graph where no rule finds them."""
+    if not isinstance(exportable, OwnModel):
+        raise BundleError("has rounded weights, of a model of another road", where=directory, fix="Export it again.")
+    shapes = exportable.checkpoint.shapes()
+    record = read_record(directory / RECORD, shapes)
+    names = [name for name, weight in record.items() if weight.method == "gptq"]
+    bits = {name: weight.bits for name, weight in record.items()}
+    return RoundedCheckpoint(exportable.checkpoint, bits, StoredRoundings(model, names, bits, shapes)), record
 
 
 def precision_of(manifest: Manifest) -> Precision:

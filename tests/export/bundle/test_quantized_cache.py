@@ -112,7 +112,10 @@ def test_float8_is_proven_here_and_runs_elsewhere(toys, tmp_path) -> None:
 def test_text_without_a_quantized_cache_is_refused(toys, tmp_path) -> None:
     code, output = run("export", toys / "student", "-o", tmp_path / "no", "--data", toys / "text.txt")
     assert code == 2
-    assert "--data: is for calibrating a quantized cache. Add --kv-cache int8." in output
+    assert (
+        "--data: is for calibrating a quantized cache or rounded weights. Add --kv-cache int8, or --weights int8."
+        in output
+    )
 
 
 @pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx")

@@ -1,0 +1,97 @@
+"""Weights that no rule rounded: read from the graph, and held to what its record says of them.
+
+Others are found again from the checkpoint by their rule, and compared bit for bit as all weights are.
+"""
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+
+import onnx_ir as ir
+import torch
+
+from headfold.export.exportables.rounded import RoundedCheckpoint
+from headfold.export.exportables.rounding_record import WeightRecord, digest, relative_squared_error
+from headfold.export.graph.recipes import recipe_of
+from headfold.export.model.rounding import Rounded, rounded, stored_names, unpacked
+from headfold.export.parity.report import CheckResult
+from headfold.plugins.quantized.schema import BLOCK, Bits
+from headfold.runtime.errors import BundleError
+
+# GPTQ moves weights further from the checkpoint's than the nearest numbers are, so that their products are nearer: on SmolLM2 their
+# squared error is 1.3 to 3.5 times as large. A scale that is wrong by half of itself makes it tens of times as large.
+_FURTHER = 16.0
+
+
+class StoredRoundings(Mapping[str, Rounded]):
+    """Some rounded weights of a graph, by the names that they have in the checkpoint; read when they are asked for.
+
+    Raises:
+        BundleError: when one is asked for that the graph does not have.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        names: Collection[str],
+        bits: Mapping[str, Bits],
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        self._names, self._bits, self._shapes = names, bits, shapes
+        self._values = dict[str, tuple[ir.Value, int]]()  # of each part the initializer, and its first row there
+        for value in model.graph.initializers.values():
+            row = 0
+            for part in _sources(value):
+                self._values[part] = value, row
+                whole = part.removesuffix(".scales").rpartition(".")[0]
+                row += shapes[whole][0] if whole in shapes else 0
+
+    def __getitem__(self, name: str) -> Rounded:
+        if name not in self._names:
+            raise KeyError(name)
+        values, scales = (self._read(part, name) for part in stored_names(name, self._bits[name]))
+        return unpacked(values, self._bits[name]), scales
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def _read(self, part: str, name: str) -> torch.Tensor:
+        value, row = self._values.get(part, (None, 0))
+        rows, columns = self._shapes[name]
+        bits = self._bits[name]
+        shape = (rows, columns // BLOCK) if part.endswith(".scales") else (rows, columns // BLOCK, BLOCK * bits // 8)
+        if value is None or value.const_value is None:
+            raise BundleError(f"the graph has no {part}", fix="Export the bundle again.")
+        found = torch.from_numpy(value.const_value.numpy()[row : row + rows].copy())
+        if tuple(found.shape) != shape:
+            raise BundleError(f"the graph's {part} is {list(found.shape)}, not {list(shape)}", fix="Export it again.")
+        return found
+
+
+def _sources(value: ir.Value) -> tuple[str, ...]:
+    """What an initializer is made of; nothing where it does not say, which the comparison of the weights tells."""
+    try:
+        recipe = recipe_of(value)
+    except ValueError:
+        return ()
+    return recipe.sources if recipe is not None else ()
+
+
+def prove_rounding(checkpoint: RoundedCheckpoint, record: Mapping[str, WeightRecord]) -> CheckResult:
+    """Every weight that no rule finds is the one that was recorded when it was found, and near the checkpoint's own."""
+    worst, at, note = 0.0, "", ""
+    for name in checkpoint.found:
+        weight, found = checkpoint.original.read(name), checkpoint.rounded(name)
+        error = relative_squared_error(found, weight)
+        least = relative_squared_error(rounded(weight, checkpoint.bits[name]), weight)
+        ratio = error / least if least else math.inf * error if error else 0.0
+        if digest(found) != record[name].sha256:
+            ratio, note = math.inf, "is not what GPTQ found"
+        if not ratio <= worst:  # NaN is not
+            worst, at = ratio, name
+    passed = worst <= _FURTHER
+    return CheckResult(
+        "rounded weights, error over the nearest's", worst, worst, _FURTHER, at, passed, note="" if passed else note
+    )

@@ -1,0 +1,97 @@
+"""What rounded weights cost: the bundle in ONNX Runtime, decoding as `generate` does, against PyTorch with the weights as they were.
+
+On text that nothing was fitted to. Shapes: N sequences of S tokens, V the vocabulary.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from headfold.export.model.decoder import Decoder
+from headfold.runtime.errors import DataError
+from headfold.runtime.manifest import Manifest, WeightsCost
+from headfold.runtime.session import OrtSession
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What PyTorch makes of the text."""
+
+    tokens: NDArray[np.int64]  # [N, S]
+    logits: NDArray[np.float32]  # [N, S, V]
+    greedy: NDArray[np.int64]  # [N, S / 2]: the answers to the first halves
+
+
+@torch.inference_mode()
+def reference(decoder: Decoder, tokens: Tensor) -> Reference:
+    """Run the float32 decoder on int64 tokens [N, S], S at least 2.
+
+    Raises:
+        DataError: it computes NaN or infinity.
+    """
+    half = tokens.shape[1] // 2
+    logits = np.stack([decoder(row[None]).logits[0].numpy() for row in tokens])
+    if not np.isfinite(logits).all():
+        raise DataError(
+            "the model computes NaN or infinity, so nobody can say what rounding its weights costs",
+            fix="Leave out --weights, or correct the model.",
+        )
+    cache = decoder.new_cache(len(tokens), 2 * half)
+    answers, new = tokens[:, :0], tokens[:, :half]
+    for step in range(half):
+        mask = torch.ones(len(tokens), half + step, dtype=torch.long)
+        new = decoder(new, mask, cache, last_only=True).logits[:, -1].argmax(-1, keepdim=True)  # [N, 1]
+        answers = torch.cat((answers, new), 1)
+    return Reference(tokens.numpy(), logits, answers.numpy())
+
+
+def weights_cost(bundle: Path, manifest: Manifest, before: Reference) -> WeightsCost:
+    """Measure a bundle, finished or staged. Where its logits are no numbers, its costs are none either."""
+    session = OrtSession(bundle, manifest)
+    tokens, (rows, length) = before.tokens, before.tokens.shape
+    everyone, cache = np.ones(rows, np.bool_), session.new_cache(rows, length)
+    kl, same, losses = [], [], []
+    for place in range(length):
+        if place == 0:
+            logits = np.stack([session.prefill(cache, row, tokens[row, :1]) for row in range(rows)])  # [N, V]
+        else:
+            logits = session.decode(cache, tokens[:, place], everyone)
+        exact, now = _log_softmax(before.logits[:, place]), _log_softmax(logits)
+        kl.append((np.exp(exact) * (exact - now)).sum(1))  # [N]
+        same.append(exact.argmax(1) == now.argmax(1))
+        if place + 1 < length:
+            following = tokens[:, place + 1, None]
+            losses.append([-np.take_along_axis(x, following, 1).mean() for x in (exact, now)])
+    perplexity_before, perplexity = np.exp(np.mean(losses, 0))
+    return WeightsCost(
+        tokens=tokens.size,
+        kl=float(np.mean(kl)),
+        kl_99=float(np.percentile(kl, 99)),
+        top1=float(np.mean(same)),
+        perplexity_before=float(perplexity_before),
+        perplexity=float(perplexity),
+        greedy_tokens=before.greedy.shape[1],
+        greedy_agreement=_greedy_agreement(session, before),
+    )
+
+
+def _greedy_agreement(session: OrtSession, before: Reference) -> float:
+    """How many tokens of an answer come before the first that differs, a mean over the answers."""
+    rows, steps = before.greedy.shape
+    everyone, cache = np.ones(rows, np.bool_), session.new_cache(rows, 2 * steps)
+    logits = np.stack([session.prefill(cache, row, before.tokens[row, :steps]) for row in range(rows)])
+    answers = [logits.argmax(1)]
+    while len(answers) < steps:
+        answers.append(session.decode(cache, answers[-1], everyone).argmax(1))
+    equal = np.stack(answers, 1) == before.greedy  # [N, steps]
+    return float(np.cumprod(equal, 1).sum(1).mean())
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Over the last axis, in float64."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))

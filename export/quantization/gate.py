@@ -1,0 +1,57 @@
+"""The gate: a bundle whose rounded weights cost too much is not published. It also picks how the products compute."""
+
+from pathlib import Path
+
+from headfold.export.progress import Reporter
+from headfold.export.quantization.cost import Reference, weights_cost
+from headfold.export.quantization.products import set_level_in_file
+from headfold.plugins.quantized.schema import Level
+from headfold.runtime.errors import VerificationError
+from headfold.runtime.manifest import MODEL, Manifest, WeightsCost, WeightsScheme, WeightsSpec
+
+# On text that a model itself wrote, the mean KL is what its loss rises by in expectation. A model of a billion parameters is 0.094 nats
+# better than one half its size (Hoffmann et al. 2022, appendix D.3: 406.4 / N^0.34): who loses more than that to rounding is better
+# off with a smaller model.
+MAX_KL = 0.1
+_LEVEL_KL = 0.01  # what rounding the inputs may add, for products that are faster
+_HELPS: dict[WeightsScheme, str] = {
+    "int4": "Use --weights mixed or int8",
+    "mixed": "Use --weights int8, or more --bits",
+    "int8": "Leave --weights out",
+}
+_INPUTS: dict[Level, str] = {4: "inputs in eight bits", 1: "inputs in float32"}
+
+
+def pass_gate(stage: Path, manifest: Manifest, before: Reference, reporter: Reporter) -> WeightsSpec:
+    """Measure a staged bundle with rounded weights, leave it with the faster level of accuracy that is accurate enough.
+
+    Raises:
+        VerificationError: at neither level they stay within what the manifest allows.
+    """
+    assert manifest.weights is not None
+    spec, costs = manifest.weights, dict[Level, WeightsCost]()
+    scheme, max_kl = spec.scheme, spec.max_kl
+    levels: tuple[Level, Level] = (4, 1)
+    for level in levels:
+        set_level_in_file(stage / MODEL, level)
+        with reporter.step(f"measure what {scheme} weights cost, {_INPUTS[level]}"):
+            costs[level] = weights_cost(stage, manifest, before)
+    chosen: Level = 4 if costs[4].kl <= min(max_kl, costs[1].kl + _LEVEL_KL) else 1
+    cost = costs[chosen]
+    if not cost.kl <= max_kl:  # NaN is not
+        raise VerificationError(
+            f"{scheme} weights cost more than {max_kl:g} nats: {describe(cost)}",
+            where=manifest.source,
+            fix=f"{_HELPS[scheme]}, or allow it with --max-kl. No bundle was written.",
+        )
+    set_level_in_file(stage / MODEL, chosen)
+    reporter.note(f"{scheme} weights, {_INPUTS[chosen]}: {describe(cost)}")
+    return spec.model_copy(update={"accuracy_level": chosen, "cost": cost})
+
+
+def describe(cost: WeightsCost) -> str:
+    """One line."""
+    return (
+        f"KL {cost.kl:.3g} nats (99th percentile {cost.kl_99:.3g}), perplexity {cost.perplexity_before:.4g} to {cost.perplexity:.4g}, "
+        f"same likeliest token {cost.top1:.1%}, greedy answers the same for {cost.greedy_agreement:.1f} of {cost.greedy_tokens} tokens"
+    )

@@ -1,0 +1,1 @@
+"""The custom operators headfold::QuantizedMatMul and QuantizedGather, defined once: schema, numpy reference, ONNX bodies."""

@@ -1,0 +1,33 @@
+"""Matrices of four and eight bits in plain numpy: the oracle of every body. Shapes are those of `headfold.plugins.quantized.schema`."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headfold.plugins.quantized.schema import Bits
+
+Array = NDArray[Any]
+
+
+def unpacked(values: Array, bits: Bits) -> Array:
+    """The signed numbers, int64 [N, K]."""
+    numbers = values if bits == 8 else np.stack((values & 15, values >> 4), -1)
+    return numbers.reshape(len(values), -1).astype(np.int64) - (1 << (bits - 1))
+
+
+def dequantized(values: Array, scales: Array, bits: Bits) -> Array:
+    """W, float64 [N, K]."""
+    numbers = unpacked(values, bits).reshape(*scales.shape, -1)
+    return (numbers * scales.astype(np.float64)[..., None]).reshape(len(values), -1)
+
+
+def quantized_matmul(x: Array, values: Array, scales: Array, bits: Bits) -> Array:
+    """x @ W.T, computed in float64, in the dtype of x."""
+    product: Array = x.astype(np.float64) @ dequantized(values, scales, bits).T
+    return product.astype(x.dtype)
+
+
+def quantized_gather(values: Array, scales: Array, indices: Array, bits: Bits) -> Array:
+    """W[indices], in the dtype of the scales."""
+    return dequantized(values, scales, bits)[indices].astype(scales.dtype)

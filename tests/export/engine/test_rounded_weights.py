@@ -1,0 +1,145 @@
+"""Weights of four and eight bits in TensorRT: the lowered graph has the same numbers, the parsed network computes with them."""
+
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from click.testing import CliRunner
+
+from headfold.export.checkpoints.base import MemoryCheckpoint
+from headfold.export.checkpoints.hf_writer import save_hf
+from headfold.export.checkpoints.opening import open_checkpoint
+from headfold.export.cli import main
+from headfold.export.engine.lowering import lower
+from headfold.export.engine.network_runner import network_candidate
+from headfold.export.engine.options import BuildOptions
+from headfold.export.engine.preflight import preflight
+from headfold.export.exportables.own import OwnModel
+from headfold.export.exportables.rounded import RoundedCheckpoint
+from headfold.export.model.config import ModelConfig
+from headfold.export.model.decoder import Decoder
+from headfold.export.parity.verify import verify_bundle
+from headfold.export.progress import Reporter
+from headfold.runtime.errors import BuildError
+from headfold.runtime.manifest import read_manifest
+
+CONFIG = ModelConfig(
+    model_type="llama",
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=48,
+    eos_token_id=(0,),
+    tie_word_embeddings=True,
+)
+installed = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    decoder = Decoder(CONFIG)
+    for name, parameter in decoder.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.02 if "norm" in name else 0.1)
+    path = tmp_path_factory.mktemp("rounded") / "source"
+    save_hf(path, MemoryCheckpoint(Path("memory"), CONFIG, decoder.state_dict()), torch.float32)
+    return path
+
+
+@pytest.fixture(scope="module")
+def bundle(source) -> Path:
+    """With weights of both widths, and an embedding that is the head, too."""
+    path = source.parent / "mixed"
+    arguments = ["export", source, "-o", path, "--weights", "mixed", "--bits", "6", "--rounding", "nearest", "-q"]
+    result = CliRunner().invoke(main, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    return path
+
+
+def restored(bundle: Path, source: Path) -> RoundedCheckpoint:
+    names = ir.load(bundle / "model.onnx").graph.initializers
+    original = open_checkpoint(source)
+    bits = {name: 4 if any(f"{name}.int4" in known for known in names) else 8 for name in original.shapes()}
+    return RoundedCheckpoint(original, {name: width for name, width in bits.items() if "norm" not in name})
+
+
+@pytest.mark.parametrize("attention", ["native", "plugin"])
+def test_every_matrix_is_dequantized_to_what_it_stands_for(attention, bundle, source) -> None:
+    path = bundle / "model.onnx"
+    model, expected = lower(path, attention, 48), restored(bundle, source)
+    preflight(model, attention, path)
+    found = set()
+    for node in model.graph:
+        if node.op_type != "DequantizeLinear":
+            continue
+        values, scales = (value.const_value.numpy() for value in node.inputs)
+        wide = values.astype(np.float32).reshape(*scales.shape, -1) * scales[..., None]
+        sources = node.inputs[0].name.removesuffix(".signed").split("+")
+        sources = [name.removesuffix(".int4").removesuffix(".int8") for name in sources]
+        np.testing.assert_array_equal(wide.reshape(len(values), -1), torch.cat([expected.read(x) for x in sources]))
+        found.update(sources)
+    assert found == set(expected.bits)
+    assert {value.dtype for value in model.graph.initializers.values()} >= {ir.DataType.INT4, ir.DataType.INT8}
+
+
+@installed
+@pytest.mark.parametrize("attention", ["native", "plugin"])
+def test_the_parsed_network_agrees_with_pytorch(attention, bundle, source) -> None:
+    manifest = read_manifest(bundle)
+    candidate = network_candidate(bundle, manifest, BuildOptions(attention=attention))
+    exportable = OwnModel(open_checkpoint(source))
+    report = verify_bundle(bundle, exportable, manifest, 4, Reporter(quiet=True), candidate)
+    assert report.passed, report.failure()
+
+
+@installed
+def test_a_wrong_scale_in_the_network_is_caught(bundle, source, tmp_path) -> None:
+    shutil.copytree(bundle, tmp_path, dirs_exist_ok=True)
+    model = ir.load(bundle / "model.onnx")
+    value = next(v for n, v in model.graph.initializers.items() if n.endswith(".scales") and "down_proj" in n)
+    value.const_value = ir.tensor(1.5 * value.const_value.numpy())
+    ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
+    manifest = read_manifest(bundle)
+    candidate = network_candidate(tmp_path, manifest, BuildOptions(attention="native"))
+    report = verify_bundle(tmp_path, OwnModel(open_checkpoint(source)), manifest, 4, Reporter(quiet=True), candidate)
+    failed = [check.name for check in report.checks if not check.passed]
+    assert "prefill" in failed
+
+
+@installed
+@pytest.mark.parametrize("attention", ["native", "plugin"])
+def test_engines_are_built(attention, bundle, tmp_path) -> None:
+    shutil.copytree(bundle, tmp_path / "bundle")
+    arguments = ["build", str(tmp_path / "bundle"), "--attention", attention, "--sm", "86,89", "-q"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    (engine,) = read_manifest(tmp_path / "bundle").engines
+    assert engine.attention == attention
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda node: node.attributes.add(ir.AttrInt64("axis", 0)), "has blocks of 32 in axis 0"),
+        (lambda node: node.attributes.add(ir.AttrInt64("block_size", 16)), "has blocks of 16 in axis 1"),
+        (
+            lambda node: node.attributes.add(ir.AttrInt64("output_dtype", 1)),
+            "attribute output_dtype is not among those",
+        ),
+        (lambda node: node.replace_input_with(1, node.inputs[0]), "its scales are not"),
+    ],
+)
+def test_what_tensorrt_would_misread_is_refused(change, message, bundle) -> None:
+    path = bundle / "model.onnx"
+    model = lower(path, "native", 48)
+    change(next(node for node in model.graph if node.op_type == "DequantizeLinear"))
+    with pytest.raises(BuildError, match=message):
+        preflight(model, "native", path)

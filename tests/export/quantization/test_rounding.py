@@ -1,0 +1,87 @@
+"""Rounding of weights: against the definition, and against gguf's own quantization."""
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from headfold.export.checkpoints.base import MemoryCheckpoint
+from headfold.export.exportables.rounded import RoundedCheckpoint, StoredTensors
+from headfold.export.model.config import ModelConfig
+from headfold.export.model.rounding import bits_of, packed, restored, rounded
+from headfold.plugins.quantized.reference import dequantized
+
+CONFIG = ModelConfig(  # of no model: what rounds does not look at it
+    model_type="llama",
+    vocab_size=1,
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=1,
+    num_key_value_heads=1,
+    head_dim=64,
+    max_position_embeddings=1,
+)
+
+
+def weight(rows: int = 6, columns: int = 96) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_number_is_within_half_a_step_of_its_weight(bits) -> None:
+    w = weight()
+    values, scales = rounded(w, bits)
+    error = (restored(values, scales) - w).abs().view(6, 3, 32)
+    step = scales.abs()[..., None]
+    assert values.int().min() >= -(1 << bits - 1)
+    assert values.int().max() < 1 << bits - 1
+    clipped = (values.view(6, 3, 32) == (1 << bits - 1) - 1) & (
+        bits == 4
+    )  # there is no +8: such a weight loses up to a step
+    assert (error <= step * (0.5 + 0.5 * clipped) * (1 + 1e-5)).all()
+
+
+def test_blocks_of_zeros_stay_zeros() -> None:
+    for bits in (4, 8):
+        assert not restored(*rounded(torch.zeros(2, 64), bits)).any()
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(8, gguf.GGMLQuantizationType.Q8_0), (4, gguf.GGMLQuantizationType.Q4_0)])
+def test_what_gguf_holds_in_these_bits_is_kept_bit_for_bit(bits, kind) -> None:
+    held = gguf.quants.dequantize(gguf.quants.quantize(weight(64, 128).numpy(), kind), kind)  # [64, 128]
+    again = restored(*rounded(torch.from_numpy(held), bits))
+    np.testing.assert_array_equal(again.numpy(), held)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_numbers_are_those_that_the_kernel_reads(bits) -> None:
+    values, _ = rounded(weight(), bits)
+    bytes_ = packed(values, bits).numpy()
+    assert bytes_.shape == (6, 3, 4 * bits)
+    numbers = np.stack((bytes_ & 15, bytes_ >> 4), -1).reshape(6, 96) if bits == 4 else bytes_.reshape(6, 96)
+    np.testing.assert_array_equal(numbers.astype(int) - (1 << bits - 1), values.numpy())
+
+
+def test_matrices_with_whole_blocks_are_rounded_and_the_head_and_embedding_to_eight_bits() -> None:
+    shapes = {
+        "model.embed_tokens.weight": (9, 64),
+        "a": (8, 32),
+        "b": (8, 48),
+        "norm": (32,),
+        "lm_head.weight": (9, 64),
+    }
+    assert bits_of(shapes, "int4") == {"model.embed_tokens.weight": 8, "a": 4, "lm_head.weight": 8}
+    assert set(bits_of(shapes, "int8").values()) == {8}
+
+
+def test_a_graph_stores_values_and_scales_under_names_of_their_own() -> None:
+    q, norm = weight(4, 64), torch.ones(64)
+    rounding = RoundedCheckpoint(MemoryCheckpoint(Path("memory"), CONFIG, {"q": q, "norm": norm}), {"q": 4})
+    stored = StoredTensors(rounding)
+    assert stored.shapes() == {"norm": (64,), "q.int4": (4, 2, 16), "q.int4.scales": (4, 2)}
+    found = dequantized(*(stored.read(name).numpy() for name in ("q.int4", "q.int4.scales")), 4)
+    np.testing.assert_array_equal(found.astype(np.float32), rounding.read("q"))
+    assert stored.read("norm") is norm

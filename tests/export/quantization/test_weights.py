@@ -1,0 +1,300 @@
+"""Bundles with weights of four and eight bits: proven exact, measured, gated, and run."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+from click.testing import CliRunner
+
+from headfold.export.checkpoints.base import MemoryCheckpoint
+from headfold.export.checkpoints.hf_writer import save_hf
+from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
+from headfold.export.cli import main
+from headfold.export.exportables.own import OwnModel
+from headfold.export.exportables.rounded import RoundedCheckpoint
+from headfold.export.exportables.rounding_record import read_record, record_of, record_to_json
+from headfold.export.graph.bodies import use_quantized_bodies, use_standard_body
+from headfold.export.model.config import ModelConfig
+from headfold.export.model.decoder import Decoder
+from headfold.export.model.rounding import bits_of
+from headfold.export.parity.verify import verify_bundle
+from headfold.export.progress import Reporter
+from headfold.export.quantization.cost import reference, weights_cost
+from headfold.export.quantization.products import set_level_in_file
+from headfold.runtime import load
+from headfold.runtime.errors import BundleError
+from headfold.runtime.manifest import read_manifest
+
+CONFIG = ModelConfig(
+    model_type="llama",
+    vocab_size=160,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=64,
+    eos_token_id=(0,),
+    tie_word_embeddings=True,
+)
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    """Exit code, and what is on standard error and output."""
+    result = CliRunner().invoke(main, list(map(str, arguments)))
+    return result.exit_code, result.output
+
+
+def checkpoint(config: ModelConfig, outlier: float = 1.0) -> MemoryCheckpoint:
+    """Random weights. An input of each block is `outlier` times smaller, its weights so many times larger: the same function."""
+    torch.manual_seed(0)
+    decoder = Decoder(config).eval().requires_grad_(False)
+    for name, parameter in decoder.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.02 if "norm" in name else 0.2)
+    decoder.model.embed_tokens.weight /= 2  # and the head, which is tied to it: with smaller logits rounding costs less
+    for layer in decoder.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for norm, readers in (
+            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+        ):
+            norm.weight[::32] /= outlier
+            for reader in readers:
+                reader.weight[:, ::32] *= outlier
+    return MemoryCheckpoint(Path("memory"), config, decoder.state_dict())
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("rounded") / "source"
+    save_hf(path, checkpoint(CONFIG), torch.float32)
+    return path
+
+
+@pytest.fixture(scope="module")
+def bundle(source) -> Path:
+    path = source.parent / "int4"
+    code, output = run("export", source, "-o", path, "--weights", "int4", "--rounding", "nearest", "-q")
+    assert code == 0, output
+    return path
+
+
+def rounding(source: Path) -> RoundedCheckpoint:
+    """What --weights int4 --rounding nearest makes of it."""
+    original = open_checkpoint(source)
+    return RoundedCheckpoint(original, bits_of(original.shapes(), "int4"))
+
+
+def test_the_manifest_says_what_was_done_and_what_it_cost(bundle, source) -> None:
+    manifest = read_manifest(bundle)
+    assert manifest.format_version == 5
+    assert manifest.parity["passed"]
+    spec = manifest.weights
+    assert (spec.scheme, spec.block_size) == ("int4", 32)
+    assert 0 < spec.cost.kl < spec.cost.kl_99
+    assert spec.cost.kl < 0.1
+    tensors = json.loads((bundle / "weights.json").read_text())["tensors"]
+    assert {name: cost["bits"] for name, cost in tensors.items()} == rounding(source).bits
+    assert all(0 < cost["relative_squared_error"] < (1e-4 if cost["bits"] == 8 else 3e-2) for cost in tensors.values())
+    code, output = run("inspect", bundle, "--json")
+    assert code == 0
+    assert json.loads(output)["weights_cost"]["kl"] == spec.cost.kl
+
+
+def test_a_tied_head_and_embedding_share_one_matrix(bundle) -> None:
+    values = ir.load(bundle / "model.onnx").graph.initializers
+    sizes = {name: value.const_value.size for name, value in values.items() if name.startswith("model.embed_tokens")}
+    assert sizes == {"model.embed_tokens.weight.int8": 160 * 64, "model.embed_tokens.weight.int8.scales": 160 * 2}
+    weights = 4 * sum(np.prod(shape) for shape in open_checkpoint(bundle.parent / "source").shapes().values())
+    assert (bundle / "model.onnx.data").stat().st_size < weights / 3
+
+
+@pytest.fixture(scope="module")
+def exact(bundle) -> Path:
+    """The bundle with float32 inputs of its products."""
+    path = bundle.parent / "exact"
+    shutil.copytree(bundle, path)
+    set_level_in_file(path / "model.onnx", 1)
+    return path
+
+
+def test_onnx_runtime_decodes_as_pytorch_with_the_rounded_weights_does(exact, source) -> None:
+    decoder = load_decoder(rounding(source))
+    backend, ids = load(exact, check=False).backend, np.arange(3, 12)
+    cache = backend.new_cache(1, 32)
+    logits = backend.prefill(cache, 0, ids)
+    for token in (3, 1, 4):
+        expected = decoder(torch.tensor(ids)[None]).logits[0, -1]
+        np.testing.assert_allclose(logits, expected, atol=1e-4)
+        ids = np.append(ids, token)
+        logits = backend.decode(cache, np.array([token]), np.ones(1, np.bool_))[0]
+
+
+def test_the_cost_is_that_of_the_rounded_weights_in_pytorch(exact, source) -> None:
+    tokens, original = torch.arange(160).view(5, 32), open_checkpoint(source)
+    before = reference(load_decoder(original), tokens)
+    cost = weights_cost(exact, read_manifest(exact), before)
+    after = load_decoder(rounding(source))(tokens).logits.double().log_softmax(-1)
+    exact = torch.from_numpy(before.logits).double().log_softmax(-1)
+    kl = (exact.exp() * (exact - after)).sum(-1)
+    losses = [-x[:, :-1].gather(2, tokens[:, 1:, None]).mean() for x in (exact, after)]
+    assert cost.kl == pytest.approx(kl.mean().item(), rel=1e-3)
+    assert cost.kl_99 == pytest.approx(kl.quantile(0.99).item(), rel=1e-3)
+    assert cost.top1 == pytest.approx((exact.argmax(-1) == after.argmax(-1)).double().mean().item(), abs=0.01)
+    assert (cost.perplexity_before, cost.perplexity) == pytest.approx([np.exp(x.item()) for x in losses], rel=1e-3)
+
+
+def test_standard_ops_compute_the_same(exact, tmp_path) -> None:
+    model = ir.load(exact / "model.onnx")
+    use_standard_body(model)
+    use_quantized_bodies(model, standard=True)
+    ids = np.arange(3, 12)[None]
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    feeds |= {value.name: np.zeros((1, 2, 16, 16), np.float32) for value in model.graph.inputs[2:]}
+    ir.save(model, tmp_path / "standard.onnx", external_data="standard.onnx.data")
+    assert {domain for f in model.functions.values() for domain in f.opset_imports} == {""}
+    paths = (exact / "model.onnx", tmp_path / "standard.onnx")
+    sessions = [ort.InferenceSession(path, providers=["CPUExecutionProvider"]) for path in paths]
+    kernel, standard = (session.run(["logits"], feeds)[0] for session in sessions)
+    np.testing.assert_allclose(standard, kernel, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [{"tie_word_embeddings": False, "qkv_bias": True, "model_type": "qwen2"}])
+def test_eight_bits_with_biases_and_a_head_of_its_own(config, tmp_path) -> None:
+    save_hf(tmp_path / "source", checkpoint(replace(CONFIG, **config)), torch.float32)
+    code, output = run("export", tmp_path / "source", "-o", tmp_path / "int8", "--weights", "int8", "-q")
+    assert code == 0, output
+    assert read_manifest(tmp_path / "int8").weights.cost.kl < 0.01
+    code, output = run("verify", tmp_path / "int8", "--against", tmp_path / "source", "-q")
+    assert code == 0, output
+
+
+def test_a_model_with_outliers_is_refused_in_four_bits_and_what_the_message_says_helps(tmp_path) -> None:
+    save_hf(tmp_path / "source", checkpoint(CONFIG, outlier=10), torch.float32)
+    code, output = run("export", tmp_path / "source", "-o", tmp_path / "int4", "--weights", "int4", "-q")
+    assert code == 1
+    assert "int4 weights cost more than 0.1 nats: KL " in output
+    assert "Use --weights mixed or int8, or allow it with --max-kl. No bundle was written." in output
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    code, output = run("export", tmp_path / "source", "-o", tmp_path / "int8", "--weights", "int8", "-q")
+    assert code == 0, output
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight"])
+def test_a_wrong_scale_is_seen_by_the_proof_and_by_the_gate(name, bundle, source, tmp_path) -> None:
+    model = ir.load(bundle / "model.onnx")
+    value = next(v for n, v in model.graph.initializers.items() if n.startswith(name) and n.endswith(".scales"))
+    value.const_value = ir.tensor(3 * value.const_value.numpy())
+    ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
+    shutil.copy(bundle / "weights.json", tmp_path)
+    manifest = read_manifest(bundle)
+    decoder = load_decoder(open_checkpoint(source))
+    before = reference(decoder, torch.arange(160).view(5, 32))
+    assert weights_cost(bundle, manifest, before).kl < 0.1
+    assert not weights_cost(tmp_path, manifest, before).kl <= 0.1
+
+    report = verify_bundle(tmp_path, OwnModel(open_checkpoint(source)), manifest, 4, Reporter(quiet=True))
+    failed = [check.name for check in report.checks if not check.passed]
+    assert "weights, bit for bit" in failed
+    assert len(failed) > 1  # the arithmetic is wrong, too
+
+
+@pytest.fixture(scope="module")
+def mixed(source) -> Path:
+    path = source.parent / "mixed"
+    code, output = run("export", source, "-o", path, "--weights", "mixed", "--bits", "6", "-q")
+    assert code == 0, output
+    return path
+
+
+def test_mixed_weights_have_the_bits_that_were_asked_for_where_they_are_worth_most(mixed, bundle, source) -> None:
+    tensors, shapes = json.loads((mixed / "weights.json").read_text())["tensors"], open_checkpoint(source).shapes()
+    sizes = {name: np.prod(shapes[name]) for name in tensors}
+    average = sum(sizes[name] * tensor["bits"] for name, tensor in tensors.items()) / sum(sizes.values())
+    spec = read_manifest(mixed).weights
+    assert spec.bits == average
+    assert 5.5 < average <= 6
+    assert {tensor["method"] for tensor in tensors.values() if tensor["bits"] == 4} == {"gptq"}
+    assert {tensor["method"] for tensor in tensors.values() if tensor["bits"] == 8} == {"nearest"}
+    gains = {name: tensor["kl"] for name, tensor in tensors.items() if tensor["kl"] is not None}
+    assert all(gain > 0 for gain in gains.values())
+    assert max(gains, key=gains.__getitem__) in {name for name, tensor in tensors.items() if tensor["bits"] == 8}
+    assert spec.cost.kl < read_manifest(bundle).weights.cost.kl
+    code, output = run("verify", mixed, "--against", source, "-q")
+    assert code == 0, output
+
+
+@pytest.mark.parametrize("part", ["int4", "int4.scales"])
+def test_weights_that_no_rule_finds_are_held_to_their_record(part, mixed, source, tmp_path) -> None:
+    shutil.copytree(mixed, tmp_path, dirs_exist_ok=True)
+    model = ir.load(mixed / "model.onnx")
+    value = next(v for n, v in model.graph.initializers.items() if n.endswith(f"down_proj.weight.{part}"))
+    changed = value.const_value.numpy().copy()
+    changed[0, 0] = 3 * changed[0, 0] if "scales" in part else changed[0, 0] ^ 1
+    value.const_value = ir.tensor(changed)
+    ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
+    report = verify_bundle(tmp_path, OwnModel(open_checkpoint(source)), read_manifest(mixed), 4, Reporter(quiet=True))
+    failed = {check.name: check.note for check in report.checks if not check.passed}
+    assert failed == {"rounded weights, error over the nearest's": "is not what GPTQ found"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("--weights", "int4", "--dtype", "float16"),
+            "--dtype float16: does not go with weights of four or eight bits",
+        ),
+        (("--weights", "int4", "--allow-nan"), "--allow-nan: does not go with weights of four or eight bits"),
+        (("--weights", "int4", "--capacity", "1"), "--capacity 1: is too short to measure rounded weights on"),
+        (("--weights", "int8", "--bits", "5"), "--bits: is for weights of either width. Add --weights mixed."),
+        (("--weights", "int8", "--rounding", "gptq"), "--rounding: is for weights of four bits."),
+        (("--max-kl", "0.2"), "--max-kl: is for rounded weights. Add --weights int8."),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(options, message, source, tmp_path) -> None:
+    code, output = run("export", source, "-o", tmp_path / "no", *options)
+    assert code == 2
+    assert message in output
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_model_without_whole_blocks_is_refused(tmp_path) -> None:
+    small = replace(CONFIG, hidden_size=48, intermediate_size=80, num_attention_heads=3, num_key_value_heads=1)
+    save_hf(tmp_path / "source", checkpoint(small), torch.float32)
+    code, output = run("export", tmp_path / "source", "-o", tmp_path / "no", "--weights", "int8")
+    assert code == 2
+    assert "no weight has blocks of 32 inputs" in output
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda tensors: tensors.update(more={}), "is no record of rounded weights"),
+        (lambda tensors: tensors["lm_head.weight"].update(bits=5), "lm_head.weight cannot have been rounded so"),
+    ],
+)
+def test_a_record_that_is_wrong_is_one_line(damage, message, tmp_path) -> None:
+    save_hf(tmp_path / "source", checkpoint(replace(CONFIG, tie_word_embeddings=False)), torch.float32)
+    original = open_checkpoint(tmp_path / "source")
+    content = record_to_json(record_of(RoundedCheckpoint(original, {"lm_head.weight": 8}), {}))
+    damage(content["tensors"])
+    (tmp_path / "weights.json").write_text(json.dumps(content))
+    with pytest.raises(BundleError, match=message):
+        read_record(tmp_path / "weights.json", original.shapes())
+
+
+def test_a_record_that_is_missing_is_one_line(bundle, source, tmp_path) -> None:
+    shutil.copytree(bundle, tmp_path / "bundle")
+    (tmp_path / "bundle" / "weights.json").unlink()
+    with pytest.raises(BundleError, match=r"weights\.json: is missing"):
+        verify_bundle(
+            tmp_path / "bundle", OwnModel(open_checkpoint(source)), read_manifest(bundle), 4, Reporter(quiet=True)
+        )
