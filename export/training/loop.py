@@ -37,6 +37,7 @@ from headfold.export.training.state import (
     latest,
     load_state,
     optimizer_tensors,
+    prune,
     restore_optimizer,
     save_state,
 )
@@ -200,6 +201,8 @@ class _Run:
         """All steps that are left."""
         options, state = self.options, self.state
         log = StepLog(self.directory, state.step) if self.directory is not None and self.main else None
+        if log is not None:
+            prune(log.path.parent, options.keep)
         losses: list[float] = []
         begin = time.perf_counter()
         per_step = options.batch * options.sequence

@@ -98,9 +98,14 @@ def save_state(
             write_hf(stage, checkpoint, torch.float32)
             save_tensors(dict(optimizer), stage / OPTIMIZER)
             (stage / STATE).write_text(json.dumps(vars(state), indent=1) + "\n")
-        for old in checkpoints(directory)[:-keep]:
-            discard(old)
+        prune(directory, keep)
     return target
+
+
+def prune(directory: Path, keep: int) -> None:
+    """Delete all checkpoints but the newest `keep`; a run does so when it resumes, too, for a kill may have come before."""
+    for old in checkpoints(directory)[:-keep]:
+        discard(old)
 
 
 def _check_ours(target: Path) -> None:
