@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from headfold.export.exportables.facts import LayerFacts
-from headfold.export.exportables.traced import OnePass
+from headfold.export.exportables.foreign.traced import OnePass
 from headfold.export.model.decoder import sequence_layout
 from headfold.plugins.attention.schema import Attributes
 from headfold.runtime.errors import ConfigError, HeadfoldError

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from headfold.export.checkpoints.base import TokenizerFiles
 from headfold.export.exportables.base import Master, no_quantized_cache
-from headfold.export.exportables.copying import in_dtype, without_weights
 from headfold.export.exportables.facts import Facts
+from headfold.export.exportables.foreign.copying import in_dtype, without_weights
+from headfold.export.exportables.foreign.traced import ModelTensors, OnePass, TracedMaster
 from headfold.export.exportables.module_road.learning import Learned, learn
 from headfold.export.exportables.module_road.module_oracle import ModuleOracle
 from headfold.export.exportables.oracle import Oracle
-from headfold.export.exportables.traced import ModelTensors, OnePass, TracedMaster
 from headfold.plugins.dtypes import Quantized
 from headfold.runtime.errors import ConfigError
 from headfold.runtime.manifest import Road

@@ -15,7 +15,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
 from headfold.export.exportables.facts import LayerFacts
-from headfold.export.exportables.traced import OnePass
+from headfold.export.exportables.foreign.traced import OnePass
 from headfold.export.exportables.transformers_road import masks
 from headfold.export.exportables.transformers_road.masks import CAUSAL, Visible
 from headfold.plugins.attention.schema import Attributes

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from headfold.export.checkpoints.base import TokenizerFiles
-from headfold.export.exportables.copying import in_dtype
+from headfold.export.exportables.foreign.copying import in_dtype
 from headfold.export.exportables.transformers_road.transformers_model import TransformersModel
 from headfold.runtime.errors import ConfigError
 

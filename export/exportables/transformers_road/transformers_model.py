@@ -18,8 +18,8 @@ from headfold.export.checkpoints.base import TokenizerFiles
 from headfold.export.checkpoints.directories.directory import Directory
 from headfold.export.exportables.base import Master, Tensors, no_quantized_cache
 from headfold.export.exportables.facts import Facts, LayerFacts
+from headfold.export.exportables.foreign.traced import ModelTensors, OnePass, TracedMaster
 from headfold.export.exportables.oracle import Oracle
-from headfold.export.exportables.traced import ModelTensors, OnePass, TracedMaster
 from headfold.export.exportables.transformers_road import experts
 from headfold.export.exportables.transformers_road.attending import NAME, OpCache
 from headfold.export.exportables.transformers_road.loading import load_model, quiet

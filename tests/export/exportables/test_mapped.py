@@ -7,7 +7,7 @@ from random_transformers import save_random
 from safetensors.torch import load_file, save_file
 
 from headfold.export.bundle.pipeline import ExportOptions, export_bundle
-from headfold.export.exportables.mapped import MappedFiles
+from headfold.export.exportables.foreign.mapped import MappedFiles
 from headfold.export.exportables.opening import open_exportable
 from headfold.export.progress import Reporter
 from headfold.runtime.errors import CheckpointError

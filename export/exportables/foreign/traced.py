@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from headfold.export.exportables.base import Master
 from headfold.export.exportables.facts import LayerFacts
-from headfold.export.exportables.mapped import MappedFiles
+from headfold.export.exportables.foreign.mapped import MappedFiles
 from headfold.export.model.decoder import Cache, Layout, sequence_layout
 from headfold.plugins.attention.schema import AttentionInputs, Attributes
 from headfold.plugins.attention.torch_op import attention
