@@ -259,5 +259,8 @@ def test_a_bad_engine_is_named_before_anybody_runs_it(case, copy) -> None:
         check(copy)
     assert message in str(error.value)
     code, output = run("inspect", str(copy))
+    if case == "altered":  # to inspect hashes nothing: a large bundle would take seconds
+        assert code == 0
+        return
     assert code == 2
     assert message in " ".join(output.split())
