@@ -227,16 +227,23 @@ def main() -> None:
     parser.add_argument(
         "--groups", action="store_true", help="instead: MHA, GQA and MQA variants of a larger random model"
     )
+    parser.add_argument("--experts", action="store_true", help="instead: memory of a mixture of experts")
     parser.add_argument("--worker", nargs=2, metavar=("KIND", "PATH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         worker(*options.worker, options.threads)
         return
-    if options.groups:
+    if options.groups or options.experts:
         sys.path.insert(0, str(Path(__file__).parent))
+        from bench_experts import experts
         from bench_groups import groups
 
-        table = groups(ROOT / "bundles" / "groups", options.rounds, min(options.new, 16), options.threads, bandwidth)
+        bundles, threads = ROOT / "bundles", options.threads
+        table: Any = (
+            experts(bundles, threads)
+            if options.experts
+            else groups(bundles / "groups", options.rounds, min(options.new, 16), threads, bandwidth)
+        )
         if options.json:
             options.json.write_text(json.dumps(table, indent=2) + "\n")
         return
