@@ -113,7 +113,7 @@ def uptrain(
     from headfold.export.training.uptrain import Budget, run_directory
     from headfold.export.training.uptrain import uptrain as run
 
-    refuse_idle(rest["loss"] == "ce", "teacher", why="is of the losses kl and kl+ce", fix="Leave it out, or --loss ce.")
+    refuse_idle(rest["loss"] == "ce", "teacher", why="is of the losses kl and kl+ce", fix="Leave it out, or --loss kl.")
     refuse_idle(
         rest["checkpoint_every"] == 0 and not resume,
         "keep",

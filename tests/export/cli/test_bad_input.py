@@ -140,10 +140,6 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "more layers than tensors": (config(num_hidden_layers=3), "tensors missing: model.layers.2."),
     "fewer layers than tensors": (config(num_hidden_layers=1), "that this model does not have: model.layers.1."),
     "odd RoPE": (config(head_dim=15), "rotates 15 dimensions"),
-    "partial RoPE": (
-        config(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}),
-        "partial_rotary_factor is 0.5: transformers ignores it or fails in this family",
-    ),
 }
 
 
@@ -200,7 +196,7 @@ PROMPTS: dict[str, tuple[list[str], str, str]] = {
     "prompt over capacity": (["the fox " * 50], "", "over the bundle's capacity of 64"),
     "prompt and answer over capacity": (["the fox", "-n", "1000"], "", "over the bundle's capacity of 64"),
     "negative temperature": (["the fox", "--temperature", "-1"], "", "temperature is -1"),
-    "top-p of 2": (["the fox", "--top-p", "2"], "", "top_p is 2"),
+    "top-p of 2": (["the fox", "--temperature", "1", "--top-p", "2"], "", "top_p is 2"),
     "unknown provider": (
         ["the fox", "--provider", "tpu"],
         "",

@@ -148,7 +148,7 @@ def test_its_checkpoints_are_the_uptrained_ones(swept, toys):
         (("--kv-heads", "1;2"), "Give whole numbers with commas"),
         (("--contexts", "64"), "are not within the model's 64 positions"),
         (("--memory", "much"), "--memory is 'much'"),
-        (("--holdout", "0"), "there is nothing to validate on"),
+        (("--holdout", "0"), "--holdout 0 leaves nothing for it"),
         ((), "already exists"),
     ],
 )
