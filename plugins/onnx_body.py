@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from onnx import AttributeProto, FunctionProto, NodeProto, helper
 from onnx.defs import OpSchema
@@ -24,8 +24,7 @@ class Operator:
     @property
     def kinds(self) -> dict[str, AttributeProto.AttributeType]:
         """What ONNX calls each attribute's kind."""
-        numbers: dict[Any, AttributeProto.AttributeType] = {int: AttributeProto.INT, float: AttributeProto.FLOAT}
-        return {field.name: numbers.get(field.type, AttributeProto.STRING) for field in fields(self.attributes)}
+        return {field.name: _KINDS[_type_of(field.type)] for field in fields(self.attributes)}
 
     def schema(self, types: Mapping[str, str], constraints: Sequence[tuple[str, list[str], str]]) -> OpSchema:
         """The ONNX schema; not registered, so that no tool depends on headfold being imported.
@@ -54,6 +53,14 @@ class Operator:
                 for name, kind in self.kinds.items()
             ],
         )
+
+
+_KINDS = {int: AttributeProto.INT, float: AttributeProto.FLOAT, str: AttributeProto.STRING}
+
+
+def _type_of(annotation: Any) -> type[Any]:
+    """Of a field's values, which may be annotated as a few literal ones."""
+    return type(get_args(annotation)[0]) if get_origin(annotation) is Literal else annotation
 
 
 class Body:

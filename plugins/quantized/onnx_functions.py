@@ -5,13 +5,10 @@ ready as with the bare node. `standard_matmul` has only standard ops, for everyb
 `headfold.plugins.quantized.schema`.
 """
 
-from collections.abc import Sequence
-from dataclasses import fields
-
 import numpy as np
-from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import FunctionProto, TensorProto, numpy_helper
 
-from headfold.plugins.onnx_body import OPSET
+from headfold.plugins.onnx_body import OPSET, Body, Operator
 from headfold.plugins.quantized.schema import (
     DOMAIN,
     GATHER,
@@ -20,89 +17,69 @@ from headfold.plugins.quantized.schema import (
     MATMUL,
     MATMUL_INPUTS,
     MATMUL_OUTPUT,
+    VERSION,
+    GatherAttributes,
+    GatherInputs,
     MatMulAttributes,
+    MatMulInputs,
 )
 
-_MATMUL_ATTRIBUTES = [field.name for field in fields(MatMulAttributes)]
+_MATMUL = Operator(DOMAIN, MATMUL, VERSION, MatMulInputs, MatMulAttributes, (MATMUL_OUTPUT,))
+_GATHER = Operator(DOMAIN, GATHER, VERSION, GatherInputs, GatherAttributes, (GATHER_OUTPUT,))
 
 
 def onnxruntime_matmul() -> FunctionProto:
     """One com.microsoft.MatMulNBits node."""
-    node = helper.make_node("MatMulNBits", MATMUL_INPUTS, [MATMUL_OUTPUT], domain="com.microsoft")
-    node.attribute.extend(_reference(name) for name in _MATMUL_ATTRIBUTES)
-    return _function(MATMUL, MATMUL_INPUTS, MATMUL_OUTPUT, [node], {"": OPSET, "com.microsoft": 1}, _MATMUL_ATTRIBUTES)
+    body = Body(_MATMUL)
+    same = {name: name for name in _MATMUL.kinds}
+    body("MatMulNBits", MATMUL_INPUTS, MATMUL_OUTPUT, refs=same, domain="com.microsoft")
+    return body.function({"": OPSET, "com.microsoft": 1}, MATMUL_INPUTS)
 
 
 def standard_matmul() -> FunctionProto:
     """DequantizeLinear and MatMul; whatever the accuracy level, the input is not rounded."""
-    make = helper.make_node
-    dequantize = make("DequantizeLinear", ["numbers", "scales", "halves"], ["w"], axis=1)
-    dequantize.attribute.append(_reference("block_size"))
-    nodes = [
-        *_unpacked("values", "parts"),  # [N, K / BLOCK, BLOCK * bits / 8, 8 / bits]
-        _constant("matrix", np.array([0, -1])),
-        make("Reshape", ["parts", "matrix"], ["numbers"]),  # [N, K]
-        make("Shape", ["scales"], ["blocks_shape"]),
-        make("Expand", ["half", "blocks_shape"], ["halves"]),  # [N, K / BLOCK]
-        dequantize,
-        make("Transpose", ["w"], ["w_transposed"], perm=[1, 0]),
-        make("MatMul", ["x", "w_transposed"], [MATMUL_OUTPUT]),
-    ]
-    return _function(MATMUL, MATMUL_INPUTS, MATMUL_OUTPUT, nodes, {"": OPSET}, _MATMUL_ATTRIBUTES)
+    body = Body(_MATMUL)
+    _unpack(body, "values", "parts")  # [N, K / BLOCK, BLOCK * bits / 8, 8 / bits]
+    body.ints("matrix", 0, -1)
+    body("Reshape", ["parts", "matrix"], "numbers")  # [N, K]
+    body("Shape", ["scales"], "blocks_shape")
+    body("Expand", ["half", "blocks_shape"], "halves")  # [N, K / BLOCK]
+    body("DequantizeLinear", ["numbers", "scales", "halves"], "w", refs={"block_size": "block_size"}, axis=1)
+    body("Transpose", ["w"], "w_transposed", perm=[1, 0])
+    body("MatMul", ["x", "w_transposed"], MATMUL_OUTPUT)
+    return body.function({"": OPSET}, MATMUL_INPUTS)
 
 
 def gather() -> FunctionProto:
     """Only the rows that are looked up become wide."""
-    make = helper.make_node
-    nodes = [
-        make("Gather", ["values", "indices"], ["packed"]),  # [B, S, K / BLOCK, BLOCK * bits / 8]
-        *_unpacked("packed", "numbers"),  # [B, S, K / BLOCK, BLOCK * bits / 8, 8 / bits]
-        make("CastLike", ["numbers", "scales"], ["positive"]),
-        make("CastLike", ["half", "scales"], ["wide_half"]),
-        make("Sub", ["positive", "wide_half"], ["signed"]),
-        make("Gather", ["scales", "indices"], ["scales_of_rows"]),  # [B, S, K / BLOCK]
-        _constant("behind", np.array([-1, -2])),
-        make("Unsqueeze", ["scales_of_rows", "behind"], ["scales_of_blocks"]),
-        make("Mul", ["signed", "scales_of_blocks"], ["wide"]),
-        _constant("rows_shape", np.array([0, 0, -1])),
-        make("Reshape", ["wide", "rows_shape"], [GATHER_OUTPUT]),
-    ]
-    return _function(GATHER, GATHER_INPUTS, GATHER_OUTPUT, nodes, {"": OPSET}, ["bits"])
+    body = Body(_GATHER)
+    body("Gather", ["values", "indices"], "packed")  # [B, S, K / BLOCK, BLOCK * bits / 8]
+    _unpack(body, "packed", "numbers")  # [B, S, K / BLOCK, BLOCK * bits / 8, 8 / bits]
+    body("CastLike", ["numbers", "scales"], "positive")
+    body("CastLike", ["half", "scales"], "wide_half")
+    body("Sub", ["positive", "wide_half"], "signed")
+    body("Gather", ["scales", "indices"], "scales_of_rows")  # [B, S, K / BLOCK]
+    body.ints("behind", -1, -2)
+    body("Unsqueeze", ["scales_of_rows", "behind"], "scales_of_blocks")
+    body("Mul", ["signed", "scales_of_blocks"], "wide")
+    body.ints("rows_shape", 0, 0, -1)
+    body("Reshape", ["wide", "rows_shape"], GATHER_OUTPUT)
+    return body.function({"": OPSET}, GATHER_INPUTS)
 
 
-def _unpacked(packed: str, numbers: str) -> list[NodeProto]:
+def _unpack(body: Body, packed: str, numbers: str) -> None:
     """From bytes the numbers in them, lower bits first, uint8 with an axis more; and `half` of their range, uint8."""
-    make = helper.make_node
-    bits = make("Constant", [], ["bits_of_it"])
-    bits.attribute.append(AttributeProto(name="value_int", ref_attr_name="bits", type=AttributeProto.INT))
-    ints = {"zero": 0, "one": 1, "two": 2, "eight": 8}
-    return [
-        bits,
-        *(_constant(name, np.array(value)) for name, value in ints.items()),
-        make("Range", ["zero", "eight", "bits_of_it"], ["int_shifts"]),  # [0] or [0, 4]
-        make("Cast", ["int_shifts"], ["shifts"], to=TensorProto.UINT8),
-        make("Pow", ["two", "bits_of_it"], ["range"]),
-        make("Sub", ["range", "one"], ["largest"]),
-        make("Cast", ["largest"], ["mask"], to=TensorProto.UINT8),
-        make("Div", ["range", "two"], ["int_half"]),
-        make("Cast", ["int_half"], ["half"], to=TensorProto.UINT8),
-        _constant("last", np.array([-1])),
-        make("Unsqueeze", [packed, "last"], ["column"]),
-        make("BitShift", ["column", "shifts"], ["shifted"], direction="RIGHT"),
-        make("BitwiseAnd", ["shifted", "mask"], [numbers]),
-    ]
-
-
-def _constant(name: str, value: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> NodeProto:
-    return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value))
-
-
-def _reference(name: str) -> AttributeProto:
-    return AttributeProto(name=name, ref_attr_name=name, type=AttributeProto.INT)
-
-
-def _function(
-    name: str, inputs: Sequence[str], output: str, nodes: list[NodeProto], opsets: dict[str, int], attributes: list[str]
-) -> FunctionProto:
-    imports = [helper.make_opsetid(domain, version) for domain, version in opsets.items()]
-    return helper.make_function(DOMAIN, name, list(inputs), [output], nodes, imports, attributes)
+    body("Constant", [], "bits_of_it", refs={"value_int": "bits"})
+    for name, value in {"zero": 0, "one": 1, "two": 2, "eight": 8}.items():
+        body("Constant", [], name, value=numpy_helper.from_array(np.array(value)))
+    body("Range", ["zero", "eight", "bits_of_it"], "int_shifts")  # [0] or [0, 4]
+    body("Cast", ["int_shifts"], "shifts", to=TensorProto.UINT8)
+    body("Pow", ["two", "bits_of_it"], "range")
+    body("Sub", ["range", "one"], "largest")
+    body("Cast", ["largest"], "mask", to=TensorProto.UINT8)
+    body("Div", ["range", "two"], "int_half")
+    body("Cast", ["int_half"], "half", to=TensorProto.UINT8)
+    body.ints("last", -1)
+    body("Unsqueeze", [packed, "last"], "column")
+    body("BitShift", ["column", "shifts"], "shifted", direction="RIGHT")
+    body("BitwiseAnd", ["shifted", "mask"], numbers)

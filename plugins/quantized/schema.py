@@ -8,10 +8,11 @@ embedding and the head tied to it are one matrix in the file:
     scales  T [N, K / BLOCK]
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Generic, Literal, TypeVar
 
-from headfold.plugins.attention.schema import DOMAIN as DOMAIN  # all ops are of one domain
+from headfold.plugins.attention.schema import DOMAIN as DOMAIN  # all ops are of one domain, in one version
+from headfold.plugins.attention.schema import VERSION as VERSION
 
 BLOCK = 32
 Bits = Literal[4, 8]
@@ -20,20 +21,47 @@ Bits = Literal[4, 8]
 Level = Literal[1, 4]
 
 MATMUL = "QuantizedMatMul"
-MATMUL_INPUTS = ("x", "values", "scales")  # T [..., K], see above
 MATMUL_OUTPUT = "product"  # T [..., N]: x @ W.T
-
 GATHER = "QuantizedGather"
-GATHER_INPUTS = ("values", "scales", "indices")  # see above, int64 [B, S]
 GATHER_OUTPUT = "rows"  # T [B, S, K]: W[indices]
+V = TypeVar("V")  # an array, a value of a graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatMulInputs(Generic[V]):
+    """The inputs of QuantizedMatMul, in the order of an ONNX node's."""
+
+    x: V  # T [..., K]
+    values: V
+    scales: V
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatherInputs(Generic[V]):
+    """The inputs of QuantizedGather, in the order of an ONNX node's."""
+
+    values: V
+    scales: V
+    indices: V  # int64 [B, S]
+
+
+MATMUL_INPUTS = tuple(field.name for field in fields(MatMulInputs))
+GATHER_INPUTS = tuple(field.name for field in fields(GatherInputs))
 
 
 @dataclass(frozen=True, kw_only=True)
 class MatMulAttributes:
-    """The attributes of QuantizedMatMul; QuantizedGather has `bits` alone."""
+    """The attributes of QuantizedMatMul."""
 
     K: int
     N: int
     bits: Bits
     block_size: int = BLOCK
     accuracy_level: Level = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatherAttributes:
+    """The attribute of QuantizedGather."""
+
+    bits: Bits
