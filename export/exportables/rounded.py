@@ -29,6 +29,7 @@ class RoundedCheckpoint:
         self, checkpoint: Checkpoint, bits: Mapping[str, Bits], found: Mapping[str, Rounded] | None = None
     ) -> None:
         self.original, self.bits, self.found = checkpoint, bits, found or {}
+        self._last: tuple[str, Rounded] | None = None  # a graph asks for numbers and scales one after the other
 
     @property
     def path(self) -> Path:
@@ -73,7 +74,11 @@ class RoundedCheckpoint:
 
     def rounded(self, name: str) -> Rounded:
         """One of the rounded weights."""
-        return self.found[name] if name in self.found else rounded(self.original.read(name), self.bits[name])
+        if name in self.found:
+            return self.found[name]
+        if self._last is None or self._last[0] != name:
+            self._last = name, rounded(self.original.read(name), self.bits[name])
+        return self._last[1]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.original)
