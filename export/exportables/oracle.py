@@ -49,6 +49,12 @@ class Answer:
     hidden_states: list[Array]  # the residual stream after each layer, [S, hidden]
     cache: list[tuple[Array, Array]]  # what each layer's cache stores of them, [Hkv, S, D]
 
+    @staticmethod
+    def of(logits: Tensor, hidden_states: Iterable[Tensor], cache: Iterable[tuple[Tensor, Tensor]]) -> "Answer":
+        """The same as tensors, which become arrays of float32, or float64 as they are."""
+        pairs = [(as_array(keys), as_array(values)) for keys, values in cache]
+        return Answer(as_array(logits), [as_array(x) for x in hidden_states], pairs)
+
 
 class Oracle(Protocol):
     """A model, computing in one dtype."""
@@ -105,8 +111,7 @@ class DecoderOracle:
         mask = torch.ones(1, start + len(tokens), dtype=torch.long)
         with handed_on(decoder.model.layers, given) as heard:
             logits = decoder(torch.from_numpy(tokens)[None], mask, caches).logits[0]
-        new = [(as_array(keys[0, :, start:]), as_array(values[0, :, start:])) for keys, values in caches]
-        return Answer(as_array(logits), [as_array(x) for x in heard], new)
+        return Answer.of(logits, heard, ((keys[0, :, start:], values[0, :, start:]) for keys, values in caches))
 
 
 @contextmanager

@@ -27,9 +27,7 @@ class WeightRecord:
     method: Method  # "nearest" is a rule, which the checkpoint alone decides; see `headfold.export.model.rounding`
     relative_squared_error: float  # |rounded - w|^2 / |w|^2: 0 for one that is kept bit for bit
     sha256: str  # of numbers, then scales
-    kl: float | None = (
-        None  # nats that four bits cost, in this weight and those joined with it alone; None if that was not measured
-    )
+    kl: float | None = None  # nats that four bits cost in it alone, with those joined with it; None: not measured
 
 
 def record_of(checkpoint: RoundedCheckpoint, costs: Mapping[str, float]) -> dict[str, WeightRecord]:

@@ -1,6 +1,7 @@
 """GGUF files of random models of transformers, written with the gguf package's own writer and names, as llama.cpp's converter does."""
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -30,10 +31,8 @@ def gguf_tensors(model: PreTrainedModel, architecture: str) -> Tensors:
     return {name: np.ascontiguousarray(values) for name, values in found.items()}
 
 
-def write_gguf(path: Path, model: PreTrainedModel, architecture: str, tensors: Tensors, **metadata: float) -> Path:
-    """Write it without a tokenizer; `metadata` adds numbers under the architecture's name."""
-    config, writer = model.config, gguf.GGUFWriter(path, architecture)
-    writer.add_vocab_size(config.vocab_size)
+def add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
+    """The metadata that every decoder has; `config` is headfold's or one of transformers, which call them alike."""
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -42,6 +41,13 @@ def write_gguf(path: Path, model: PreTrainedModel, architecture: str, tensors: T
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
+
+
+def write_gguf(path: Path, model: PreTrainedModel, architecture: str, tensors: Tensors, **metadata: float) -> Path:
+    """Write it without a tokenizer; `metadata` adds numbers under the architecture's name."""
+    config, writer = model.config, gguf.GGUFWriter(path, architecture)
+    writer.add_vocab_size(config.vocab_size)
+    add_sizes(writer, config)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     for name, value in metadata.items():
         add = writer.add_uint32 if isinstance(value, int) else writer.add_float32

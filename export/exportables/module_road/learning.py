@@ -19,16 +19,8 @@ from headfold.runtime.errors import ConfigError, HeadfoldError
 _OP = "headfold.plugins.torch.attention(q, k, v, cache, layer)"
 _FORWARD = "headfold calls forward(input_ids, positions, cache), and takes logits [batch, tokens, vocabulary]."
 _REGISTER = "Register it: self.register_buffer(name, tensor)."
-_LENGTHS = (
-    31,
-    37,
-    41,
-    43,
-    47,
-    53,
-    59,
-    61,
-)  # of the pass: one that is no size of a parameter tells tokens from features
+# Of the pass: one that is no size of a parameter tells tokens from features.
+_LENGTHS = (31, 37, 41, 43, 47, 53, 59, 61)
 _ATTENDING = "scaled_dot_product", "multi_head_attention"
 _PRODUCTS = "mm", "bmm", "addmm", "baddbmm", "matmul", "softmax", "_softmax", "_safe_softmax"
 

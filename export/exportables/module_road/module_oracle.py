@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from headfold.export.exportables.oracle import Answer, Array, Past, QuantizedCache, Tokens, as_array, handed_on
+from headfold.export.exportables.oracle import Answer, Array, Past, QuantizedCache, Tokens, handed_on
 from headfold.plugins.attention.schema import Attributes
 from headfold.runtime.errors import ConfigError
 
@@ -45,9 +45,7 @@ class ModuleOracle:
                 where=type(self._module).__name__,
                 fix="Let it follow the dtype of its parameters.",
             ) from error
-        new = [attending.new[layer] for layer in range(len(self._layers))]
-        cached = [(as_array(keys), as_array(values)) for keys, values in new]
-        return Answer(as_array(logits), [as_array(x) for x in heard], cached)
+        return Answer.of(logits, heard, (attending.new[layer] for layer in range(len(self._layers))))
 
 
 class _Attending:

@@ -18,7 +18,7 @@ from headfold.export.checkpoints.base import Checkpoint
 from headfold.export.checkpoints.directories.directory import Directory
 from headfold.export.checkpoints.gguf.file import GGUFCheckpoint
 from headfold.export.checkpoints.hf import HuggingFaceCheckpoint
-from headfold.export.exportables.oracle import Answer, Array, Past, QuantizedCache, Tokens, as_array, handed_on
+from headfold.export.exportables.oracle import Answer, Array, Past, QuantizedCache, Tokens, handed_on
 from headfold.export.exportables.transformers_road.loading import load_model, quiet
 from headfold.plugins.attention.torch_op import dequantize, quantize
 from headfold.runtime.errors import ConfigError, VerificationError
@@ -41,12 +41,7 @@ def oracle_of(checkpoint: Checkpoint, stored: torch.dtype) -> "TransformersOracl
     with quiet():
         try:
             config = AutoConfig.from_pretrained(**place, local_files_only=True, trust_remote_code=False)
-        except (
-            ValueError,
-            KeyError,
-            OSError,
-            StrictDataclassError,
-        ):  # a model, a GGUF architecture or sizes it does not know
+        except (ValueError, KeyError, OSError, StrictDataclassError):  # what it does not know: a model, a GGUF's, sizes
             return None
         if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             return None
@@ -137,8 +132,7 @@ class TransformersOracle:
         ids = torch.from_numpy(tokens)[None]
         with handed_on(self._layers, given) as heard:
             logits = self._model(ids, past_key_values=Cache(layers=kept), use_cache=True).logits[0]
-        new = [(as_array(layer.new[0][0]), as_array(layer.new[1][0])) for layer in kept]
-        return Answer(as_array(logits), [as_array(x) for x in heard], new)
+        return Answer.of(logits, heard, ((layer.new[0][0], layer.new[1][0]) for layer in kept))
 
 
 class _KeepsNew(DynamicLayer):  # type: ignore[misc]

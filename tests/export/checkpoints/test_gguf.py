@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf_of_transformers import add_sizes
 
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
 from headfold.export.model.config import ModelConfig, RopeConfig
@@ -49,14 +50,7 @@ def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
 def write(path: Path, checkpoint: Any, architecture: str, quantize: bool = False, **metadata: Any) -> Path:
     config = checkpoint.config
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
+    add_sizes(writer, config)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_freq_base(config.rope.rope_theta)
     if config.rope.rope_type != "default":
