@@ -30,7 +30,8 @@ def refuse_other_kinds(config: PreTrainedConfig, path: Path) -> None:
     name = config.model_type
     if config.is_encoder_decoder:
         raise ConfigError(f"{name} has an encoder", where=path, fix="headfold exports decoders.")
-    own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    auto_map = getattr(config, "auto_map", None)  # as it stands in config.json: of any type
+    own = isinstance(auto_map, dict) and "AutoModelForCausalLM" in auto_map
     if not own and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         composite = config.get_text_config() is not config
         fix = _LANGUAGE_MODEL if composite else "headfold exports decoders of text."
@@ -75,7 +76,9 @@ def unrun(model: PreTrainedModel, error: Exception, path: Path) -> ConfigError:
 
 def other_class(config: PreTrainedConfig) -> str:
     """What to do about tensors that do not fit: told by the class whose weights they are."""
-    classes = [name for name in getattr(config, "architectures", None) or () if not name.endswith("ForCausalLM")]
+    named = getattr(config, "architectures", None)  # as it stands in config.json: of any type
+    classes = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    classes = [name for name in classes if not name.endswith("ForCausalLM")]
     if not classes or classes[0].endswith("LMHeadModel"):
         return BELONGS
     return f"They are of a {classes[0]}, which is no causal language model."

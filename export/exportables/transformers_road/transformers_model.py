@@ -41,6 +41,7 @@ from headfold.runtime.manifest import Road
 
 Load = Callable[[torch.dtype], PreTrainedModel]  # in a dtype, with eager attention
 
+_NO_TEXT = "Take `text_config`, `decoder` and the like out of config.json, or give the model type that has it."
 _SHARED = 2  # parameters made of one that is stored, at most; those that are missing are named when they are read
 
 
@@ -186,6 +187,8 @@ def _config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
             config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a configuration's own validation raises
         raise unreadable(error, path) from error
+    if not isinstance(config.get_text_config(), PreTrainedConfig):  # transformers takes any attribute of such a name
+        raise ConfigError("what it gives as the configuration of its text model is none", where=path, fix=_NO_TEXT)
     refuse_other_kinds(config, path)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config

@@ -139,6 +139,14 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Pa
     return edit
 
 
+def both(*changes: Callable[[Path], None]) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        for one in changes:
+            one(path)
+
+    return change
+
+
 def to_pickle(path: Path) -> None:
     torch.save({}, path / "pytorch_model.bin")
     (path / "model.safetensors").unlink()
@@ -150,8 +158,13 @@ BAD = {
     "ALiBi": (config(model_type="bloom"), "bloom attends by code of its own (with ALiBi?)"),
     "values of another size": (config(model_type="deepseek_v3"), "deepseek_v3 does not run with headfold's cache"),
     "unknown": (config(model_type="llamax"), "transformers cannot read its configuration"),
+    "a text model's configuration of another type": (config(text_config=5), "configuration of its text model is none"),
     "quantized": (config(quantization_config={"quant_method": "hqq"}), "its weights are quantized (hqq)"),
     "a missing tensor": (tensors(lambda t: t.pop(UP)), f"missing tensors: {UP}"),
+    "architectures of another type": (
+        both(config(architectures=[{"x": 1}, 3]), tensors(lambda t: t.pop(UP))),
+        f"missing tensors: {UP}",
+    ),
     "a tensor of another model": (tensors(lambda t: t.update(extra=torch.ones(2))), "unexpected tensors: extra"),
     "a tensor of another shape": (tensors(lambda t: t.update({UP: t[UP][:8].clone()})), f"mismatched tensors: {UP}"),
     "NaN": (tensors(lambda t: t[UP].fill_(float("nan"))), f"tensor {UP} holds NaN or infinity"),
