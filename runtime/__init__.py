@@ -9,14 +9,16 @@ print(model.generate("The capital of France is").text)
 
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 from headfold.plugins.attention.schema import Attention
 from headfold.runtime.errors import (
     BundleError,
+    BusyError,
     CapacityError,
     CheckpointError,
     ConfigError,
+    DeadlineError,
     EngineError,
     HeadfoldError,
     InputError,
@@ -29,9 +31,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BundleError",
+    "BusyError",
     "CapacityError",
     "CheckpointError",
     "ConfigError",
+    "DeadlineError",
     "Delta",
     "EngineError",
     "Generation",
@@ -44,6 +48,14 @@ __all__ = [
 ]
 
 
+class Scheduling(TypedDict, total=False):
+    """How a model shares its engine among those who ask at the same time."""
+
+    slots: int  # prompts that are answered together at most, 16 by default; on a CPU fewer where memory is short
+    waiting: int  # prompts that may wait beyond them, 1024 by default; then BusyError
+    keep_bytes: int  # of the cache, for calls with `reuse`: 1 GiB by default
+
+
 def load(
     path: str | PathLike[str],
     *,
@@ -52,6 +64,7 @@ def load(
     threads: int | None = None,
     attention: Attention | None = None,
     check: bool = True,
+    **scheduling: Unpack[Scheduling],
 ) -> "Model":
     """Open a bundle.
 
@@ -62,6 +75,7 @@ def load(
         threads: of the CPU provider; by default one per physical core.
         attention: which TensorRT engine; by default the first that is for this GPU.
         check: compare every file with its SHA-256 first. Leave it on, unless you just did.
+        scheduling: see `Scheduling`.
 
     Raises:
         BundleError: the bundle is incomplete, altered, of a newer format, or cannot be loaded.
@@ -81,14 +95,14 @@ def load(
     if backend == "tensorrt":
         from headfold.runtime.tensorrt_session import TensorRTSession
 
-        return Model(bundle, manifest, TensorRTSession(bundle, manifest, attention))
+        return Model(bundle, manifest, TensorRTSession(bundle, manifest, attention), **scheduling)
     try:
         from headfold.runtime.session import OrtSession
     except ModuleNotFoundError as error:
         if error.name != "onnxruntime":
             raise
         raise ProviderError("onnxruntime is not installed", fix='Install it: pip install "headfold[ort]".') from error
-    return Model(bundle, manifest, OrtSession(bundle, manifest, provider, threads))
+    return Model(bundle, manifest, OrtSession(bundle, manifest, provider, threads), **scheduling)
 
 
 def __getattr__(name: str) -> Any:

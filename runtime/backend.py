@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headfold.runtime.errors import CapacityError
+from headfold.runtime.scheduling.host_rows import HostRows
 
 CHUNK = 512  # tokens per prefill step: enough to keep matrix products efficient, few enough to bound their memory
 
@@ -20,6 +21,8 @@ class Cache(Protocol):
 
     lengths: NDArray[np.int64]  # [B] tokens in each row
     capacity: int  # tokens a row can have
+    token_bytes: int  # of one token in one row
+    host: HostRows | None  # its memory, where that is this process's own
 
 
 AnyCache = TypeVar("AnyCache", bound=Cache)
@@ -31,6 +34,10 @@ class Backend(Protocol[AnyCache]):
     @property
     def session(self) -> Any:
         """The engine's own object, for people who bring their own loop."""
+        ...
+
+    def largest_cache(self, rows: int) -> tuple[int, int]:
+        """Rows, at most so many, and tokens in each, of the largest cache that may be asked for."""
         ...
 
     def new_cache(self, batch: int, capacity: int) -> AnyCache:

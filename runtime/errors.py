@@ -60,6 +60,14 @@ class InputError(HeadfoldError):
     """A prompt, message list or sampling parameter that cannot be used."""
 
 
+class BusyError(HeadfoldError):
+    """Too many prompts wait for this model already."""
+
+
+class DeadlineError(HeadfoldError):
+    """An answer that was not complete in the time it was given."""
+
+
 class BuildError(HeadfoldError):
     """A graph, option or machine from which no right engine can be built."""
 

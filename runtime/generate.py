@@ -1,11 +1,15 @@
 """A loaded bundle and what people do with it: generate, chat, score."""
 
+import asyncio
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from numbers import Integral
+import queue
+import time
+import weakref
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, Self, TypedDict, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,42 +18,36 @@ from tokenizers import Tokenizer
 from headfold.runtime.backend import Backend
 from headfold.runtime.choosing.generation_settings import FILE, read_generation_settings
 from headfold.runtime.choosing.restrictions import Forbidden
-from headfold.runtime.choosing.sampling import SAMPLING, Sampler, SamplingParameters, check_parameter
+from headfold.runtime.choosing.sampling import (
+    OF_A_CALL,
+    SAMPLING,
+    LogitsProcessor,
+    Sampler,
+    SamplingParameters,
+    check_parameter,
+)
 from headfold.runtime.errors import BundleError, CapacityError, InputError, printable
 from headfold.runtime.manifest import Manifest
+from headfold.runtime.scheduling.answers import (
+    Answers,
+    AsyncAnswers,
+    Generation,
+    deliver_here,
+    deliver_in_loop,
+)
+from headfold.runtime.scheduling.request import Deliver, Delta, Ids, Request
+from headfold.runtime.scheduling.scheduler import Scheduler, Status
 from headfold.runtime.templates.chat_template import Messages
 from headfold.runtime.text import Detokenizer, Text, Tools
 
-FinishReason = Literal["stop", "length"]
-Ids = NDArray[np.int64]
+__all__ = ["Delta", "Generation", "Model", "Options"]
 _DEFAULT_NEW_TOKENS = 256
 _logger = logging.getLogger(
     "headfold"
 )  # unless configured otherwise, Python prints warnings as they are on standard error
+_MOST_LOGPROBS = 20  # as OpenAI has it
+_PART = 512  # tokens scored before others have their turn; a bundle of last logits takes a step for each of a thirty-second of them
 _NO_PROMPT = "Give text, token ids, messages, or a list of them."
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One answer. `token_ids` has the end-of-sequence token, or the stop string's tokens, if that ended it; `text` never has."""
-
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason
-    prompt_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What one token added to the answer number `index`; the last one of an answer has a finish reason.
-
-    `text` may be empty, while a character or a possible stop string is incomplete; all deltas' texts joined are the answer's.
-    """
-
-    index: int
-    text: str
-    token_id: int
-    finish_reason: FinishReason | None
 
 
 class Options(TypedDict, total=False):
@@ -66,14 +64,30 @@ class Options(TypedDict, total=False):
     ignore_eos: bool  # go on after an end-of-sequence token
     tools: Tools  # JSON schemas of functions, for the chat template; this and the next are for messages only
     template_variables: Mapping[str, Any] | None  # of the chat template, as {"enable_thinking": False}
+    n: int | None  # answers per prompt; if given, each prompt gives a list of so many
+    presence_penalty: float | None  # for this and the next see SamplingParameters
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None  # added to the logits of these tokens, -100 to 100
+    logits_processor: LogitsProcessor | None  # see Sampler; runs in the scheduler's thread, so be quick
+    top_logprobs: (
+        int | None
+    )  # tell each token's probability, and those of so many likeliest (0 to 20); see TokenLogprob
+    timeout: float | None  # seconds until all answers must be there: DeadlineError otherwise
+    reuse: bool  # start from tokens that earlier calls left in the cache, and leave this one's; see `cached_tokens`
 
 
 class Model:
-    """A bundle, loaded. `session` is the backend's own object, an onnxruntime.InferenceSession, for people with their own loop."""
+    """A bundle, loaded. `session` is the backend's own object, an onnxruntime.InferenceSession, for people with their own loop.
 
-    def __init__(self, bundle: Path, manifest: Manifest, backend: Backend[Any]) -> None:
+    Threads and event loops may share it: what they ask for at the same time is decoded together.
+    """
+
+    def __init__(self, bundle: Path, manifest: Manifest, backend: Backend[Any], **scheduling: int) -> None:
+        """`scheduling`: see Scheduler."""
         self.bundle, self.manifest, self.backend = bundle, manifest, backend
         self.session = backend.session
+        self._scheduler = Scheduler(backend, **scheduling)
+        weakref.finalize(self, self._scheduler.close)  # at the interpreter's end, too
         self._text = Text(bundle)
         self._settings = read_generation_settings(bundle)
         ends = self._settings.eos_token_ids
@@ -81,6 +95,25 @@ class Model:
         if ignored := self._settings.ignored:
             names = printable(", ".join(ignored))
             _logger.warning("%s: headfold does not do what these ask for: %s.", bundle / FILE, names)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End what is being generated with an error, and free the cache. Nothing can be asked for after it."""
+        self._scheduler.close()
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a prompt and its answer can have together."""
+        return min(self.manifest.cache.capacity, self._scheduler.capacity)
+
+    def status(self) -> Status:
+        """How busy it is."""
+        return self._scheduler.status()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -104,7 +137,7 @@ class Model:
         return self._text.chat_prompt(messages, add_generation_prompt, tools, template_variables)
 
     @overload
-    def generate(self, prompt: Any, *, stream: Literal[True], **options: Unpack[Options]) -> Iterator[Delta]: ...
+    def generate(self, prompt: Any, *, stream: Literal[True], **options: Unpack[Options]) -> Answers: ...
     @overload
     def generate(
         self,
@@ -131,7 +164,8 @@ class Model:
 
         Args:
             prompt: text; token ids; messages `[{"role": ..., "content": text or parts}]`; or a list of these, which gives a list.
-            stream: return an iterator of Deltas; otherwise a Generation, or a list of them for a list of prompts.
+            stream: return an iterator of Deltas, which cancels when it is closed or dropped; otherwise a Generation, or a list of
+                them for a list of prompts, or of `n`.
             options: see `Options`.
 
         Raises:
@@ -139,23 +173,38 @@ class Model:
                 text without a tokenizer or messages without a chat template in the bundle.
             CapacityError: prompt and answer do not fit the bundle's cache.
             BundleError: the chat template breaks its bounds, or the model computes NaN.
+            BusyError: too many prompts wait for this model.
+            DeadlineError: the answers were not complete when the time was over.
         """
-        prompts, single, deltas = self._begin(prompt, **options)
+        events: queue.SimpleQueue[Delta | Exception] = queue.SimpleQueue()
+        requests, shape = self._begin(prompt, deliver_here(events), **options)
+        answers = Answers(requests, events, self)
+        self._scheduler.submit(requests)
         if stream:
-            return deltas
-        answers: list[list[Delta]] = [[] for _ in prompts]
-        for delta in deltas:
-            answers[delta.index].append(delta)
-        results = [
-            Generation(
-                text="".join(delta.text for delta in answer),
-                token_ids=[delta.token_id for delta in answer],
-                finish_reason=answer[-1].finish_reason or "length",
-                prompt_tokens=len(ids),
-            )
-            for ids, answer in zip(prompts, answers, strict=True)
-        ]
-        return results[0] if single else results
+            return answers
+        with answers:
+            return shape(answers.generations(answers))
+
+    @overload
+    def agenerate(
+        self, prompt: Any, *, stream: Literal[True], **options: Unpack[Options]
+    ) -> Coroutine[Any, Any, AsyncAnswers]: ...
+    @overload
+    def agenerate(
+        self, prompt: Any, *, stream: bool = False, **options: Unpack[Options]
+    ) -> Coroutine[Any, Any, Any]: ...
+
+    async def agenerate(self, prompt: Any, *, stream: bool = False, **options: Unpack[Options]) -> Any:
+        """`generate` for asyncio: `await` it, with `stream` for an asynchronous iterator. A cancelled task cancels its answers."""
+        events: asyncio.Queue[Delta | Exception] = asyncio.Queue()
+        deliver = deliver_in_loop(events, asyncio.get_running_loop())
+        requests, shape = await asyncio.to_thread(self._begin, prompt, deliver, **options)
+        answers = AsyncAnswers(requests, events, self)
+        self._scheduler.submit(requests)
+        if stream:
+            return answers
+        async with answers:
+            return shape(answers.generations([delta async for delta in answers]))
 
     def logits(self, ids: ArrayLike) -> NDArray[np.float32]:
         """Next-token logits after every token, for scoring: `ids` [S] or [B, S] gives float32 [S, vocab] or [B, S, vocab].
@@ -171,7 +220,7 @@ class Model:
         if array.ndim not in (1, 2):
             raise InputError(f"token ids have the shape {list(array.shape)}", fix="Give [S] or [B, S].")
         rows = [self._checked(row) for row in np.atleast_2d(array)]
-        length, capacity = array.shape[-1], self.manifest.cache.capacity
+        length, capacity = array.shape[-1], self.capacity
         if length > capacity:
             raise CapacityError(
                 f"{length} tokens are {length - capacity} over the capacity of {capacity}",
@@ -179,13 +228,20 @@ class Model:
                 fix="Score them in parts, or export with a larger --capacity.",
             )
         result = np.empty((len(rows), length, self.manifest.vocab_size), np.float32)
+        part = _PART if self.manifest.logits == "all" else _PART // 32
         for index, row in enumerate(rows):
-            result[index] = self.backend.prefill(self.backend.new_cache(1, length), 0, row, all_logits=True)
+            cache = self._scheduler.run(lambda: self.backend.new_cache(1, length))
+            for start in range(0, length, part):
+                ids = row[start : start + part]
+                result[index, start : start + part] = self._scheduler.run(
+                    partial(self.backend.prefill, cache, 0, ids, all_logits=True)
+                )
         return result[0] if array.ndim == 1 else result
 
     def _begin(
         self,
         prompt: Any,
+        deliver: Deliver,
         *,
         tools: Tools = None,
         template_variables: Mapping[str, Any] | None = None,
@@ -193,9 +249,15 @@ class Model:
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
         ignore_eos: bool = False,
+        n: int | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        logits_processor: LogitsProcessor | None = None,
+        top_logprobs: int | None = None,
+        timeout: float | None = None,
+        reuse: bool = False,
         **sampling: float | None,
-    ) -> tuple[list[Ids], bool, Iterator[Delta]]:
-        """Check everything now; the iterator generates. The first two as of `_prompts`."""
+    ) -> tuple[list[Request], Callable[[list[Generation]], Any]]:
+        """Check everything now. The requests of all answers, and what gives their generations the form of the prompts."""
         prompts, single = self._prompts(prompt, tools, template_variables)
         parameters = self._parameters(sampling, seed)
         budgets = [self._budget(index, len(ids), max_new_tokens) for index, ids in enumerate(prompts)]
@@ -204,49 +266,37 @@ class Model:
             raise InputError("a stop string is empty, or no text", fix="Give texts of at least one character.")
         if stops:
             _ = self.tokenizer  # stop strings need one
-        return prompts, single, self._stream(prompts, parameters, budgets, stops, ignore_eos)
+        count = _whole("n", n, 1, 1 << 10)
+        top = None if top_logprobs is None else _whole("top_logprobs", top_logprobs, 0, _MOST_LOGPROBS)
+        if timeout is not None and not (isinstance(timeout, Real) and timeout > 0):
+            raise InputError(f"timeout is {timeout!r}", fix="It must be seconds, more than 0.")
+        deadline = None if timeout is None else time.monotonic() + timeout
+        vocab, rules = self.manifest.vocab_size, self._settings.restrictions
+        requests = []
+        for index in range(len(prompts) * count):
+            ids, budget = prompts[index // count], budgets[index // count]
+            forbidden = Forbidden(rules, ids, self.eos_token_ids, vocab) if rules else None
+            requests.append(
+                Request(
+                    index,
+                    ids,
+                    budget,
+                    frozenset() if ignore_eos else self.eos_token_ids,
+                    Sampler(parameters, vocab, ids, index, forbidden, logit_bias, logits_processor),
+                    Detokenizer(self.tokenizer, stops, int(ids[-1])) if self._text.has_tokenizer else None,
+                    deliver,
+                    reuse=reuse or count > 1,  # of one prompt, which is computed once
+                    top=top,
+                    deadline=deadline,
+                )
+            )
 
-    def _stream(
-        self,
-        prompts: list[Ids],
-        parameters: SamplingParameters,
-        budgets: list[int],
-        stop: list[str],
-        ignore_eos: bool,
-    ) -> Iterator[Delta]:
-        batch, vocab = len(prompts), self.manifest.vocab_size
-        ends = frozenset() if ignore_eos else self.eos_token_ids
-        capacity = max(len(ids) + budget for ids, budget in zip(prompts, budgets, strict=True))
-        cache = self.backend.new_cache(batch, capacity)
-        rules = self._settings.restrictions
-        samplers = [
-            Sampler(parameters, vocab, ids, row, Forbidden(rules, ids, self.eos_token_ids, vocab) if rules else None)
-            for row, ids in enumerate(prompts)
-        ]
-        writers: list[Detokenizer] = []
-        if self._text.has_tokenizer:
-            writers = [Detokenizer(self.tokenizer, stop, int(ids[-1])) for ids in prompts]
-        logits = np.empty((batch, vocab), np.float32)
-        for row, ids in enumerate(prompts):
-            logits[row] = self.backend.prefill(cache, row, ids)
-        active, tokens = np.ones(batch, np.bool_), np.zeros(batch, np.int64)
-        for step in range(1, max(budgets) + 1):
-            for row in map(int, np.flatnonzero(active)):
-                if not np.isfinite(logits[row].max()):  # NaN, if there is any
-                    raise self._not_finite(row, step, len(prompts[row]))
-                tokens[row] = token = samplers[row](logits[row])
-                ended, text = token in ends, ""
-                if writers:
-                    text = writers[row].push(None if ended else token)
-                    ended = ended or writers[row].stopped
-                reason: FinishReason | None = "stop" if ended else "length" if step == budgets[row] else None
-                if reason == "length" and writers:
-                    text += writers[row].push(None)
-                active[row] = reason is None
-                yield Delta(row, text, token, reason)
-            if not active.any():
-                return
-            logits = self.backend.decode(cache, tokens, active)
+        def shaped(generations: list[Generation]) -> Any:
+            every = [generations[i : i + count] for i in range(0, len(generations), count)]
+            of_prompts: list[Any] = every if n is not None else generations
+            return of_prompts[0] if single else of_prompts
+
+        return requests, shaped
 
     def _prompts(self, prompt: Any, tools: Tools, variables: Mapping[str, Any] | None) -> tuple[list[Ids], bool]:
         """Token ids of each prompt, and whether there was only one, not in a list."""
@@ -279,7 +329,7 @@ class Model:
 
     def _budget(self, index: int, length: int, asked: int | None) -> int:
         """How many tokens to generate at most for a prompt of `length` tokens."""
-        capacity = self.manifest.cache.capacity
+        capacity = self.capacity
         if asked is not None and (not isinstance(asked, Integral) or asked < 1):
             raise InputError(f"max_new_tokens is {asked!r}", fix="It must be a whole number, 1 or more.")
         over = length + (asked or 1) - capacity
@@ -298,16 +348,9 @@ class Model:
         most = self._settings.max_length
         return _DEFAULT_NEW_TOKENS if most is None else max(1, most - length)
 
-    def _not_finite(self, row: int, step: int, length: int) -> BundleError:
-        return BundleError(
-            f"the logits of token {step} of answer {row} are NaN or infinite, {length + step - 1} tokens in",
-            where=self.bundle,
-            fix="Its weights hold such numbers, or its dtype is too narrow: export with --dtype float32.",
-        )
-
     def _parameters(self, given: Mapping[str, float | None], seed: int | None) -> SamplingParameters:
         """Given values first, then the bundle's, then what turns each off."""
-        if unknown := set(given) - set(SAMPLING):
+        if unknown := set(given) - {*SAMPLING, *OF_A_CALL}:
             raise TypeError(f"generate() has no option {min(unknown)!r}")
         given = {name: value for name, value in given.items() if value is not None}
         defaults = self._settings.sampling
@@ -325,6 +368,15 @@ def _config_ends(config: Mapping[str, Any]) -> list[int]:
     """The tokens that end an answer by the model's own configuration."""
     ends = config.get("eos_token_id")
     return [end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)]
+
+
+def _whole(name: str, value: Any, least: int, most: int) -> int:
+    """A number of things; None is the least."""
+    if value is None:
+        return least
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or not least <= value <= most:
+        raise InputError(f"{name} is {value!r}", fix=f"It must be a whole number, {least} to {most}.")
+    return int(value)
 
 
 def _is_one(prompt: Any) -> bool:

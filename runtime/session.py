@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import psutil
 from numpy.typing import NDArray
 
 from headfold.plugins.dtypes import DTYPES
@@ -21,6 +22,7 @@ from headfold.runtime.errors import BundleError, CapacityError, InputError, Prov
 from headfold.runtime.files.graph_file import check_capacity
 from headfold.runtime.huge_pages import huge_pages
 from headfold.runtime.manifest import MODEL, Manifest
+from headfold.runtime.scheduling.host_rows import HostRows, lazy_zeros
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _SILENT, _WARNING = 4, 2  # severities of ONNX Runtime's logger; its errors come as exceptions, too
@@ -46,9 +48,12 @@ class OrtCache:
         self.itemsize = np.dtype(stored).itemsize
         self.logits = np.empty((batch, manifest.vocab_size), DTYPES[manifest.dtype].numpy)
         self.bound: _Bound | None = None
-        self.values = {  # on the CPU the array's own memory; its pages are taken when they are first written
-            names: ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, *shape), stored), device, 0)
-            for names, shape in self.row_shapes.items()
+        zeros = lazy_zeros if device == "cpu" else np.zeros
+        arrays = {names: zeros((batch, *shape), np.dtype(stored)) for names, shape in self.row_shapes.items()}
+        self.host = HostRows(arrays.values()) if device == "cpu" else None
+        self.token_bytes = _token_bytes(manifest)
+        self.values = {  # on the CPU the array's own memory
+            names: ort.OrtValue.ortvalue_from_numpy(array, device, 0) for names, array in arrays.items()
         }
 
 
@@ -71,6 +76,14 @@ class OrtSession:
         _check_graph(self.session, self._path, manifest)
         self._dtype, self._cache_type = DTYPES[manifest.dtype], DTYPES[manifest.cache_dtype].onnx
         self._all = manifest.logits == "all"
+
+    def largest_cache(self, rows: int) -> tuple[int, int]:
+        """See Backend. On a CPU all rows at their longest take at most half of the free memory; one row is always allowed."""
+        capacity = self.manifest.cache.capacity
+        if self.device == "cpu":
+            free = psutil.virtual_memory().available
+            rows = max(1, min(rows, free // 2 // (_token_bytes(self.manifest) * capacity)))
+        return rows, capacity
 
     def new_cache(self, batch: int, capacity: int) -> OrtCache:
         """See Backend.
@@ -151,6 +164,12 @@ class OrtSession:
             self.session.run_with_iobinding(binding)
         except Exception as error:  # its exceptions have no other base
             raise BundleError(f"ONNX Runtime cannot run it: {error}", where=self._path, fix=_AGAIN) from error
+
+
+def _token_bytes(manifest: Manifest) -> int:
+    """What a token takes in a row of the cache."""
+    numbers = sum(heads * head_dim for heads, head_dim in manifest.cache.tensors.values())
+    return numbers * DTYPES[manifest.cache_dtype].size
 
 
 def _open(bundle: Path, manifest: Manifest, provider: str, threads: int) -> Any:

@@ -23,6 +23,7 @@ from headfold.runtime.device import Device, Graph
 from headfold.runtime.errors import BundleError, CapacityError, EngineError, ProviderError
 from headfold.runtime.files.engine_file import REBUILD, check_engine
 from headfold.runtime.manifest import EngineEntry, Manifest
+from headfold.runtime.scheduling.host_rows import HostRows
 
 BUCKET = 256  # positions: decode's mask is a multiple of it wide, so its graph is captured anew every so many tokens
 PREFILL, DECODE = 0, 1  # optimization profiles
@@ -36,12 +37,14 @@ class TensorRTCache:
 
     def __init__(self, device: Device, manifest: Manifest, entry: EngineEntry, batch: int, capacity: int) -> None:
         self.serial = next(_serials)
+        self.host: HostRows | None = None
         dtype, spec = DTYPES[entry.dtype], manifest.cache
         self.capacity, self.lengths = capacity, np.zeros(batch, np.int64)
         ((heads, head_dim),) = set(spec.shapes)  # `build` refuses other models
         self.row_shape = (heads, entry.capacity, head_dim)
         self.row_bytes = int(np.prod(self.row_shape)) * DTYPES[manifest.cache_dtype].size
         names = caches(spec.num_hidden_layers).items()
+        self.token_bytes = len(names) * self.row_bytes // entry.capacity
         tensor = -(-batch * self.row_bytes // _ALIGNMENT) * _ALIGNMENT
         self.memory = device.allocate(len(names) * tensor, zero=True)
         self.addresses = {pair: self.memory.address + i * tensor for i, pair in enumerate(names)}
@@ -115,6 +118,10 @@ class TensorRTSession:
         self._contexts = [self._context(path, profile) for profile in (PREFILL, DECODE)]
         self._step: _Step | None = None
         self._graph: Graph | None = None
+
+    def largest_cache(self, rows: int) -> tuple[int, int]:
+        """See Backend."""
+        return min(rows, self.entry.max_batch), self.entry.capacity
 
     def new_cache(self, batch: int, capacity: int) -> TensorRTCache:
         """See Backend. The engine's caches have one size, so a row takes the memory of the engine's capacity, whatever is asked.

@@ -156,7 +156,7 @@ def chat(
             return
         messages.append({"role": "user", "content": question})
         answer = ""
-        for delta in model.generate(messages, stream=True, **sampling):
+        for delta in model.generate(messages, stream=True, reuse=True, **sampling):  # a turn pays for what is new
             answer += delta.text
             click.echo(delta.text, nl=False)
             sys.stdout.flush()

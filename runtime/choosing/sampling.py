@@ -1,9 +1,9 @@
-"""From logits to tokens: greedy, or drawn after penalty, temperature, top-k, top-p and min-p, in the order of transformers.
+"""From logits to tokens: greedy, or drawn after penalties, biases, temperature, top-k, top-p and min-p, in the order of transformers.
 
 One `Sampler` serves one sequence; what it draws depends on its seed and its own logits only, never on its neighbours in a batch.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -14,15 +14,20 @@ from numpy.typing import NDArray
 from headfold.runtime.choosing.restrictions import Forbidden
 from headfold.runtime.errors import InputError
 
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # what generation_config.json may have
+OF_A_CALL = ("presence_penalty", "frequency_penalty")  # what only a caller asks for
 _COLDEST = 1e-6  # below it float32 logits divided by the temperature overflow
 _LARGEST = float(np.finfo(np.float32).max)
+_OPENAIS = (lambda x: -2 <= x <= 2, "between -2 and 2; 0 is off")
+_MOST_BIAS = 100.0
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "temperature": (lambda x: x == 0 or _COLDEST <= x < np.inf, f"0 (greedy) or at least {_COLDEST}"),
     "top_k": (lambda x: x >= 0, "0 (off) or more"),
     "top_p": (lambda x: 0 < x <= 1, "more than 0 and at most 1 (off)"),
     "min_p": (lambda x: 0 <= x <= 1, "between 0 (off) and 1"),
     "repetition_penalty": (lambda x: 0 < x < np.inf, "more than 0; 1 is off"),
+    "presence_penalty": _OPENAIS,
+    "frequency_penalty": _OPENAIS,
     "seed": (lambda x: x >= 0, "0 or more"),
 }
 
@@ -43,6 +48,8 @@ def check_parameter(name: str, value: Any) -> str | None:
 class SamplingParameters:
     """How to pick tokens. `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 are off.
 
+    `presence_penalty` is taken from the logit of each token the answer has already, `frequency_penalty` once for each time.
+
     Raises:
         InputError: a value is no number, or out of its range.
     """
@@ -52,17 +59,29 @@ class SamplingParameters:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name in (*SAMPLING, "seed"):
+        for name in (*SAMPLING, *OF_A_CALL, "seed"):
             value = getattr(self, name)
             if (name, value) != ("seed", None) and (wrong := check_parameter(name, value)) is not None:
                 raise InputError(f"{name} is {value!r}", fix=f"It must be {wrong}.")
 
 
+LogitsProcessor = Callable[[list[int], NDArray[np.float32]], NDArray[np.float32]]
+
+
 class Sampler:
-    """Picks the tokens of one sequence; `row` is its number in the batch, `forbidden` what may not be picked."""
+    """Picks the tokens of one sequence; `row` is its number in the batch, `forbidden` what may not be picked.
+
+    `bias` is added to the logits of its tokens. `processor` gets the answer's tokens and the logits [V] after penalties and bias, to
+    change or replace; what it returns is what is sampled from.
+
+    Raises:
+        InputError: a bias of a token that does not exist, or out of its range.
+    """
 
     def __init__(
         self,
@@ -71,8 +90,15 @@ class Sampler:
         prompt: Iterable[int],
         row: int = 0,
         forbidden: Forbidden | None = None,
+        bias: Mapping[int, float] | None = None,
+        processor: LogitsProcessor | None = None,
     ) -> None:
         self.parameters = parameters
+        self._processor, self._answer = processor, list[int]()
+        self._counts: NDArray[np.float32] | None = None
+        if parameters.presence_penalty or parameters.frequency_penalty:
+            self._counts = np.zeros(vocab_size, np.float32)
+        self._bias = None if not bias else _biases(bias, vocab_size)
         seed = parameters.seed
         self._generator = np.random.default_rng(None if seed is None else [seed, row])
         self._forbidden = forbidden
@@ -90,6 +116,13 @@ class Sampler:
         p = self.parameters
         if self._seen is not None:
             logits = penalized(logits, self._seen, p.repetition_penalty)
+        if self._counts is not None:
+            penalties = p.frequency_penalty * self._counts + p.presence_penalty * np.minimum(self._counts, 1)
+            logits = logits - penalties.astype(np.float32)
+        if self._bias is not None:
+            logits = logits + self._bias
+        if self._processor is not None:
+            logits = _processed(self._processor, self._answer, logits)
         if self._forbidden is not None:
             logits = logits.copy()
             logits[self._forbidden.tokens()] = -np.inf
@@ -100,6 +133,10 @@ class Sampler:
         token = int(logits.argmax()) if p.temperature == 0 else self._draw(logits)
         if self._seen is not None:
             self._seen[token] = True
+        if self._counts is not None:
+            self._counts[token] += 1
+        if self._processor is not None:
+            self._answer.append(token)
         if self._forbidden is not None:
             self._forbidden.push(token)
         return token
@@ -109,6 +146,29 @@ class Sampler:
         cumulative = probabilities.cumsum(dtype=np.float64)
         drawn = np.searchsorted(cumulative, self._generator.random() * cumulative[-1], side="right")
         return int(tokens[min(drawn, len(tokens) - 1)])  # the product may round up to the whole
+
+
+def _biases(bias: Mapping[int, float], vocab_size: int) -> NDArray[np.float32]:
+    """What is added to the logits [V]."""
+    result = np.zeros(vocab_size, np.float32)
+    for token, value in bias.items():
+        if not isinstance(token, Integral) or not 0 <= token < vocab_size:
+            raise InputError(f"logit_bias has token {token!r}", fix=f"Token ids are 0 to {vocab_size - 1}.")
+        if not isinstance(value, Real) or not -_MOST_BIAS <= value <= _MOST_BIAS:
+            raise InputError(f"logit_bias of token {token} is {value!r}", fix="It must be between -100 and 100.")
+        result[token] = value
+    return result
+
+
+def _processed(processor: LogitsProcessor, answer: list[int], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What a caller's function makes of the logits: of the same shape, with a token that may come."""
+    result = np.asarray(processor(list(answer), logits.copy()), np.float32)
+    if result.shape != logits.shape or not np.isfinite(result.max()):
+        raise InputError(
+            f"logits_processor returned logits of the shape {list(result.shape)} and the maximum {result.max(initial=-np.inf)}",
+            fix=f"Return {len(logits)} numbers, not all of them -inf.",
+        )
+    return result
 
 
 def penalized(logits: NDArray[np.float32], seen: NDArray[np.bool_], penalty: float) -> NDArray[np.float32]:

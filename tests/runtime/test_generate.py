@@ -1,5 +1,7 @@
 """Generation against the decoder's own greedy tokens, and everything that is said to hold for batches, streams and seeds."""
 
+from threading import Semaphore
+
 import numpy as np
 import pytest
 import torch
@@ -63,15 +65,15 @@ def test_streams_join_to_the_answer(options, model) -> None:
 
 
 def test_a_stream_begins_before_it_ends(model, monkeypatch) -> None:
-    steps = []
-    decode = model.backend.decode
-    monkeypatch.setattr(model.backend, "decode", lambda *a: steps.append(1) or decode(*a))
+    gate, decode = Semaphore(0), model.backend.decode
+    monkeypatch.setattr(model.backend, "decode", lambda *a: gate.acquire() and decode(*a))
     stream = model.generate(PROMPTS[0], stream=True, max_new_tokens=10, ignore_eos=True)
+    next(stream)  # while the first step of decoding cannot begin
+    gate.release()
     next(stream)
-    assert not steps
-    next(stream)
-    assert len(steps) == 1
     stream.close()
+    gate.release()  # of a step that began before
+    assert list(stream) == []
 
 
 def test_stop_strings(model) -> None:
@@ -121,6 +123,8 @@ def test_defaults_are_the_bundles(model, changed, monkeypatch) -> None:
         "top_p": 0.8,
         "min_p": 0.0,
         "repetition_penalty": 1.2,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
         "seed": None,
     }
     parameters = vars(sampling._parameters({"temperature": 0.9, "top_k": 0, "top_p": None}, 3))
@@ -130,6 +134,8 @@ def test_defaults_are_the_bundles(model, changed, monkeypatch) -> None:
         "top_p": 0.8,
         "min_p": 0.0,
         "repetition_penalty": 1.2,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
         "seed": 3,
     }
     assert sampling._parameters({"temperature": 0}, None).temperature == 0
@@ -223,9 +229,9 @@ def test_a_bundle_without_a_tokenizer_takes_token_ids(changed, toy) -> None:
 def test_logits_that_are_no_numbers_are_an_error_that_names_the_step(bad, temperature, model, monkeypatch) -> None:
     decode, steps = model.backend.decode, []
 
-    def broken(*arguments):
-        logits = decode(*arguments)
-        steps.append(1)
+    def broken(cache, tokens, active):
+        logits = decode(cache, tokens, active)
+        steps.extend([1] * int(active.sum() == 3))  # not one that was under way when an earlier call was let go
         if len(steps) == 3:
             logits[1, :] = bad
         return logits
