@@ -36,7 +36,7 @@ class HuggingFaceCheckpoint:
         self.path = path
         self.directory = directory = Directory(path, base)
         self.config = config_from_json(directory.config, directory.place / CONFIG)
-        self.tokenizer = TokenizerFiles(with_tokenizer(directory.tokenizer, path))
+        self.tokenizer = TokenizerFiles(with_tokenizer(directory.tokenizer, directory.config, path))
         self._shapes = expected_shapes(self.config)
         tied = self.config.tie_word_embeddings
         self._stored, self.ignored = scan(directory, self._shapes, tied)

@@ -14,6 +14,10 @@ _QWEN2 = (
 )
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 _HAN = "[一-龥ࠀ-一가-퟿]+"
+_CASED = (  # letters that deepseek-llm knows: those that have a case, but not of every script
+    r"[\p{Lu}\p{Ll}\p{Lt}&&[^\u0560-\u0588\u10d0-\u10ff\u1c80-\u1c8f\u2d00-\u2d2d\ua790-\ua7ff\uab30-\uab6f"
+    "\U00010570-\U000105bc\U00016e40-\U00016e7f\U0001d400-\U0001dfff]]"
+)
 _DEEPSEEK_V3 = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -37,6 +41,14 @@ PRE_TOKENIZERS: dict[str, Callable[[], PreTokenizer]] = {
     "gpt-2": lambda: _gpt2(digits=False),
     "smollm": lambda: _gpt2(digits=True),
     "default": lambda: _split(r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),  # llama.cpp's own
+    "deepseek-llm": lambda: _split(
+        r"[\r\n]",
+        rf"\s?{_CASED}+",
+        r"\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+        r"\s+$",
+        _HAN,
+        r"\p{N}+",
+    ),
     "deepseek-coder": lambda: _split(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _HAN, r"\p{N}"),
     "deepseek-v3": lambda: _split(r"\p{N}{1,3}", r"[一-龥\u3040-\u309f\u30a0-\u30ff]+", _DEEPSEEK_V3),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), lambda: _split(_LLAMA3)),

@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 from typing import BinaryIO
 
+from headfold.export.checkpoints.side_files import refuse_pointer
 from headfold.runtime.errors import CheckpointError
 
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of the scalar types
@@ -20,9 +21,10 @@ def check_header(path: Path) -> str | None:
     """Walk the header; returns what model it says it is of, `general.architecture`.
 
     Raises:
-        CheckpointError: it is no GGUF file, or its lengths are more than it has or than any model needs.
+        CheckpointError: it is no GGUF file, a pointer of Git LFS, or its lengths are more than it has or than any model needs.
     """
     architecture = None
+    refuse_pointer(path)
     with path.open("rb") as file:
         walk = _Walk(file, path.stat().st_size, path)
         if file.read(4) != b"GGUF":

@@ -31,6 +31,13 @@ class GGUFFile:
         self.tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
         with makes_sense(path):
             self.metadata: Mapping[str, Any] = {name: x.contents() for name, x in readers[0].fields.items()}
+            parts = int(self.metadata.get("split.count", 0))  # 0 of a file that was never split
+        if parts > 1 and parts != len(readers):
+            raise CheckpointError(
+                f"is one of {parts} parts (its split.count), and its name does not lead to the others",
+                where=path,
+                fix=f"Name all parts as they were: NAME-00001-of-{parts:05}.gguf and so on.",
+            )
 
     def dequantized(self, tensor: gguf.ReaderTensor) -> NDArray[np.float32]:
         """One of its tensors, as the file has it.

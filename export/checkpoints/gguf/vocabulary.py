@@ -19,7 +19,7 @@ _SPACE = "\u2581"
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """The ids that a file's metadata names; `ends` are all at which llama.cpp stops."""
+    """The ids that a file's metadata names; `ends` are those of a text, of a turn and of a message."""
 
     bos: int | None
     ends: tuple[int, ...]

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from headfold.export.checkpoints.base import TokenizerFiles
 from headfold.export.checkpoints.directories.directory import Directory
+from headfold.export.checkpoints.tokenizer_of_parts import with_tokenizer
 from headfold.export.exportables.base import Master, Tensors, no_quantized_cache
 from headfold.export.exportables.facts import Facts, LayerFacts
 from headfold.export.exportables.foreign.traced import ModelTensors, OnePass, TracedMaster
@@ -165,7 +166,8 @@ def open_transformers(path: Path, trust_remote_code: bool = False, base: Path | 
                 )
         return model
 
-    opened = TransformersModel(config, load, path, TokenizerFiles(directory.tokenizer), directory)
+    tokenizer = TokenizerFiles(with_tokenizer(directory.tokenizer, directory.config, path))
+    opened = TransformersModel(config, load, path, tokenizer, directory)
     parameters = sum(map(math.prod, opened.shapes.values()))
     if parameters > _SHARED * elements:  # before transformers takes memory for them
         raise CheckpointError(f"it has {parameters:,} parameters, and its files {elements:,}", where=path, fix=BELONGS)

@@ -6,11 +6,15 @@ from typing import Any
 
 import gguf
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, normalizers
 
+from headfold.export.checkpoints.base import MemoryCheckpoint
 from headfold.export.checkpoints.gguf.tokenizer import tokenizer_files
 from headfold.export.checkpoints.opening import open_checkpoint
+from headfold.export.exportables.opening import open_exportable
 from headfold.runtime.errors import CheckpointError
+from tests.export.checkpoints.test_gguf import write
 
 BYTES = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256))] + [chr(256 + n) for n in range(68)]
 
@@ -51,6 +55,7 @@ def test_a_merge_whose_product_is_no_token_merges_nothing() -> None:
     ("pre", "text", "pieces"),
     [
         ("default", "Hi 12345!", ["Hi", "Ġ", "123", "45", "!"]),
+        ("deepseek-llm", "Hi 123, a\U0001d400\n", ["Hi", "Ġ", "123", ",", "Ġa", "ðĿĲĢ", "Ċ"]),
         ("deepseek-coder", "a  12\nb", ["a", "ĠĠ", "1", "2", "Ċ", "b"]),
         ("deepseek-v3", "ab 1234", ["ab", "Ġ", "123", "4"]),
         ("deepseek-r1-qwen", "ab 12", ["ab", "Ġ", "1", "2"]),
@@ -119,6 +124,45 @@ def test_all_parts_of_a_split_model_are_looked_for(which, tmp_path) -> None:
         open_checkpoint(path)
 
 
+def in_parts(path: Path, checkpoint: MemoryCheckpoint) -> list[Path]:
+    """As the gguf package splits files."""
+    whole, folder = gguf.GGUFReader(write(path / "whole.gguf", checkpoint, "llama")), path / "parts"
+    folder.mkdir()
+    writer = gguf.GGUFWriter(folder / "m.gguf", "llama", split_max_tensors=12)
+    for name, field in whole.fields.items():
+        if name.startswith("llama."):
+            writer.add_key_value(name, field.contents(), field.types[0])
+    for tensor in whole.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sorted(folder.iterdir())
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_all_parts_of_a_split_model_are_read_whichever_is_named(which, config, memory_checkpoint, tmp_path) -> None:
+    checkpoint = memory_checkpoint(config)
+    parts = in_parts(tmp_path, checkpoint)
+    assert len(parts) == 3
+    read = open_checkpoint(parts[which])
+    assert all(torch.equal(read.read(name), checkpoint.read(name)) for name in checkpoint)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_part_under_another_name_is_named_as_a_part(which, config, memory_checkpoint, tmp_path) -> None:
+    path = in_parts(tmp_path, memory_checkpoint(config))[which].rename(tmp_path / "renamed.gguf")
+    with pytest.raises(CheckpointError, match=r"renamed\.gguf: is one of 3 parts \(its split\.count\)"):
+        open_exportable(path)
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path) -> None:
+    (tmp_path / "m.gguf").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(CheckpointError, match=r"is a pointer of Git LFS.*git lfs pull"):
+        open_exportable(tmp_path / "m.gguf")
+
+
 def text(value: str) -> bytes:
     return struct.pack("<Q", len(value)) + value.encode()
 
@@ -156,8 +200,6 @@ def test_a_special_token_that_is_none_is_named() -> None:
 
 
 def test_generation_stops_at_the_end_of_a_turn_too(config, memory_checkpoint, tmp_path) -> None:
-    from tests.export.checkpoints.test_gguf import write
-
     path = write(tmp_path / "m.gguf", memory_checkpoint(config), "llama")
     reader = gguf.GGUFReader(path)
     writer = gguf.GGUFWriter(tmp_path / "n.gguf", "llama")

@@ -14,6 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headfold.export.checkpoints.directories import hub
 from headfold.export.checkpoints.opening import open_checkpoint
+from headfold.export.checkpoints.side_files import read_json, side_files
+from headfold.export.checkpoints.tokenizer_of_parts import with_tokenizer
+from headfold.export.exportables.opening import open_exportable
 from headfold.runtime.errors import CheckpointError
 
 SINGLE, INDEX, SHARD = "model.safetensors", "model.safetensors.index.json", "model-00001-of-00001.safetensors"
@@ -158,33 +161,76 @@ def test_a_download_takes_the_files_that_the_index_names_and_no_others(directory
     assert asked[1] == [SHARD]
 
 
-@pytest.mark.parametrize("kind", ["Qwen2Tokenizer", "GPT2Tokenizer"])
-def test_a_tokenizer_in_parts_is_put_together_as_transformers_does(kind, directory) -> None:
-    definition = json.loads((directory / "tokenizer.json").read_text())
-    (directory / "tokenizer.json").unlink()
-    vocab = definition["model"]["vocab"]
-    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in definition["model"]["merges"]]
-    (directory / "vocab.json").write_text(json.dumps(vocab))
+NAMED = {"eos_token": "<eos>", "pad_token": "<eos>", "unk_token": "<eos>", "bos_token": None}
+MAP = {"bos_token": {"content": "<bos>"}, "eos_token": "<eos>", "additional_special_tokens": ["<|im_end|>"]}
+LISTED = {"content": "<tool>", "special": False, "lstrip": True, "rstrip": True, "normalized": False}
+PARTS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {  # model type, files
+    "qwen2": ("llama", {"tokenizer_config": NAMED | {"tokenizer_class": "Qwen2Tokenizer"}}),
+    "gpt2": ("llama", {"tokenizer_config": NAMED | {"tokenizer_class": "GPT2Tokenizer"}}),
+    "no settings": ("qwen3", {}),
+    "no class": ("qwen2", {"tokenizer_config": NAMED}),
+    "a class that transformers overrules": ("qwen2", {"tokenizer_config": {"tokenizer_class": "GPT2Tokenizer"}}),
+    "a class that it does not": ("qwen3", {"tokenizer_config": {"tokenizer_class": "GPT2TokenizerFast"}}),
+    "special tokens in their map alone": (
+        "llama",
+        {"tokenizer_config": {"tokenizer_class": "GPT2Tokenizer"}, "special_tokens_map": MAP},
+    ),
+    "other special tokens": (
+        "qwen2",
+        {"tokenizer_config": NAMED | {"additional_special_tokens": ["<|im_end|>", "<tool>"], "sep_token": "<bos>"}},
+    ),
+    "added tokens": ("qwen2", {"tokenizer_config": NAMED, "added_tokens": {"<tool>": 300, "<call>": 301}}),
+    "listed tokens": ("qwen2", {"tokenizer_config": NAMED | {"added_tokens_decoder": {"300": LISTED}}}),
+    "a space before qwen2": ("qwen2", {"tokenizer_config": NAMED | {"add_prefix_space": True}}),
+    "a space before gpt2": (
+        "llama",
+        {"tokenizer_config": NAMED | {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}},
+    ),
+    "a beginning and an end": (
+        "qwen2",
+        {"tokenizer_config": NAMED | {"bos_token": "<bos>", "add_bos_token": True, "add_eos_token": True}},
+    ),
+}
+TEXTS = (
+    "the quick fox",
+    " Hello  world's 1234 ",
+    "nai\u0308ve café\n\n  x",
+    "a<eos>b <bos>",
+    "<|im_end|> <tool> <call>x",
+)
+
+
+def in_parts(directory: Path, model_type: str, files: dict[str, dict[str, Any]]) -> None:
+    """Take a directory's tokenizer apart, into the files that older checkpoints have."""
+    model = json.loads((directory / "tokenizer.json").read_text())["model"]
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        (directory / name).unlink(missing_ok=True)
+    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
     (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
-    (directory / "special_tokens_map.json").unlink(missing_ok=True)
-    settings = {
-        "tokenizer_class": kind,
-        "eos_token": "<end>",
-        "pad_token": "<end>",
-        "unk_token": "<end>",
-        "bos_token": None,
-    }
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
-    ours = Tokenizer.from_buffer(open_checkpoint(directory).tokenizer.files["tokenizer.json"])
-    theirs = AutoTokenizer.from_pretrained(directory)
-    for text in ("the quick fox", " Hello  world's 1234 ", "naïve café\n\n  x", "a<end>b"):
+    for name, content in ({"vocab": model["vocab"]} | files).items():
+        (directory / f"{name}.json").write_text(json.dumps(content))
+    configure(directory, model_type=model_type)
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_a_tokenizer_in_parts_is_put_together_as_transformers_does(case, directory) -> None:
+    in_parts(directory, *PARTS[case])
+    made = with_tokenizer(side_files(directory), read_json(directory / "config.json"), directory)
+    ours, theirs = Tokenizer.from_buffer(made["tokenizer.json"]), AutoTokenizer.from_pretrained(directory)
+    for text in TEXTS:
         assert ours.encode(text).ids == theirs(text)["input_ids"], text
 
 
+@pytest.mark.parametrize("via", ["headfold", "transformers"])
+def test_either_road_puts_it_together(via, directory) -> None:
+    in_parts(directory, *PARTS["gpt2"])
+    assert open_exportable(directory, via=via).tokenizer.definition is not None
+
+
 def test_parts_of_an_unknown_class_are_named(directory) -> None:
-    (directory / "tokenizer.json").unlink()
-    (directory / "vocab.json").write_text("{}")
-    (directory / "merges.txt").write_text("")
+    in_parts(directory, "llama", {})
+    with pytest.raises(CheckpointError, match=r"no tokenizer.json, and nothing names its class.*save_pretrained"):
+        open_checkpoint(directory)
     (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "MarianTokenizer"}')
     with pytest.raises(
         CheckpointError, match=r"no tokenizer.json, and its class is 'MarianTokenizer'.*save_pretrained"
@@ -199,6 +245,9 @@ def test_parts_of_an_unknown_class_are_named(directory) -> None:
         ("added_tokens.json", "{"),
         ("added_tokens.json", "[]"),
         ("added_tokens.json", '{"x": "y"}'),
+        ("special_tokens_map.json", "[1]"),
+        ("tokenizer_config.json", '{"additional_special_tokens": 7}'),
+        ("tokenizer_config.json", '{"add_bos_token": true, "bos_token": 7}'),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"3": "x"}}'),
     ],
 )
@@ -206,5 +255,6 @@ def test_damaged_parts_are_one_line(name, content, directory) -> None:
     (directory / "tokenizer.json").unlink()
     for part, text in {"vocab.json": "{}", "merges.txt": "", "tokenizer_config.json": "{}", name: content}.items():
         (directory / part).write_text(text)
+    configure(directory, model_type="qwen2")
     with pytest.raises(CheckpointError, match="the parts of its tokenizer make none"):
         open_checkpoint(directory)
