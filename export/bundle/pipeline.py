@@ -231,12 +231,15 @@ def _write_side_files(stage: Path, source: Exportable, capacity: int) -> None:
         eos = list(facts.eos_token_id)
         ids = {"bos_token_id": facts.bos_token_id, "eos_token_id": eos or None, "pad_token_id": facts.pad_token_id}
         write_json(stage / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
-    settings = read_generation_settings(stage)
     try:
+        settings = read_generation_settings(stage)
         Text(stage)
     except BundleError as error:
+        file = Path(str(error.where))  # it is about to vanish
         raise CheckpointError(
-            error.what, where=source.path, fix="Correct it, or take it out of the checkpoint."
+            error.what,
+            where=source.path / file.name if file.parent == stage else source.path,
+            fix="Correct it, or take it out of the checkpoint.",
         ) from error
     if len(set(facts.cache_shapes)) == 1:  # onnxruntime-genai knows one shape for all layers
         write_json(stage / "genai_config.json", genai_config(facts, capacity, settings))

@@ -7,7 +7,7 @@ from headfold.export.checkpoints.directories.directory import Directory
 from headfold.export.checkpoints.directories.stored import EMBEDDING, FLOATS, HEAD, Source, Stored
 from headfold.runtime.errors import CheckpointError
 
-_HARMLESS = re.compile(  # what training and serving leave beside the weights, and no forward pass reads
+HARMLESS = re.compile(  # what training and serving leave beside the weights, and no forward pass reads
     r"(^|\.)rotary_emb\.[a-z_]+$|^v_head\.|(^|\.)[qkv]_scale$|\.masked_bias$|\.self_attn\.bias$|^value_head\."
 )
 _QUANTIZED = re.compile(
@@ -31,7 +31,7 @@ def scan(directory: Directory, expected: Iterable[str], tied: bool) -> tuple[dic
     wanted, found, ignored = set(expected), dict[str, Source](), list(directory.ignored)
     for name, source in tensors.items():
         ours = f"model.{name}" if based and f"model.{name}" in wanted else name
-        if ours not in wanted and ours != HEAD and _HARMLESS.search(name):
+        if ours not in wanted and ours != HEAD and HARMLESS.search(name):
             ignored.append(name)
             continue
         found[ours] = _plain(name, source)

@@ -10,10 +10,10 @@ import torch
 from headfold.export.checkpoints.directories.adapter import Adapter, is_adapter, open_adapter
 from headfold.export.checkpoints.directories.hub import download, is_hub_name
 from headfold.export.checkpoints.directories.stored import EMBEDDING, HEAD, Source, Stored, stored_tensors
-from headfold.export.checkpoints.quantized.formats import dequantized, format_of
+from headfold.export.checkpoints.quantized.formats import dequantized, format_of, left_over
 from headfold.export.checkpoints.quantized.parts import Format
 from headfold.export.checkpoints.side_files import ADAPTER_CONFIG, CONFIG, read_json, side_files
-from headfold.runtime.errors import CheckpointError
+from headfold.runtime.errors import CheckpointError, ConfigError
 
 
 class Directory:
@@ -38,9 +38,19 @@ class Directory:
         elif base is not None:
             raise CheckpointError("is no adapter, and needs no base", where=path, fix="Leave --base out.")
         self.config: Mapping[str, Any] = read_json(self.place / CONFIG)
-        settings = self.config.get("quantization_config")
-        self._format = format_of(settings, self.place) if settings is not None else None
+        self._format = self._named_format()
         self.ignored: list[str] = []
+
+    def _named_format(self) -> Format | None:
+        settings = self.config.get("quantization_config")
+        if settings is None:
+            return None
+        try:
+            return format_of(settings, self.place)
+        except ConfigError:
+            if left_over(settings, stored_tensors(self.place)):
+                return None
+            raise
 
     @property
     def as_stored(self) -> bool:

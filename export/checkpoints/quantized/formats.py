@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from headfold.export.checkpoints.directories.stored import Source, Stored
+from headfold.export.checkpoints.directories.stored import FLOATS, Source, Stored
 from headfold.export.checkpoints.quantized.awq import AWQ
 from headfold.export.checkpoints.quantized.compressed_tensors import CompressedTensors
 from headfold.export.checkpoints.quantized.fp8 import FP8
@@ -49,6 +49,15 @@ def format_of(settings: object, where: object) -> Format:
             where=where,
             fix="headfold does not read that: take another one, or the unquantized one.",
         ) from error
+
+
+def left_over(settings: object, stored: Mapping[str, Stored]) -> bool:
+    """Whether a `quantization_config` is of no tensor: all are plain floats, as whoever dequantizes them may leave them.
+
+    Not of bitnet, whose floats are rounded as the model runs.
+    """
+    method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+    return method != "bitnet" and all(tensor.kind in FLOATS for tensor in stored.values())
 
 
 def dequantized(format_: Format, stored: Mapping[str, Stored]) -> tuple[dict[str, Source], list[str]]:

@@ -164,10 +164,13 @@ def test_mxfp4_is_what_transformers_makes_of_it(tmp_path) -> None:
     assert torch.equal(convert_moe_packed_tensors(parts["_blocks"], parts["_scales"]).float(), floats)
 
 
-def test_a_left_over_configuration_is_of_no_tensor(toy_checkpoint, tmp_path) -> None:
+@pytest.mark.parametrize("via", ["headfold", "transformers"])
+@pytest.mark.parametrize("method", ["gptq", "fp8", "bitsandbytes", "hqq", None])
+def test_a_left_over_configuration_is_of_no_tensor(method, via, toy_checkpoint, tmp_path) -> None:
+    """Also one that is not read: whoever dequantized the tensors left it."""
     shutil.copytree(toy_checkpoint, tmp_path / "q")
-    configure(tmp_path / "q", quantization_config={"quant_method": "gptq", "bits": 4})
-    assert "quantization" not in inspect_path(tmp_path / "q")
+    configure(tmp_path / "q", quantization_config={"quant_method": method, "bits": 3})
+    assert "quantization" not in inspect_path(tmp_path / "q", via)
 
 
 METHODS = ["bitsandbytes", "hqq", "aqlm", "exl2", "quanto", "eetq", "torchao", "vptq", "bitnet", "nvfp4", "auto-round"]
@@ -204,10 +207,19 @@ def test_what_is_not_read_is_named(case, toy_checkpoint, tmp_path) -> None:
     settings, message = UNREAD[case]
     shutil.copytree(toy_checkpoint, tmp_path / "q")
     configure(tmp_path / "q", quantization_config=settings)
+    packed = load_file(tmp_path / "q" / "model.safetensors") | {"packed": torch.ones(2, dtype=torch.int32)}
+    save_file(packed, tmp_path / "q" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(HeadfoldError) as caught:
         open_checkpoint(tmp_path / "q")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_floats_of_bitnet_are_not_what_it_computes_with(toy_checkpoint, tmp_path) -> None:
+    shutil.copytree(toy_checkpoint, tmp_path / "q")
+    configure(tmp_path / "q", quantization_config={"quant_method": "bitnet", "linear_class": "autobitlinear"})
+    with pytest.raises(HeadfoldError, match=r"its weights are quantized \(bitnet\), which headfold does not read"):
+        open_checkpoint(tmp_path / "q")
 
 
 UP = "model.layers.0.mlp.up_proj"

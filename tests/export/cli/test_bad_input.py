@@ -121,7 +121,16 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "broken generation settings": (
         lambda p: (p / "generation_config.json").write_text('{"eos_token_id": "x"}'),
-        "eos_token_id",
+        "checkpoint/generation_config.json: eos_token_id",
+    ),
+    "tokenizer settings that are no object": (
+        lambda p: (p / "tokenizer_config.json").write_text("[]"),
+        "checkpoint/tokenizer_config.json: is no JSON object",
+    ),
+    "tokenizer settings cut off": (truncate("tokenizer_config.json", 5), "checkpoint/tokenizer_config.json: is not"),
+    "special tokens that are no object": (
+        lambda p: (p / "special_tokens_map.json").write_text("7"),
+        "checkpoint/special_tokens_map.json: is no JSON object",
     ),
     "no model_type": (config(model_type=None), "model_type is missing"),
     "unknown activation": (config(hidden_act="xielu"), "hidden_act 'xielu' is not implemented"),

@@ -102,7 +102,6 @@ DIRECTORIES: dict[str, tuple[Maker, str]] = {
         config(model_type="new", auto_map={"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"}),
         "the model is code of its own, beside its weights. Give --trust-remote-code",
     ),
-    "an unknown quantization": (config(quantization_config={"quant_method": "zipq"}), "zipq"),
     "no model_type": (config(model_type=None), "model_type is missing"),
     "an unknown model_type": (config(model_type="llamax"), "cannot read its configuration"),
     "an impossible size": (config(num_attention_heads=0), "cannot read its configuration: ZeroDivisionError"),

@@ -159,7 +159,13 @@ BAD = {
     "values of another size": (config(model_type="deepseek_v3"), "deepseek_v3 does not run with headfold's cache"),
     "unknown": (config(model_type="llamax"), "transformers cannot read its configuration"),
     "a text model's configuration of another type": (config(text_config=5), "configuration of its text model is none"),
-    "quantized": (config(quantization_config={"quant_method": "hqq"}), "its weights are quantized (hqq)"),
+    "quantized": (
+        both(
+            config(quantization_config={"quant_method": "hqq"}),
+            tensors(lambda t: t.update(W_q=torch.ones(2, dtype=torch.uint8))),
+        ),
+        "its weights are quantized (hqq)",
+    ),
     "a missing tensor": (tensors(lambda t: t.pop(UP)), f"missing tensors: {UP}"),
     "architectures of another type": (
         both(config(architectures=[{"x": 1}, 3]), tensors(lambda t: t.pop(UP))),
@@ -185,3 +191,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, tmp_path) -> None:
         export(tmp_path / "model", tmp_path / "bundle", verify=False)
     assert message in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_no_forward_pass_reads_may_lie_there(tmp_path) -> None:
+    extra = {"v_head.summary.weight": torch.ones(1, 4), "model.layers.0.self_attn.rotary_emb.cos_cached": torch.ones(4)}
+    tensors(lambda t: t.update(extra))(save_random("arcee", tmp_path / "model"))
+    export(tmp_path / "model", tmp_path / "bundle", verify=False)
