@@ -42,9 +42,7 @@ from headfold.runtime.text import Detokenizer, Text, Tools
 
 __all__ = ["Delta", "Generation", "Model", "Options"]
 _DEFAULT_NEW_TOKENS = 256
-_logger = logging.getLogger(
-    "headfold"
-)  # unless configured otherwise, Python prints warnings as they are on standard error
+_logger = logging.getLogger("headfold")  # by default Python prints warnings as they are on standard error
 _MOST_LOGPROBS = 20  # as OpenAI has it
 _PART = 512  # tokens scored before others have their turn; a bundle of last logits takes a step for each of a thirty-second of them
 _NO_PROMPT = "Give text, token ids, messages, or a list of them."
@@ -301,14 +299,15 @@ class Model:
     def _prompts(self, prompt: Any, tools: Tools, variables: Mapping[str, Any] | None) -> tuple[list[Ids], bool]:
         """Token ids of each prompt, and whether there was only one, not in a list."""
         if _is_one(prompt):
-            return [self._encode(prompt, tools, variables)], True
+            return [self.encode(prompt, tools, variables)], True
         if not isinstance(prompt, Sequence | np.ndarray):
             raise InputError(f"a prompt cannot be a {type(prompt).__name__}", fix=_NO_PROMPT)
         if not len(prompt):
             raise InputError("the prompt is empty", fix=_NO_PROMPT)
-        return [self._encode(one, tools, variables) for one in prompt], False
+        return [self.encode(one, tools, variables) for one in prompt], False
 
-    def _encode(self, prompt: Any, tools: Tools, variables: Mapping[str, Any] | None) -> Ids:
+    def encode(self, prompt: Any, tools: Tools = None, variables: Mapping[str, Any] | None = None) -> Ids:
+        """Token ids of one prompt, which `generate` takes in its place. Raises InputError as it does."""
         if not isinstance(prompt, str) and isinstance(prompt, Sequence) and any(isinstance(x, Mapping) for x in prompt):
             return self._checked(self._text.encode_chat(prompt, tools, variables))
         if tools is not None or variables is not None:

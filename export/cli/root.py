@@ -13,11 +13,12 @@ from typing import Any
 import rich_click as click
 from click.exceptions import Abort, ClickException, Exit, UsageError
 
-from headfold.export.cli.build import build
 from headfold.export.cli.convert import convert
+from headfold.export.cli.engine import build
 from headfold.export.cli.export import export
 from headfold.export.cli.generate import chat, generate
 from headfold.export.cli.inspect import families, inspect
+from headfold.export.cli.serve import serve
 from headfold.export.cli.train import study, sweep, uptrain
 from headfold.export.cli.verify import verify
 from headfold.export.files import CANNOT_WRITE
@@ -34,6 +35,7 @@ _EXTRAS = {  # of pyproject.toml: what a package that is missing belongs to
     "train": ("accelerate", "datasets", "matplotlib", "pyarrow"),
     "tensorrt-rtx": ("tensorrt_rtx", "triton", "cuda"),
     "transformers": ("transformers",),
+    "serve": ("fastapi", "starlette", "uvicorn", "prometheus_client"),
 }
 
 
@@ -119,5 +121,5 @@ def main(debug: bool) -> None:  # `Group.invoke` reads `debug`
     """
 
 
-for _command in (export, verify, generate, chat, inspect, families, build, convert, uptrain, sweep, study):
+for _command in (export, verify, generate, chat, serve, inspect, families, build, convert, uptrain, sweep, study):
     main.add_command(_command)

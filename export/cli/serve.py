@@ -1,0 +1,131 @@
+"""`headfold serve`: bundles over HTTP."""
+
+from contextlib import ExitStack
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any, Literal
+
+import rich_click as click
+
+from headfold.export.cli.shared import refuse_idle
+from headfold.runtime.errors import InputError
+
+_KEY = "HEADFOLD_API_KEY"
+_WAITING = 64  # by default: whoever waits longer than for so many others had rather be told
+
+
+@click.command()
+@click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True, help="Any other address needs --api-key, or --no-auth.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--api-key", envvar=_KEY, help=f"What clients must send. Better in {_KEY}: other users see arguments.")
+@click.option("--no-auth", is_flag=True, help="Let everybody ask who reaches --host.")
+@click.option("--name", "names", multiple=True, help="Of each bundle, in order. [default: its directory's]")
+@click.option("--slots", type=click.IntRange(1), help="Answers that are written together. [default: 16]")
+@click.option("--waiting", type=click.IntRange(1), help="Answers that may wait beyond them; then 429. [default: 64]")
+@click.option(
+    "--keep-bytes", type=click.IntRange(0), help="Of the cache, for prompts that begin alike. [default: 1 GiB]"
+)
+@click.option(
+    "--no-reuse", is_flag=True, help="Compute every prompt anew: how long one takes tells nothing of others'."
+)
+@click.option("--max-new-tokens", type=click.IntRange(1), help="Per answer. [default: what fits]")
+@click.option(
+    "--max-seconds", type=click.FloatRange(0, min_open=True), default=600, show_default=True, help="Per request."
+)
+@click.option("--max-body", type=click.IntRange(1), default=8 << 20, show_default=True, help="Bytes of a request.")
+@click.option(
+    "--drain-seconds",
+    type=click.IntRange(0),
+    default=60,
+    show_default=True,
+    help="For answers on their way when it ends.",
+)
+@click.option("--backend", type=click.Choice(["onnxruntime", "tensorrt"]), default="onnxruntime", show_default=True)
+@click.option(
+    "--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Of ONNX Runtime."
+)
+@click.option("--threads", type=click.IntRange(1), help="[default: physical cores]")
+def serve(
+    bundles: tuple[Path, ...],
+    host: str,
+    port: int,
+    api_key: str | None,
+    no_auth: bool,
+    names: tuple[str, ...],
+    slots: int | None,
+    waiting: int | None,
+    keep_bytes: int | None,
+    no_reuse: bool,
+    max_new_tokens: int | None,
+    max_seconds: float,
+    max_body: int,
+    drain_seconds: int,
+    backend: Literal["onnxruntime", "tensorrt"],
+    provider: str,
+    threads: int | None,
+) -> None:
+    """Answer OpenAI's clients with each BUNDLE, and people with a page at /.
+
+    **Examples**
+
+    `headfold serve smol` and then `OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="-")`
+
+    `HEADFOLD_API_KEY=$(openssl rand -hex 24) headfold serve smol qwen --host 0.0.0.0`
+
+    SIGTERM and Ctrl-C end it once what is being answered is complete; a second one at once.
+    """
+    from headfold.runtime import load
+    from headfold.runtime.server.app import make_app
+    from headfold.runtime.server.running import listen, run
+    from headfold.runtime.server.served import names_of
+    from headfold.runtime.server.settings import Limits, Settings
+
+    local = _is_loopback(host)
+    _check_access(local, host, api_key, no_auth)
+    refuse_idle(no_reuse, "keep_bytes", why="is of prompts that are kept", fix="Leave out --no-reuse.")
+    refuse_idle(backend == "tensorrt", "provider", "threads", why="is of ONNX Runtime", fix="Leave it out.")
+    given = {"slots": slots, "waiting": _WAITING if waiting is None else waiting, "keep_bytes": keep_bytes}
+    scheduling: Any = {name: value for name, value in given.items() if value is not None}
+    models = {}
+    with listen(host, port) as opened, ExitStack() as loaded:
+        for name, bundle in zip(names_of(list(bundles), list(names)), bundles, strict=True):
+            model = load(bundle, backend=backend, provider=provider, threads=threads, **scheduling)
+            models[name] = loaded.enter_context(model)
+        settings = Settings(
+            key=api_key,
+            hosts=frozenset({"localhost", "127.0.0.1", "::1", host}) if local and not (api_key or no_auth) else None,
+            limits=Limits(body_bytes=max_body, new_tokens=max_new_tokens, seconds=max_seconds),
+            reuse=not no_reuse,
+        )
+        shown = f"[{host}]" if ":" in host else host
+        address = f"http://{shown}:{opened.getsockname()[1]}/"
+        run(
+            make_app(models, settings),
+            opened,
+            drain_seconds,
+            lambda: click.echo(f"headfold: {', '.join(models)} at {address}", err=True),
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_access(local: bool, host: str, api_key: str | None, no_auth: bool) -> None:
+    """Nobody opens a server to others without saying so."""
+    if api_key is not None and no_auth:
+        raise InputError("--api-key and --no-auth contradict each other", fix="Give one of them.")
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
+        raise InputError("the API key is empty, or not of ASCII", fix="Take one as of: openssl rand -hex 24")
+    if not local and api_key is None and not no_auth:
+        raise InputError(
+            "others can reach this address",
+            where=f"--host {host}",
+            fix=f"Set {_KEY}, which they must send, or --no-auth to let everybody in.",
+        )
+    if not local and no_auth:
+        click.echo(f"headfold: warning: whoever reaches {host} can use this server, and see how busy it is.", err=True)
