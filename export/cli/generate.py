@@ -8,9 +8,12 @@ import rich_click as click
 
 from headfold.export.cli.shared import BUNDLE, JSON, Command, options, print_json, refuse_idle
 from headfold.runtime.errors import InputError
+from headfold.runtime.files.json_file import SETTINGS_BYTES, check_size, read_object
 
 if TYPE_CHECKING:
     from headfold.runtime import Model
+
+_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
 def _sampling(command: Command) -> Command:
@@ -86,6 +89,8 @@ def _standard_input() -> str:
 @click.option("--chat", is_flag=True, help="Wrap each prompt in the chat template as a user's message.")
 @click.option("--system", help="System message; implies --chat.")
 @click.option("--stop", multiple=True, help="Stop before this text; may be repeated.")
+@click.option("--json-schema", type=_FILE, help="Answer with JSON of the schema in this file.")
+@click.option("--grammar", type=_FILE, help="Answer as the Lark grammar in this file says.")
 @_sampling
 @JSON
 def generate(
@@ -94,6 +99,8 @@ def generate(
     chat: bool,
     system: str | None,
     stop: tuple[str, ...],
+    json_schema: Path | None,
+    grammar: Path | None,
     backend: Literal["onnxruntime", "tensorrt"],
     provider: str,
     threads: int | None,
@@ -117,6 +124,11 @@ def generate(
         head = [{"role": "system", "content": system}] if system else []
         batch = [[*head, {"role": "user", "content": text}] for text in texts]
     arguments = {"stop": stop or None, **sampling}
+    if json_schema is not None:
+        arguments["json_schema"] = read_object(json_schema, SETTINGS_BYTES, InputError, "Give a JSON schema.")
+    if grammar is not None:
+        check_size(grammar, SETTINGS_BYTES, InputError, "Give a grammar.")
+        arguments["grammar"] = grammar.read_bytes().decode(errors="replace")
     if as_json:
         print_json([vars(generation) for generation in model.generate(batch, **arguments)])
     elif len(batch) == 1:

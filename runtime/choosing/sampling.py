@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from headfold.runtime.choosing.grammar import Form
 from headfold.runtime.choosing.restrictions import Forbidden
 from headfold.runtime.errors import InputError
 
@@ -77,7 +78,7 @@ class Sampler:
     """Picks the tokens of one sequence; `row` is its number in the batch, `forbidden` what may not be picked.
 
     `bias` is added to the logits of its tokens. `processor` gets the answer's tokens and the logits [V] after penalties and bias, to
-    change or replace; what it returns is what is sampled from.
+    change or replace; what it returns is what is sampled from, as far as `form` allows.
 
     Raises:
         InputError: a bias of a token that does not exist, or out of its range.
@@ -92,8 +93,9 @@ class Sampler:
         forbidden: Forbidden | None = None,
         bias: Mapping[int, float] | None = None,
         processor: LogitsProcessor | None = None,
+        form: Form | None = None,
     ) -> None:
-        self.parameters = parameters
+        self.parameters, self._form = parameters, form
         self._processor, self._answer = processor, list[int]()
         self._counts: NDArray[np.float32] | None = None
         if parameters.presence_penalty or parameters.frequency_penalty:
@@ -106,6 +108,11 @@ class Sampler:
         if parameters.repetition_penalty != 1:
             self._seen = np.zeros(vocab_size, np.bool_)
             self._seen[list(prompt)] = True
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer has its form, and nothing can be added."""
+        return self._form is not None and self._form.complete
 
     def __call__(self, logits: NDArray[np.float32]) -> int:
         """The next token, from finite logits [V], which are left as they are.
@@ -123,13 +130,16 @@ class Sampler:
             logits = logits + self._bias
         if self._processor is not None:
             logits = _processed(self._processor, self._answer, logits)
+        if self._form is not None:
+            logits = np.where(self._form.allowed(), logits, np.float32(-np.inf))
         if self._forbidden is not None:
             logits = logits.copy()
             logits[self._forbidden.tokens()] = -np.inf
-            if logits.max() == -np.inf:
-                raise InputError(
-                    "the bundle's generation_config.json forbids every token", fix="Export it with another one."
-                )
+        if logits.max() == -np.inf:
+            raise InputError(
+                "the bundle's generation_config.json forbids every token that may come",
+                fix="Export it with another one, or ask for another grammar.",
+            )
         token = int(logits.argmax()) if p.temperature == 0 else self._draw(logits)
         if self._seen is not None:
             self._seen[token] = True
@@ -139,6 +149,8 @@ class Sampler:
             self._answer.append(token)
         if self._forbidden is not None:
             self._forbidden.push(token)
+        if self._form is not None:
+            self._form.push(token)
         return token
 
     def _draw(self, logits: NDArray[np.float32]) -> int:

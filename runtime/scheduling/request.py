@@ -131,8 +131,9 @@ class Request:
         if self._writer is not None:
             text = self._writer.push(None if ended else token)
             ended = ended or self._writer.stopped
+        ended = ended or self._sampler.complete
         reason: FinishReason | None = "stop" if ended else None if self.left else "length"
-        if reason == "length" and self._writer is not None:
+        if reason is not None and self._writer is not None:
             text += self._writer.push(None)
         return Delta(self.index, text, token, reason, logprob)
 

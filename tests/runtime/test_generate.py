@@ -116,7 +116,7 @@ def test_sampling_repeats_by_seed_and_ignores_its_neighbours(model) -> None:
 def test_defaults_are_the_bundles(model, changed, monkeypatch) -> None:
     settings = {"do_sample": True, "temperature": 0.5, "top_k": 9, "top_p": 0.8, "repetition_penalty": 1.2}
     sampling = load(changed({"generation_config.json": settings}), threads=1)
-    parameters = vars(sampling._parameters({}, None))
+    parameters = vars(sampling._calls.parameters({}, None))
     assert parameters == {
         "temperature": 0.5,
         "top_k": 9,
@@ -127,7 +127,7 @@ def test_defaults_are_the_bundles(model, changed, monkeypatch) -> None:
         "frequency_penalty": 0.0,
         "seed": None,
     }
-    parameters = vars(sampling._parameters({"temperature": 0.9, "top_k": 0, "top_p": None}, 3))
+    parameters = vars(sampling._calls.parameters({"temperature": 0.9, "top_k": 0, "top_p": None}, 3))
     assert parameters == {
         "temperature": 0.9,
         "top_k": 0,
@@ -138,15 +138,15 @@ def test_defaults_are_the_bundles(model, changed, monkeypatch) -> None:
         "frequency_penalty": 0.0,
         "seed": 3,
     }
-    assert sampling._parameters({"temperature": 0}, None).temperature == 0
-    assert model._parameters({"top_p": 0.5}, None).temperature == 0
+    assert sampling._calls.parameters({"temperature": 0}, None).temperature == 0
+    assert model._calls.parameters({"top_p": 0.5}, None).temperature == 0
     with pytest.raises(TypeError, match="no option 'tempreture'"):
         model.generate("x", tempreture=1)
 
 
 def test_a_temperature_means_nothing_unless_the_bundle_samples(changed) -> None:
     settings = {"temperature": 0.5, "repetition_penalty": 1.2}
-    parameters = load(changed({"generation_config.json": settings}), threads=1)._parameters({}, None)
+    parameters = load(changed({"generation_config.json": settings}), threads=1)._calls.parameters({}, None)
     assert (parameters.temperature, parameters.repetition_penalty) == (0, 1.2)
 
 

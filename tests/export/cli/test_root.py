@@ -102,6 +102,19 @@ def test_a_failed_export_publishes_nothing(toy_checkpoint, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+def test_generate_keeps_to_a_schema_and_to_a_grammar(exported, tmp_path) -> None:
+    schema, grammar, broken = tmp_path / "schema.json", tmp_path / "grammar.lark", tmp_path / "broken.json"
+    schema.write_text(
+        '{"type": "object", "properties": {"a": {"enum": [1]}}, "required": ["a"], "additionalProperties": false}'
+    )
+    grammar.write_text('start: "yes" | "no"')
+    broken.write_text("{")
+    assert run("generate", exported[0], "the", "--json-schema", schema).stdout == '{"a": 1}\n'
+    assert run("generate", exported[0], "the", "--grammar", grammar).stdout in ("yes\n", "no\n")
+    result = run("generate", exported[0], "the", "--json-schema", broken)
+    assert (result.exit_code, "broken.json: is not JSON" in result.stderr) == (2, True)
+
+
 def test_generate_is_the_decoders_greedy_text(exported, toy_checkpoint, tokenizer) -> None:
     result = run("generate", exported[0], "the quick", "-n", 8, "--json")
     (answer,) = json.loads(result.stdout)

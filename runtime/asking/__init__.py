@@ -1,0 +1,1 @@
+"""What callers may ask for, checked before it waits: options, prompts, and the requests that a call becomes."""
