@@ -18,7 +18,8 @@ from headfold.export.cli.engine import build
 from headfold.export.cli.export import export
 from headfold.export.cli.generate import chat, generate
 from headfold.export.cli.inspect import families, inspect
-from headfold.export.cli.serve import serve
+from headfold.export.cli.serving.package import package
+from headfold.export.cli.serving.serve import serve
 from headfold.export.cli.train import study, sweep, uptrain
 from headfold.export.cli.verify import verify
 from headfold.export.files import CANNOT_WRITE
@@ -121,5 +122,20 @@ def main(debug: bool) -> None:  # `Group.invoke` reads `debug`
     """
 
 
-for _command in (export, verify, generate, chat, serve, inspect, families, build, convert, uptrain, sweep, study):
+_COMMANDS = (
+    export,
+    verify,
+    generate,
+    chat,
+    serve,
+    package,
+    inspect,
+    families,
+    build,
+    convert,
+    uptrain,
+    sweep,
+    study,
+)
+for _command in _COMMANDS:
     main.add_command(_command)
