@@ -3,11 +3,12 @@
 from contextlib import ExitStack
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import rich_click as click
 
 from headfold.export.cli.shared import refuse_idle
+from headfold.plugins.attention.schema import Attention
 from headfold.runtime.errors import InputError
 
 _KEY = "HEADFOLD_API_KEY"
@@ -45,6 +46,7 @@ _WAITING = 64  # by default: whoever waits longer than for so many others had ra
 @click.option(
     "--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Of ONNX Runtime."
 )
+@click.option("--attention", type=click.Choice(get_args(Attention)), help="Which TensorRT engine. [default: the first]")
 @click.option("--threads", type=click.IntRange(1), help="[default: physical cores]")
 def serve(
     bundles: tuple[Path, ...],
@@ -63,6 +65,7 @@ def serve(
     drain_seconds: int,
     backend: Literal["onnxruntime", "tensorrt"],
     provider: str,
+    attention: Attention | None,
     threads: int | None,
 ) -> None:
     """Answer OpenAI's clients with each BUNDLE, and people with a page at /.
@@ -85,12 +88,13 @@ def serve(
     _check_access(local, host, api_key, no_auth)
     refuse_idle(no_reuse, "keep_bytes", why="is of prompts that are kept", fix="Leave out --no-reuse.")
     refuse_idle(backend == "tensorrt", "provider", "threads", why="is of ONNX Runtime", fix="Leave it out.")
+    refuse_idle(backend != "tensorrt", "attention", why="chooses a TensorRT engine", fix="Add --backend tensorrt.")
     given = {"slots": slots, "waiting": _WAITING if waiting is None else waiting, "keep_bytes": keep_bytes}
     scheduling: Any = {name: value for name, value in given.items() if value is not None}
     models = {}
     with listen(host, port) as opened, ExitStack() as loaded:
         for name, bundle in zip(names_of(list(bundles), list(names)), bundles, strict=True):
-            model = load(bundle, backend=backend, provider=provider, threads=threads, **scheduling)
+            model = load(bundle, backend=backend, provider=provider, attention=attention, threads=threads, **scheduling)
             models[name] = loaded.enter_context(model)
         settings = Settings(
             key=api_key,
