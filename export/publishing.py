@@ -6,6 +6,7 @@ killed leaves the old or the new; what it left half-made is undone by the next o
 exists is replaced unless the caller says so, and nothing is deleted while it is the only copy.
 """
 
+import errno
 import hashlib
 import os
 import secrets
@@ -158,7 +159,14 @@ def _take_staging(target: Path) -> tuple[Path, ExitStack]:
     """A new staging directory, and its lock."""
     while True:
         staging = target.with_name(f"{_STAGING}{_key(target)}-{secrets.token_hex(8)}")
-        staging.mkdir()
+        try:
+            staging.mkdir()
+        except FileNotFoundError as error:
+            if not target.parent.is_dir():
+                raise
+            raise PermissionError(
+                errno.EACCES, "no directory can be made there", target.parent
+            ) from error  # as in /proc
         with suppress(BlockingIOError, FileNotFoundError), ExitStack() as held:
             held.enter_context(lock_file(staging / _LOCK))
             return staging, held.pop_all()

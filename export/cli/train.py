@@ -217,6 +217,7 @@ def sweep(
     """
     from rich.console import Console
 
+    from headfold.export.checkpoints.opening import open_checkpoint
     from headfold.export.studies.sweep import SweepOptions, unpicked
     from headfold.export.studies.sweep import sweep as run
     from headfold.export.studies.sweep_report import render_table, write_report
@@ -224,9 +225,14 @@ def sweep(
 
     rest |= {"checkpoint_every": 0, "keep": 1, "tensorboard": None}
     corpus, training = _split(rest, taught=True)
+    counts = _numbers("--kv-heads", kv_heads)
+    alone = {open_checkpoint(Path(source)).config.num_key_value_heads}.issuperset(counts)
+    refuse_idle(
+        alone, "init", "loss", "baseline", why="is of other counts", fix="Add one to --kv-heads, or leave it out."
+    )
     budget = Budget(tokens, alpha, None if pretrain_tokens is None else round(pretrain_tokens))
     options = SweepOptions(
-        kv_heads=_numbers("--kv-heads", kv_heads),
+        kv_heads=counts,
         init=init,
         contexts=_numbers("--contexts", contexts) if contexts else (),
         memory=_bytes(memory),

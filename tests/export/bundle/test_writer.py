@@ -103,6 +103,15 @@ def test_permission_is_one_line(tmp_path, monkeypatch) -> None:
     assert names(tmp_path) == []
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a directory in which nobody makes any")
+def test_a_place_where_no_directory_can_be_made_is_one_line() -> None:
+    with (
+        pytest.raises(BundleError, match="cannot write: no directory can be made there"),
+        staged(Path("/proc/b"), False),
+    ):
+        raise AssertionError
+
+
 def test_manifest_lists_every_file_with_its_hash(tmp_path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "f").write_bytes(b"abc")

@@ -106,6 +106,10 @@ IDLE = [  # a command line, the option in it that does nothing there, and why
     (["uptrain", "x", "-o", "y", "--data", "TEXT", "--text-field", "x"], "--text-field", "is of data with columns"),
     ([*SWEEP, "--ce-weight", "0.5"], "--ce-weight", "is of the loss kl+ce"),
     ([*SWEEP, "--validation", "v", "--holdout", "0.1"], "--holdout", "is of validating on a share"),
+    *(
+        (["sweep", "CHECKPOINT", *SWEEP[2:-1], "2", *given], given[0], "is of other counts")  # than its own 2
+        for given in (("--init", "svd"), ("--loss", "kl"), ("--baseline",))
+    ),
     ([*GLU, "--validation", "v", "--holdout", "0.1"], "--holdout", "is of validating on a share"),
     (["study", "glu", "--data", "TEXT", "--text-field", "x"], "--text-field", "is of data with columns"),
     *(
