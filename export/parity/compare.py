@@ -18,7 +18,7 @@ from polygraphy.comparator import Comparator
 from headfold.export.exportables.facts import Facts
 from headfold.export.exportables.oracle import Answer, Array, Oracle, Past, QuantizedCache, Tokens
 from headfold.export.graph.passes import cut_layers, keep_new_rows
-from headfold.export.parity.layers import Finding, ask, judge, layer_checks, layer_feed, layer_results
+from headfold.export.parity.layers import Finding, ask, judge, layer_checks, layer_feed, layer_results, unsure
 from headfold.export.parity.probes import Feed, Pasts, Place, Step, make_places, make_rows, make_steps
 from headfold.export.parity.report import CheckResult, LayerResult, ParityReport, agreed, compare_logits
 from headfold.export.parity.runners import CachedRunner, LayersRunner, OrtRunner, Outputs, prepared
@@ -235,9 +235,9 @@ def _report(
     checks.append(greedy)
     if layers is not None:
         findings: list[Finding] = []
+        alone = unsure(doubts.alone) if doubts is not None else None
         for number, place in enumerate(asked.places):
-            doubt = doubts.alone[number] if doubts is not None else None
-            findings += judge(place, asked.alone[number], layers[number], precision, doubt)
+            findings += judge(place, asked.alone[number], layers[number], precision, alone)
         checks += layer_checks(findings)
         results = layer_results(findings, len(subject.facts.cache_shapes))
     else:

@@ -3,7 +3,7 @@
 So no error is amplified by what comes behind it, and the first wrong layer is named rightly.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from headfold.export.parity.probes import Feed, Pasts, Place, feed
 from headfold.export.parity.report import CheckResult, LayerResult, agreed
 from headfold.export.parity.runners import Outputs
 from headfold.export.parity.tolerances import MARGIN, Precision
-from headfold.plugins.names import PARTS, cache_input, cache_output, hidden_state, layer_input
+from headfold.plugins.names import PARTS, cache_input, cache_output, hidden_state, is_cache_output, layer_input
 
 Answers = Sequence[Answer]  # of a place's rows
 
@@ -82,50 +82,62 @@ def layer_feed(place: Place, pasts: Pasts, answers: Answers) -> Feed:
     return feeds
 
 
-def judge(
-    place: Place, answers: Answers, outputs: Outputs, precision: Precision, doubt: tuple[Answers, Answers] | None = None
-) -> list[Finding]:
-    """Compare what the cut graph gave with what the oracle says.
+def unsure(doubts: Sequence[tuple[Answers, Answers]]) -> dict[str, float]:
+    """How far float32 may be off in each tensor, over the largest number there, as `Precision.layer_tolerance` has it.
 
-    `doubt` are the same answers computed in float32 and in float64: where float32 itself is unsure by more than the limit, that
-    decides.
+    `doubts` are, for each place, its answers computed in float32 and in float64. What float32 loses in a tensor shows best where it
+    loses most: a place of a few tokens may be lucky.
     """
-    found = []
-    layers = len(answers[0].hidden_states)
-    start, length = min(place.pasts), place.tokens.shape[1]
-    update, stored = precision.layer_tolerance
-    for layer in range(layers):
-        right = np.stack([answer.hidden_states[layer] for answer in answers])  # [B, S, hidden]
-        before = np.stack([answer.hidden_states[layer - 1] for answer in answers]) if layer else np.zeros_like(right)
-        spread = update * _largest(right - before) + 4 * np.finfo(np.float32).eps * np.abs(right)
-        unsure = _unsure([[a.hidden_states[layer] for a in side] for side in doubt or ()])
-        found.append(
-            _finding(
-                place.check, layer, hidden_state(layer), right, outputs[hidden_state(layer)], np.maximum(spread, unsure)
-            )
-        )
-        for part, name in enumerate(PARTS):
-            right = np.stack([answer.cache[layer][part] for answer in answers])  # [B, Hkv, S, D]
-            whole = outputs[cache_output(layer, name)]  # [B, Hkv, from the shortest past on, D]
-            begins = [past - start for past in place.pasts]
-            actual = np.stack([whole[row, :, begin : begin + length] for row, begin in enumerate(begins)])
-            spread = np.full(right.shape, stored if precision.cache is not None else stored * _largest(right))
-            unsure = _unsure([[a.cache[layer][part] for a in side] for side in doubt or ()])
-            found.append(
-                _finding(place.check, layer, cache_output(layer, name), right, actual, np.maximum(spread, unsure))
-            )
-    right = np.stack([answer.logits[-1] for answer in answers])  # [B, V]
-    spread = np.full(right.shape, precision.tolerance.limit("logits", right))
-    unsure = _unsure([[a.logits[-1] for a in side] for side in doubt or ()])
-    found.append(_finding(place.check, layers, "logits", right, outputs["logits"][:, -1], np.maximum(spread, unsure)))
+    found: dict[str, float] = {}
+    for narrow, wide in doubts:
+        for (name, right, scale), (_, actual, _) in zip(_tensors(wide), _tensors(narrow), strict=True):
+            error = float((np.abs(right - actual) - _carried(name, right)).max(initial=0))
+            if scale and np.isfinite(error):
+                found[name] = max(found.get(name, 0.0), MARGIN * error / scale)
     return found
 
 
-def _unsure(sides: Sequence[Sequence[Array]]) -> float:
-    """How far float32 may be off, from the same tensors of every row in float32 and in float64."""
-    if not sides:
-        return 0.0
-    return MARGIN * max(float(np.abs(a - b).max(initial=0)) for a, b in zip(*sides, strict=True))
+def _tensors(answers: Answers) -> Iterator[tuple[str, Array, float]]:
+    """What a place's layers give: name, numbers, and the largest that the layer itself made of them."""
+    before: Array | None = None
+    for layer in range(len(answers[0].hidden_states)):
+        stream = np.stack([answer.hidden_states[layer] for answer in answers])  # [B, S, hidden]
+        yield hidden_state(layer), stream, _largest(stream if before is None else stream - before)
+        before = stream
+        for part, name in enumerate(PARTS):
+            stored = np.stack([answer.cache[layer][part] for answer in answers])  # [B, Hkv, S, D]
+            yield cache_output(layer, name), stored, _largest(stored)
+    logits = np.stack([answer.logits[-1] for answer in answers])  # [B, V]
+    yield "logits", logits, _largest(logits)
+
+
+def judge(
+    place: Place, answers: Answers, outputs: Outputs, precision: Precision, doubt: Mapping[str, float] | None = None
+) -> list[Finding]:
+    """Compare what the cut graph gave with what the oracle says; `doubt` of `unsure` decides where it allows more than the limit."""
+    found = []
+    start, length = min(place.pasts), place.tokens.shape[1]
+    begins = [past - start for past in place.pasts]
+    update, stored = precision.layer_tolerance
+    for number, (name, right, scale) in enumerate(_tensors(answers)):
+        layer = number // (1 + len(PARTS))  # that of the logits is the number of layers
+        actual = outputs[name]
+        if name == "logits":
+            actual, limit = actual[:, -1], precision.tolerance.limit(name, right)
+        elif is_cache_output(name):  # [B, Hkv, from the shortest past on, D]
+            actual = np.stack([actual[row, :, begin : begin + length] for row, begin in enumerate(begins)])
+            limit = stored if precision.cache is not None else stored * scale
+        else:
+            limit = update * scale
+        allowed = max(limit, (doubt or {}).get(name, 0.0) * scale) + _carried(name, right)
+        found.append(_finding(place.check, layer, name, right, actual, allowed))
+    return found
+
+
+def _carried(name: str, right: Array) -> Array:
+    """What the residual stream loses when a small number is added to it: of its own size, whatever the layer does."""
+    carried = not is_cache_output(name) and name != "logits"
+    return 4 * np.finfo(np.float32).eps * np.abs(right) if carried else np.zeros(right.shape)
 
 
 def _largest(numbers: Array) -> float:
