@@ -32,12 +32,23 @@ _TYPES = frozenset(  # decoders of text in onnxruntime-genai 0.18
 )
 
 
+def genai_refusal(facts: Facts) -> str | None:
+    """Why onnxruntime-genai cannot open such a model, if it cannot."""
+    if len(set(facts.cache_shapes)) > 1:
+        return "onnxruntime-genai knows one shape of cache for all layers, and these have several"
+    return None
+
+
+def genai_type(facts: Facts) -> str:
+    """Its type of a model. It only picks defaults for decoders like ours, so a model whose type it has not goes as a llama."""
+    return facts.model_type if facts.model_type in _TYPES else "llama"
+
+
 def genai_config(facts: Facts, capacity: int, settings: GenerationSettings) -> dict[str, Any]:
     """The configuration of onnxruntime-genai 0.18 for a bundle whose cache holds `capacity` tokens; greedy unless told otherwise.
 
-    Its model type only picks defaults for decoders like ours, so a model whose type it has not goes as a llama.
     As in transformers, the tokens that begin, end and pad are those of the generation settings, and of the model where they name none.
-    The caches of all layers must have one shape.
+    There must be no `genai_refusal`.
     """
     layer = facts.layers[0]
     ends = facts.eos_token_id if settings.eos_token_ids is None else settings.eos_token_ids
@@ -45,7 +56,7 @@ def genai_config(facts: Facts, capacity: int, settings: GenerationSettings) -> d
     bos = facts.bos_token_id if settings.bos_token_id is None else settings.bos_token_id
     return {
         "model": {
-            "type": facts.model_type if facts.model_type in _TYPES else "llama",
+            "type": genai_type(facts),
             "bos_token_id": bos or 0,
             "eos_token_id": list(ends) if len(ends) > 1 else (*ends, 0)[0],
             "pad_token_id": (*pads, *ends, 0)[0],

@@ -5,9 +5,9 @@ A bundle's are told without torch: on machines that only serve, and at once, how
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -20,32 +20,34 @@ from headfold.export.model.config import ModelConfig
 from headfold.plugins.dtypes import DTYPES
 from headfold.runtime.errors import printable
 from headfold.runtime.files.engine_file import check_engine
-from headfold.runtime.manifest import MANIFEST, MODEL, EngineEntry, Road, check_sizes, read_manifest
+from headfold.runtime.manifest import MANIFEST, MODEL, EngineEntry, check_sizes, read_manifest
+
+if TYPE_CHECKING:
+    from headfold.export.exportables.base import Exportable
 
 Facts = dict[str, Any]
 _LONGEST = 4000  # characters of one fact
 
 
-def inspect_path(
-    path: Path, via: Road | None = None, trust_remote_code: bool = False, base: Path | None = None
-) -> Facts:
+def inspect_path(path: Path) -> Facts:
     """Facts of the bundle or checkpoint at `path`; sizes are in bytes. A bundle's files are there and as large as its
     manifest says; their hashes are for those who run it.
-
-    See `open_exportable` for the other arguments.
 
     Raises:
         HeadfoldError: it is neither, or it is damaged.
     """
-    return _bundle(path) if (path / MANIFEST).exists() else _checkpoint(path, via, trust_remote_code, base)
+    if (path / MANIFEST).exists():
+        return _bundle(path)
+    from headfold.export.exportables.opening import open_exportable  # here, for it imports torch
+
+    return inspect_checkpoint(open_exportable(path))
 
 
-def _checkpoint(path: Path, via: Road | None, trust_remote_code: bool, base: Path | None) -> Facts:
-    from headfold.export.exportables.opening import open_exportable  # here, for they import torch
+def inspect_checkpoint(exportable: "Exportable") -> Facts:
+    """The same of a checkpoint that is open."""
     from headfold.export.exportables.own import OwnModel
 
-    exportable = open_exportable(path, via, trust_remote_code, base=base)
-    facts: Facts = {"kind": "checkpoint", "path": str(path), "road": exportable.road, **exportable.titles}
+    facts: Facts = {"kind": "checkpoint", "path": str(exportable.path), "road": exportable.road, **exportable.titles}
     if not isinstance(exportable, OwnModel):
         return facts | _attention(exportable.facts, 4) | {"tokenizer": sorted(exportable.tokenizer.files)}
     checkpoint = exportable.checkpoint
@@ -169,6 +171,14 @@ def render(facts: Facts) -> None:
         else:
             text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
         table.add_row(name.replace("_", " "), Text(printable(text, _LONGEST)))
+    Console(highlight=False).print(table)
+
+
+def render_targets(targets: Sequence[Facts]) -> None:
+    """Print what a checkpoint can become as a table on standard output, a row for each, with how, or why not."""
+    table = Table("can become", "", "", box=None, pad_edge=False)
+    for target in targets:
+        table.add_row(target["name"], "yes" if target["possible"] else "no", Text(printable(target["note"], _LONGEST)))
     Console(highlight=False).print(table)
 
 

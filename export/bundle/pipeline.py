@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from headfold.export.bundle.cache_scales import cache_scales, quantization_cost
-from headfold.export.bundle.genai import genai_config
+from headfold.export.bundle.genai import genai_config, genai_refusal
 from headfold.export.bundle.writer import check_output, file_entry, manifest_of, staged, write_file, write_json
 from headfold.export.checkpoints.opening import load_decoder
 from headfold.export.data.calibration import CALIBRATION, calibration_tokens, write_tokens
@@ -241,7 +241,7 @@ def _write_side_files(stage: Path, source: Exportable, capacity: int) -> None:
             where=source.path / file.name if file.parent == stage else source.path,
             fix="Correct it, or take it out of the checkpoint.",
         ) from error
-    if len(set(facts.cache_shapes)) == 1:  # onnxruntime-genai knows one shape for all layers
+    if genai_refusal(facts) is None:
         write_json(stage / "genai_config.json", genai_config(facts, capacity, settings))
 
 

@@ -114,7 +114,7 @@ _TYPES = {"full_attention", "sliding_attention"}
 
 
 class NotInTable(ConfigError):
-    """A family has a table, which has no place for what a configuration asks for; transformers runs it."""
+    """A model has no table, or its family's has no place for what the configuration asks for; transformers may run it."""
 
 
 def config_from_json(content: Json, where: object) -> ModelConfig:
@@ -162,8 +162,11 @@ def _config_from_json(content: Json) -> ModelConfig:
     if model_type == OWN:
         return ModelConfig.from_json(content)
     if not isinstance(model_type, str) or model_type not in FAMILIES:
+        known = f"headfold knows {', '.join(FAMILIES)}."
+        if isinstance(model_type, str):
+            raise NotInTable(f"headfold has no table of model_type {model_type!r}", fix=known)
         said = f"{model_type!r} is unknown" if "model_type" in content else "is missing"
-        raise ConfigError(f"model_type {said}", fix=f"headfold knows {', '.join(FAMILIES)}.")
+        raise ConfigError(f"model_type {said}", fix=known)
     family = FAMILIES[model_type]
     fields = _Fields(content, {**_DEFAULTS, **family.defaults})
     heads, hidden, layers = (fields.get(n, int) for n in ("num_attention_heads", "hidden_size", "num_hidden_layers"))

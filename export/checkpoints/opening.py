@@ -6,10 +6,11 @@ import torch
 
 from headfold.export.checkpoints.base import Checkpoint
 from headfold.export.checkpoints.directories.hub import download, is_hub_name
+from headfold.export.checkpoints.families import FAMILIES, NotInTable
 from headfold.export.checkpoints.gguf.file import GGUFCheckpoint
 from headfold.export.checkpoints.hf import HuggingFaceCheckpoint
 from headfold.export.model.decoder import Decoder
-from headfold.runtime.errors import CheckpointError
+from headfold.runtime.errors import CheckpointError, ConfigError
 
 
 def open_checkpoint(path: Path, base: Path | None = None) -> Checkpoint:
@@ -25,6 +26,23 @@ def open_checkpoint(path: Path, base: Path | None = None) -> Checkpoint:
     if base is not None:
         raise CheckpointError("is no adapter, and needs no base", where=path, fix="Leave --base out.")
     return GGUFCheckpoint(path)
+
+
+def open_own(path: Path) -> Checkpoint:
+    """The same for what changes the model itself, which is headfold's own decoder: conversion and training.
+
+    Raises:
+        CheckpointError: see `open_checkpoint`.
+        ConfigError: see `open_checkpoint`; or the model is one that only `headfold export` takes, by way of transformers.
+    """
+    try:
+        return open_checkpoint(path)
+    except NotInTable as error:
+        raise ConfigError(
+            f"{error.what}; convert, uptrain and sweep change headfold's own decoder",
+            where=error.where or path,
+            fix=f"They take {', '.join(FAMILIES)}; others go through `headfold export` as they are.",
+        ) from error
 
 
 def find(path: Path) -> Path:

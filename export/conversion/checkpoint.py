@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headfold.export.checkpoints.base import Checkpoint, MemoryCheckpoint
 from headfold.export.checkpoints.hf_writer import save_hf
-from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
+from headfold.export.checkpoints.opening import load_decoder, open_own
 from headfold.export.conversion.ffn import plain_to_gated
 from headfold.export.conversion.heads import NEED_STATISTICS
 from headfold.export.conversion.layers import ConvertOptions, Tensors, attention_prefix, convert_layer, converted_config
@@ -128,7 +128,7 @@ def convert_file(
     """Convert the checkpoint at `source` into a new Hugging Face directory at `output`, complete or not at all.
 
     Args:
-        source: see `open_checkpoint`.
+        source: see `open_own`.
         output: must not exist.
         options: of the heads; None leaves them.
         calibration: what to calibrate on.
@@ -145,7 +145,7 @@ def convert_file(
     if options is None and feed_forward is None:
         raise InputError("nothing to convert", fix="Give --kv-heads, --ffn, or both.")
     check_free(output, CheckpointError)
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_own(source)
     stored = dtype or checkpoint.dtype("model.embed_tokens.weight")
     conversion = None
     if options is not None:

@@ -48,6 +48,11 @@ class ConvertOptions:
         return self.init in NEED_STATISTICS or self.grouping == "cluster"
 
 
+def possible_heads(config: ModelConfig) -> list[int]:
+    """Numbers of key/value heads that a model can be converted to; the last is what it has."""
+    return [n for n in range(1, config.num_key_value_heads + 1) if config.num_attention_heads % n == 0]
+
+
 def converted_config(config: ModelConfig, options: ConvertOptions) -> ModelConfig:
     """The configuration after the conversion.
 
@@ -55,7 +60,7 @@ def converted_config(config: ModelConfig, options: ConvertOptions) -> ModelConfi
         ConfigError: the number of key/value heads does not divide the query heads, or exceeds the present one.
     """
     queries, present, wanted = config.num_attention_heads, config.num_key_value_heads, options.kv_heads
-    divisors = [n for n in range(1, present + 1) if queries % n == 0]
+    divisors = possible_heads(config)
     fix = f"Choose {', '.join(map(str, divisors))}."
     if wanted > present:
         raise ConfigError(

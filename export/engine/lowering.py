@@ -25,10 +25,16 @@ _ELSEWHERE = "The bundle runs in ONNX Runtime."
 
 
 def lower(path: Path, attention: Attention, capacity: int) -> ir.Model:
-    """The master graph at `path`, lowered for TensorRT; its weights stay in the master's data file.
+    """The master graph at `path`, lowered; its weights stay in the master's data file. See `lower_model`."""
+    return lower_model(ir.load(path), path, attention, capacity)
+
+
+def lower_model(model: ir.Model, path: Path, attention: Attention, capacity: int) -> ir.Model:
+    """A master graph, changed in place and returned, lowered for TensorRT.
 
     Args:
-        path: of the master's ONNX file.
+        model: the graph.
+        path: where it is from, for messages.
         attention: `native` for TensorRT's own KV-cache, rotary and attention layers, `plugin` for one plugin per layer.
         capacity: C of the caches, which TensorRT wants static.
 
@@ -36,7 +42,6 @@ def lower(path: Path, attention: Attention, capacity: int) -> ir.Model:
         BundleError: the graph is not one that headfold exported.
         BuildError: it has what headfold has in TensorRT in neither way.
     """
-    model = ir.load(path)
     nodes = attention_nodes(model)
     if not nodes:
         raise BundleError(f"has no {DOMAIN}::{OP_TYPE} node", where=path, fix="Export the bundle again.")

@@ -3,6 +3,7 @@
 Profile 0 is prefill, profile 1 decode. All sizes are in tokens, but `max_batch`, which is in sequences, and `workspace`, in bytes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,12 +61,7 @@ def check_options(options: BuildOptions, bundle: Path, manifest: Manifest) -> No
             where="--max-input",
             fix=f"Choose 1 to {capacity}.",
         )
-    if len(set(manifest.cache.shapes)) > 1:
-        raise BuildError(
-            "its layers have caches of different shapes, which headfold's TensorRT session has not",
-            where=bundle,
-            fix=_ORT,
-        )
+    check_cache_shapes(manifest.cache.shapes, bundle)
     check_flavour(options, manifest.dtype)
     if manifest.cache.quantization is not None:
         check_cache(options, manifest.cache_dtype)
@@ -78,6 +74,13 @@ def check_options(options: BuildOptions, bundle: Path, manifest: Manifest) -> No
             where=bundle,
             fix="Replace it with --force.",
         )
+
+
+def check_cache_shapes(shapes: Sequence[tuple[int, int]], where: Path) -> None:
+    """Refuse caches that differ from layer to layer. Raises BuildError."""
+    if len(set(shapes)) > 1:
+        what = "its layers have caches of different shapes, which headfold's TensorRT session has not"
+        raise BuildError(what, where=where, fix=_ORT)
 
 
 def check_flavour(options: BuildOptions, dtype: str) -> None:

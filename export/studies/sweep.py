@@ -9,7 +9,7 @@ import torch
 
 from headfold.export.bundle.inspection import inspect_path
 from headfold.export.bundle.pipeline import ExportOptions, export_bundle
-from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
+from headfold.export.checkpoints.opening import load_decoder, open_own
 from headfold.export.conversion.heads import Init
 from headfold.export.exportables.own import OwnModel
 from headfold.export.model.config import ModelConfig
@@ -70,7 +70,7 @@ def sweep(
     """
     if output.exists() and not resume:
         raise CheckpointError("already exists", where=output, fix="Choose another place, or go on there with --resume.")
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_own(source)
     config = checkpoint.config
     counts, timing = _counts(options.kv_heads, config), _timing(options, config)
     if options.baseline and budget.pretrain_tokens is None:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from headfold.export.checkpoints.base import Checkpoint, MemoryCheckpoint
 from headfold.export.checkpoints.hf_writer import save_hf
-from headfold.export.checkpoints.opening import load_decoder, open_checkpoint, trainable
+from headfold.export.checkpoints.opening import load_decoder, open_own, trainable
 from headfold.export.data.token_data import TokenData, tokenize
 from headfold.export.progress import Reporter
 from headfold.export.publishing import check_free
@@ -127,14 +127,14 @@ def uptrain(
 
     Raises:
         TokenizerMismatchError: teacher and student have different vocabularies.
-        HeadfoldError: see `train`, `tokenize` and `open_checkpoint`.
+        HeadfoldError: see `train`, `tokenize` and `open_own`.
     """
     check_free(output, CheckpointError)
     if options.loss != "ce" and teacher is None:
         raise InputError(f"the loss {options.loss} needs a teacher", fix="Name one with --teacher, or use --loss ce.")
     options = replace(options, steps=budget.steps(options))
-    source = open_checkpoint(student)
-    taught_by = open_checkpoint(teacher) if teacher is not None and options.loss != "ce" else None
+    source = open_own(student)
+    taught_by = open_own(teacher) if teacher is not None and options.loss != "ce" else None
     for checkpoint in filter(None, (source, taught_by)):
         if options.sequence > checkpoint.config.max_position_embeddings:
             raise InputError(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from headfold.export.checkpoints.base import check_tensors
-from headfold.export.checkpoints.families import FAMILIES
+from headfold.export.checkpoints.families import FAMILIES, NotInTable
 from headfold.export.checkpoints.gguf.reading import GGUFFile, makes_sense
 from headfold.export.checkpoints.gguf.tokenizer import tokenizer_files
 from headfold.export.checkpoints.gguf.vocabulary import SpecialTokens
@@ -119,8 +119,8 @@ def _config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any])
     architecture = metadata.get("general.architecture")
     families = {family.gguf: model_type for model_type, family in FAMILIES.items() if family.gguf}
     if architecture not in families:
-        raise ConfigError(
-            f"GGUF architecture {architecture!r} is not supported",
+        raise NotInTable(
+            f"headfold has no table of GGUF architecture {architecture!r}",
             where=path,
             fix=f"headfold reads {', '.join(families)}.",
         )

@@ -73,7 +73,7 @@ class TransformersModel:
     ) -> None:
         self.config, self.path, self.tokenizer, self.directory = config, path, tokenizer, directory
         self._load, self._stored = load, _stored(directory)
-        model = _on_meta(config, torch.float32, path)
+        model = on_meta(config, torch.float32, path)
         self.shapes = {name: tuple(x.shape) for name, x in model.named_parameters()}  # what is tied counts once
         self.facts = _facts(model, path)
 
@@ -90,7 +90,7 @@ class TransformersModel:
         """See Exportable."""
         if cache is not None:
             raise no_quantized_cache(self.path)
-        model, layers = _on_meta(self.config, dtype, self.path), self.facts.layers
+        model, layers = on_meta(self.config, dtype, self.path), self.facts.layers
         return TransformersMaster(model, len(layers), all_logits, layers)
 
     def tensors(self, dtype: torch.dtype) -> Tensors:
@@ -200,7 +200,7 @@ def _config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
     return config
 
 
-def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, path: Path) -> PreTrainedModel:
+def on_meta(config: PreTrainedConfig, dtype: torch.dtype, path: Path) -> PreTrainedModel:
     """The model without weights, its attention and experts the ops'."""
     try:
         with quiet(), torch.device("meta"):

@@ -115,7 +115,7 @@ def test_quantized_weights_are_dequantized(config, memory_checkpoint, tmp_path) 
 
 def test_another_architecture_is_refused(config, memory_checkpoint, tmp_path) -> None:
     path = write(tmp_path / "m.gguf", memory_checkpoint(config), "gptneox")
-    with pytest.raises(ConfigError, match="GGUF architecture 'gptneox' is not supported"):
+    with pytest.raises(ConfigError, match="no table of GGUF architecture 'gptneox'"):
         open_checkpoint(path)
 
 
