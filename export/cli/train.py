@@ -217,7 +217,7 @@ def sweep(
     """
     from rich.console import Console
 
-    from headfold.export.checkpoints.opening import open_checkpoint
+    from headfold.export.checkpoints.opening import open_own
     from headfold.export.studies.sweep import SweepOptions, unpicked
     from headfold.export.studies.sweep import sweep as run
     from headfold.export.studies.sweep_report import render_table, write_report
@@ -226,7 +226,7 @@ def sweep(
     rest |= {"checkpoint_every": 0, "keep": 1, "tensorboard": None}
     corpus, training = _split(rest, taught=True)
     counts = _numbers("--kv-heads", kv_heads)
-    alone = {open_checkpoint(Path(source)).config.num_key_value_heads}.issuperset(counts)
+    alone = {open_own(Path(source)).config.num_key_value_heads}.issuperset(counts)
     refuse_idle(
         alone, "init", "loss", "baseline", why="is of other counts", fix="Add one to --kv-heads, or leave it out."
     )

@@ -13,7 +13,7 @@ from headfold.runtime.errors import ConfigError
 Activation = Literal["relu", "gelu", "gelu_pytorch_tanh", "silu", "sigmoid", "linear"]
 Norm = Literal["rms_norm", "layer_norm"]
 RopeType = Literal["default", "linear", "llama3", "yarn"]
-MOST_LAYERS = 1024
+MOST_LAYERS, MOST_POSITIONS = 1024, 1 << 30
 _MOST = {  # of each size: nothing is reckoned or allocated for a model that nobody has
     "vocab_size": 1 << 24,
     "hidden_size": 1 << 18,
@@ -22,7 +22,7 @@ _MOST = {  # of each size: nothing is reckoned or allocated for a model that nob
     "num_attention_heads": 1 << 12,
     "num_key_value_heads": 1 << 12,
     "head_dim": 1 << 12,
-    "max_position_embeddings": 1 << 30,
+    "max_position_embeddings": MOST_POSITIONS,
 }
 _LARGEST = 1 << 31  # windows are 32-bit attributes
 _NOT_OURS = frozenset({"architectures", "dtype", "torch_dtype"})  # beside ModelConfig in a config.json

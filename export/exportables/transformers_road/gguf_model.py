@@ -139,10 +139,10 @@ class _Weights:
             )
         return tensor
 
-    def load(self, dtype: torch.dtype) -> PreTrainedModel:
-        """The whole model with eager attention, its weights in `dtype`."""
+    def load(self, dtype: torch.dtype, values: bool = True) -> PreTrainedModel:
+        """The whole model with eager attention, its weights in `dtype`; see Load."""
         model = self._empty(dtype)
-        for name in self._shapes:
+        for name in self._shapes if values else ():
             model.load_state_dict({name: self.read(name).to(dtype)}, strict=False, assign=True)
         model.tie_weights()
         return cast(PreTrainedModel, model.eval().requires_grad_(False))

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from headfold.export.checkpoints.base import TokenizerFiles
-from headfold.export.exportables.foreign.copying import in_dtype
+from headfold.export.exportables.foreign.copying import in_dtype, without_weights
 from headfold.export.exportables.transformers_road.transformers_model import TransformersModel
 from headfold.runtime.errors import ConfigError
 
@@ -26,8 +26,8 @@ def transformers_in_memory(
         ConfigError: it is no causal language model, or its attention cannot become headfold's op; which module, and why, is named.
     """
 
-    def load(dtype: torch.dtype) -> PreTrainedModel:
-        copied = in_dtype(model, dtype)
+    def load(dtype: torch.dtype, values: bool = True) -> PreTrainedModel:
+        copied = in_dtype(model, dtype) if values else without_weights(model, dtype)
         copied.set_attn_implementation("eager")
         return copied
 

@@ -4,6 +4,7 @@ Either way transformers renames, joins and casts them as its class of the model 
 """
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +20,11 @@ from headfold.runtime.errors import CheckpointError, HeadfoldError
 
 
 def load_model(
-    directory: Directory, config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False
+    directory: Directory,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    values: bool = True,
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     """Transformers' model with eager attention and the directory's weights, and its word on names and shapes that do not fit.
 
@@ -28,6 +33,7 @@ def load_model(
         config: of the model, as it is unquantized.
         dtype: that the weights are cast to.
         trust_remote_code: let transformers run code that lies beside the weights.
+        values: read the weights; without, parameters are on the meta device, and only names and shapes are looked at.
 
     Raises:
         CheckpointError: it cannot be loaded.
@@ -42,7 +48,7 @@ def load_model(
     }
     try:
         with quiet():
-            if directory.as_stored:
+            if directory.as_stored and values:
                 model, found = AutoModelForCausalLM.from_pretrained(
                     directory.place,
                     use_safetensors=True,
@@ -53,8 +59,10 @@ def load_model(
             else:
                 with torch.device("meta"):
                     kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
-                tensors = {name: _Unread(source) for name, source in directory.tensors.items()}
-                model, found = kind.from_pretrained(None, state_dict=tensors, **options)
+                tensors = {name: _Unread(source, values) for name, source in directory.tensors.items()}
+                model, found = kind.from_pretrained(
+                    None, state_dict=tensors, device_map=None if values else "meta", **options
+                )
     except HeadfoldError:
         raise
     except Exception as error:  # of its loader, of safetensors, of a model's own code
@@ -65,13 +73,15 @@ def load_model(
 
 
 class _Unread:
-    """What transformers takes for a slice of a safetensors file: it is read when it is wanted, and forgotten."""
+    """What transformers takes for a slice of a safetensors file: it is read when it is wanted, if at all, and forgotten."""
 
-    def __init__(self, source: Source) -> None:
-        self._source = source
+    def __init__(self, source: Source, values: bool) -> None:
+        self._source, self._values = source, values
 
     def __getitem__(self, everything: object) -> Tensor:
-        return self._source.read()
+        if self._values:
+            return self._source.read()
+        return torch.empty(self._source.shape, dtype=self._source.dtype, device="meta")
 
 
 @contextmanager
@@ -81,7 +91,9 @@ def quiet() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:

@@ -40,9 +40,8 @@ def refuse_other_kinds(config: PreTrainedConfig, path: Path) -> None:
 
 def unmade(config: PreTrainedConfig, error: Exception, path: Path) -> ConfigError:
     """A model that cannot be made with headfold's attention."""
-    if isinstance(
-        error, ValueError | KeyError
-    ):  # of a class that has no AttentionInterface, or a dictionary of its own
+    says = str(error).lower()  # of a class that has no AttentionInterface, or of a dictionary of its own
+    if isinstance(error, ValueError | KeyError) and ("headfold" in says or "attention" in says):
         return ConfigError(f"{config.model_type} {_ATTENDS}: {one_line(error)}", where=path, fix=ROAD)
     return ConfigError(
         f"no {config.model_type} can be made of its configuration: {one_line(error)}", where=path, fix=BELONGS

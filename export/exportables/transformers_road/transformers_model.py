@@ -5,10 +5,10 @@ Only in this folder the export imports transformers, the extra `headfold[transfo
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -36,12 +36,19 @@ from headfold.export.exportables.transformers_road.refusals import (
     unrun,
 )
 from headfold.export.exportables.transformers_road.transformers_oracle import TransformersOracle, decoder_layers
-from headfold.export.model.config import MOST_LAYERS
+from headfold.export.model.config import MOST_LAYERS, MOST_POSITIONS
 from headfold.plugins.dtypes import Quantized
 from headfold.runtime.errors import CheckpointError, ConfigError
 from headfold.runtime.manifest import Road
 
-Load = Callable[[torch.dtype], PreTrainedModel]  # in a dtype, with eager attention
+
+class Load(Protocol):
+    """Makes a model with eager attention, its weights in a dtype; those without `values` are on the meta device."""
+
+    def __call__(self, dtype: torch.dtype, values: bool = True) -> PreTrainedModel:
+        """The model, new each time."""
+        ...
+
 
 _NO_TEXT = "Take `text_config`, `decoder` and the like out of config.json, or give the model type that has it."
 _SHARED = 2  # parameters made of one that is stored, at most; those that are missing are named when they are read
@@ -72,7 +79,7 @@ class TransformersModel:
         directory: Directory | None = None,
     ) -> None:
         self.config, self.path, self.tokenizer, self.directory = config, path, tokenizer, directory
-        self._load, self._stored = load, _stored(directory)
+        self.load, self._stored = load, _stored(directory)
         model = on_meta(config, torch.float32, path)
         self.shapes = {name: tuple(x.shape) for name, x in model.named_parameters()}  # what is tied counts once
         self.facts = _facts(model, path)
@@ -95,7 +102,7 @@ class TransformersModel:
 
     def tensors(self, dtype: torch.dtype) -> Tensors:
         """See Exportable."""
-        return ModelTensors(self._load(self._stored or dtype), self.path)
+        return ModelTensors(self.load(self._stored or dtype), self.path)
 
     def tables(self, dtype: torch.dtype, capacity: int) -> Mapping[str, Tensor]:
         """See Exportable: none; buffers come with the weights."""
@@ -108,7 +115,7 @@ class TransformersModel:
     def reference(self, stored: torch.dtype, capacity: int, arithmetic: torch.dtype) -> Oracle:
         """See Exportable; transformers computes norms and softmax in float32 at most."""
         made = self.directory.made if self.directory is not None else ""
-        return TransformersOracle(self._load(stored).to(arithmetic), made=made)
+        return TransformersOracle(self.load(stored).to(arithmetic), made=made)
 
 
 class TransformersMaster(TracedMaster):
@@ -155,8 +162,8 @@ def open_transformers(path: Path, trust_remote_code: bool = False, base: Path | 
     if config.get_text_config().tie_word_embeddings:
         directory.check_tied()
 
-    def load(dtype: torch.dtype) -> PreTrainedModel:
-        model, found = load_model(directory, config, dtype, trust_remote_code)
+    def load(dtype: torch.dtype, values: bool = True) -> PreTrainedModel:
+        model, found = load_model(directory, config, dtype, trust_remote_code, values)
         for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             names = sorted(key if isinstance(key, str) else key[0] for key in found[what])
             if what == "unexpected_keys":
@@ -171,6 +178,10 @@ def open_transformers(path: Path, trust_remote_code: bool = False, base: Path | 
 
     tokenizer = TokenizerFiles(with_tokenizer(directory.tokenizer, directory.config, path))
     opened = TransformersModel(config, load, path, tokenizer, directory)
+    for name, source in directory.tensors.items():
+        if name in opened.shapes and not source.dtype.is_floating_point:  # transformers would take them for floats
+            kind = str(source.dtype).removeprefix("torch.")
+            raise CheckpointError(f"tensor {name} is of {kind}, and no float", where=path, fix=BELONGS)
     parameters = sum(map(math.prod, opened.shapes.values()))
     if parameters > _SHARED * elements:  # before transformers takes memory for them
         raise CheckpointError(f"it has {parameters:,} parameters, and its files {elements:,}", where=path, fix=BELONGS)
@@ -236,6 +247,9 @@ def _facts(model: PreTrainedModel, path: Path) -> Facts:
     if silent or len(hidden) != count:
         raise unattending(model, silent[0] if silent else len(hidden), path)
     capacity = getattr(text, "max_position_embeddings", None)
+    if isinstance(capacity, int) and capacity > MOST_POSITIONS:
+        fix = f"It must be at most {MOST_POSITIONS}."
+        raise ConfigError(f"max_position_embeddings is {capacity}", where=path, fix=fix)
     if not isinstance(capacity, int) or capacity < 1:
         raise ConfigError(
             "config.json has no max_position_embeddings", where=path, fix="Add it: the most tokens the model can have."

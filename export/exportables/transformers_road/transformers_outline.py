@@ -37,7 +37,7 @@ class _Outline(TransformersModel):
             whole.tokenizer,
             whole.directory,
         )
-        self._all = len(whole.facts.layers)
+        self.load, self._all = whole.load, len(whole.facts.layers)
         self.facts: Facts = replace(whole.facts, layers=whole.facts.layers[: self._count(whole.facts)])
 
     def master(self, dtype: torch.dtype, capacity: int, all_logits: bool, cache: Quantized | None = None) -> Master:
@@ -49,7 +49,8 @@ class _Outline(TransformersModel):
         return TransformersMaster(model, len(layers), all_logits, layers)
 
     def tensors(self, dtype: torch.dtype) -> Tensors:
-        """See Exportable: buffers have their values, and parameters are zeros."""
+        """See Exportable: buffers have their values, and parameters are zeros; names and shapes are checked as of the whole model."""
+        self.load(dtype, values=False)
         with quiet(), init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
         model.tie_weights()

@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from headfold.export.bundle.pipeline import CacheCalibration, ExportOptions, export_bundle
+from headfold.export.checkpoints.directories.stored import Stored
 from headfold.export.cli import main
 from headfold.export.engine.lowering import lower
 from headfold.export.engine.preflight import preflight
 from headfold.export.engine.targets import Target, targets_of
+from headfold.export.exportables.foreign.traced import ModelTensors
 from headfold.export.exportables.opening import open_exportable
 from headfold.export.exportables.outline import outline
 from headfold.export.exportables.tried import TRIED
@@ -139,9 +141,29 @@ def test_no_weight_is_read(toy_checkpoint, tmp_path, monkeypatch) -> None:
     """Nor of a model that transformers loads; their headers are enough."""
     llama, other = open_exportable(toy_checkpoint), open_exportable(save_random("arcee", tmp_path / "model"))
     monkeypatch.setattr(type(llama.checkpoint), "read", None)
-    monkeypatch.setattr(other, "_load", None)
+    monkeypatch.setattr(Stored, "read", None)
+    monkeypatch.setattr(ModelTensors, "read", None)
     for exportable in (llama, other):
         assert {"onnxruntime", "tensorrt native"} <= {t.name for t in targets_of(exportable) if t.possible}
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "missing tensors: model.layers.1.mlp.up_proj.weight"),
+        (lambda t: t.update(extra=torch.ones(2)), "unexpected tensors: extra"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(3)}), "mismatched tensors: model.norm.weight"),
+    ],
+)
+def test_weights_that_do_not_fit_make_no_graph(change, why, tmp_path) -> None:
+    file = save_random("arcee", tmp_path / "model") / "model.safetensors"
+    content = load_file(file)
+    change(content)
+    save_file(content, file, metadata={"format": "pt"})
+    found = targets(tmp_path / "model")
+    assert names(found) == set()
+    assert why in found["onnxruntime"].note
+    assert found["onnxruntime"].note == found["tensorrt native"].note
 
 
 def test_quantized_checkpoints_and_adapters_are_what_they_are_of(toy_checkpoint, tmp_path) -> None:

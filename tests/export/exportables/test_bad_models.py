@@ -108,6 +108,16 @@ DIRECTORIES: dict[str, tuple[Maker, str]] = {
     "a missing tensor": (weights(lambda t: t.pop(UP)), f"missing tensors: {UP}"),
     "an extra tensor": (weights(lambda t: t.update(extra=torch.ones(2))), "unexpected tensors: extra"),
     "a wrong shape": (weights(lambda t: t.update({UP: t[UP][:8].clone()})), f"mismatched tensors: {UP}"),
+    "integers for weights": (
+        weights(lambda t: t.update({UP: t[UP].int()})),
+        f"tensor {UP} is of int32, and no float",
+    ),
+    "an unknown activation": (config(hidden_act="zork"), "no arcee can be made of its configuration: KeyError: 'zork'"),
+    "more positions than there are": (config(max_position_embeddings=10**15), "max_position_embeddings is 1000000"),
+    "a table of RoPE that nobody has": (
+        config(rope_parameters={"rope_type": "zork"}),
+        "no arcee can be made of its configuration: KeyError: 'zork'",
+    ),
     "NaN": (weights(lambda t: t[UP].fill_(float("nan"))), f"tensor {UP} holds NaN or infinity"),
 }
 
