@@ -82,9 +82,12 @@ class Call:
             yield delta
 
     async def collect(self) -> list[Generation]:
-        """All answers, complete."""
+        """All answers, complete. Raises Refused."""
         async with self.answers:
-            return self.answers.generations([delta async for delta in self.deltas()])
+            try:
+                return self.answers.generations([delta async for delta in self.deltas()])
+            except Exception as error:
+                raise refusal_of(error, began=True) from error
 
     def usage(self) -> Usage:
         """What there is of it by now; a prompt counts once, however many answers it has."""

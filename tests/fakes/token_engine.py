@@ -50,6 +50,7 @@ class TokenEngine:
     """See the file. `calls` are what it was asked for: ("prefill", row, tokens) or ("decode", first row, end row)."""
 
     session = None
+    vocab = VOCAB
 
     def __init__(self, rows: int = 4, capacity: int = 400, host: bool = True) -> None:
         self.rows, self.capacity, self.host = rows, capacity, host
@@ -85,7 +86,7 @@ class TokenEngine:
     def decode(self, cache: TokenCache, tokens: Any, active: Any) -> Any:
         window = decode_window(cache, active)
         self._take_turn(("decode", window.first, window.end))
-        logits = np.full((len(cache.lengths), VOCAB), np.nan, np.float32)
+        logits = np.full((len(cache.lengths), self.vocab), np.nan, np.float32)
         for row in range(window.first, window.end):
             place = min(int(cache.lengths[row]), cache.capacity - 1)
             cache.tokens[row, 0, place, 0] = tokens[row] if active[row] else 66
@@ -93,6 +94,9 @@ class TokenEngine:
         for row in window.rows:
             logits[row] = self._logits(cache, row)
         return logits
+
+    def next_token(self, context: Any) -> int:
+        return next_token(context)
 
     def _take_turn(self, call: tuple[str, int, int]) -> None:
         self.waits.set()
@@ -102,8 +106,8 @@ class TokenEngine:
             raise self.broken
 
     def _logits(self, cache: TokenCache, row: int) -> Any:
-        logits = np.zeros(VOCAB, np.float32)
-        logits[next_token(cache.tokens[row, 0, : cache.lengths[row], 0])] = 1
+        logits = np.zeros(self.vocab, np.float32)
+        logits[self.next_token(cache.tokens[row, 0, : cache.lengths[row], 0])] = 1
         return logits
 
 

@@ -13,7 +13,8 @@ import pytest
         ("headfold.runtime.tensorrt_session", {"onnxruntime", "torch", "headfold.export"}),
         ("headfold.runtime.generate", {"onnxruntime", "torch", "headfold.export"}),
         ("headfold.runtime.session", {"torch", "tensorrt_rtx", "headfold.export"}),
-        ("headfold.export.cli", {"onnxruntime", "torch", "onnx"}),
+        ("headfold.runtime.server.app", {"onnxruntime", "torch", "headfold.export"}),
+        ("headfold.export.cli", {"fastapi", "onnxruntime", "torch", "onnx"}),
     ],
 )
 def test_importing_it_imports_none_of(module: str, absent: set[str]) -> None:

@@ -42,7 +42,13 @@ _WAITING = 64  # by default: whoever waits longer than for so many others had ra
     show_default=True,
     help="For answers on their way when it ends.",
 )
-@click.option("--backend", type=click.Choice(["onnxruntime", "tensorrt"]), default="onnxruntime", show_default=True)
+@click.option(
+    "--backend",
+    type=click.Choice(["onnxruntime", "tensorrt"]),
+    default="onnxruntime",
+    show_default=True,
+    help="TensorRT runs an engine of each bundle.",
+)
 @click.option(
     "--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Of ONNX Runtime."
 )
@@ -104,12 +110,13 @@ def serve(
         )
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{opened.getsockname()[1]}/"
-        run(
-            make_app(models, settings),
-            opened,
-            drain_seconds,
-            lambda: click.echo(f"headfold: {', '.join(models)} at {address}", err=True),
-        )
+
+        def started() -> None:
+            if no_auth:
+                click.echo(f"headfold: warning: whoever reaches {host} can use it, and see how busy it is", err=True)
+            click.echo(f"headfold: {', '.join(models)} at {address}", err=True)
+
+        run(make_app(models, settings), opened, drain_seconds, started)
 
 
 def _is_loopback(host: str) -> bool:
@@ -131,5 +138,3 @@ def _check_access(local: bool, host: str, api_key: str | None, no_auth: bool) ->
             where=f"--host {host}",
             fix=f"Set {_KEY}, which they must send, or --no-auth to let everybody in.",
         )
-    if not local and no_auth:
-        click.echo(f"headfold: warning: whoever reaches {host} can use this server, and see how busy it is.", err=True)
