@@ -39,6 +39,7 @@ class Call:
         self.served, self.body, self.answers, self.count = served, body, answers, count
         self.id, self.created = f"{kind}-{uuid.uuid4().hex}", int(time.time())
         self._new_tokens = 0
+        self._meter = served.meters.call(served.name, len(answers.requests))
 
     @classmethod
     async def begin(
@@ -50,6 +51,7 @@ class Call:
         prompts: list[Ids],
         new_tokens: int | None,
         top_logprobs: int | None,
+        json_schema: JsonObject | None = None,
     ) -> "Call":
         """Check it all, and queue it. `new_tokens` is what the client asks for. Raises Refused, or the runtime's own errors."""
         limits, count = settings.limits, body.n or 1
@@ -69,6 +71,7 @@ class Call:
             logit_bias=_biases(body.logit_bias),
             ignore_eos=bool(body.ignore_eos),
             top_logprobs=top_logprobs,
+            json_schema=json_schema,
             timeout=limits.seconds,
             reuse=settings.reuse,
             **options,
@@ -77,9 +80,17 @@ class Call:
 
     async def deltas(self) -> AsyncIterator[Delta]:
         """Those of all answers, as they come."""
-        async for delta in self.answers:
-            self._new_tokens += 1
-            yield delta
+        end = "cancelled"
+        try:
+            async for delta in self.answers:
+                self._new_tokens += 1
+                self._meter.see(delta)
+                yield delta
+        except Exception:
+            end = "error"
+            raise
+        finally:
+            self._meter.over(end)
 
     async def collect(self) -> list[Generation]:
         """All answers, complete. Raises Refused."""

@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from headfold.runtime.errors import HeadfoldError
 from headfold.runtime.generate import Model
@@ -14,6 +14,7 @@ from headfold.runtime.server.answering import ClientGone
 from headfold.runtime.server.chat import chat
 from headfold.runtime.server.completions import complete
 from headfold.runtime.server.guards import Guards
+from headfold.runtime.server.metrics import CONTENT_TYPE
 from headfold.runtime.server.protocol.refusals import Refused, invalid, refusal_of
 from headfold.runtime.server.protocol.requests import ChatRequest, CompletionRequest
 from headfold.runtime.server.protocol.responses import (
@@ -48,7 +49,7 @@ def make_app(models: Mapping[str, Model], settings: Settings) -> FastAPI:
     served = Models(models)
     app = FastAPI(title="headfold", docs_url=None, redoc_url=None, responses=_REFUSALS)
     app.state.draining = False
-    app.add_middleware(Guards, settings=settings)
+    app.add_middleware(Guards, settings=settings, requests=served.meters.requests)
     _tell_errors(app)
 
     @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=_EVENTS)
@@ -66,6 +67,10 @@ def make_app(models: Mapping[str, Model], settings: Settings) -> FastAPI:
     @app.get("/v1/models/{name:path}")
     async def describe_model(name: str) -> ModelCard:
         return served.find(name).card
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        return Response(served.meters.text(), media_type=CONTENT_TYPE)
 
     @app.get("/healthz")
     async def alive() -> Health:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -34,13 +35,20 @@ async def chat(body: ChatRequest, request: Request, models: Models, settings: Se
     top = (body.top_logprobs or 0) if body.logprobs else None
     new_tokens = _new_tokens(body, served, settings, len(ids))
     calls = tools is not None and await served.writes_calls()
-    call = await Call.begin("chatcmpl", served, settings, body, [ids], new_tokens, top)
+    schema = None if body.response_format is None else body.response_format.schema_asked
+    call = await Call.begin("chatcmpl", served, settings, body, [ids], new_tokens, top, schema)
     return _stream(call, calls) if body.stream else await unless_gone(request, _whole(call, calls))
 
 
 def _check(body: ChatRequest) -> None:
-    if body.response_format is not None and body.response_format.type != "text":
-        raise unsupported("response_format", f"response_format {body.response_format.type} is not supported.")
+    formed = body.response_format
+    if formed is not None and (formed.type == "json_schema") != (formed.json_schema is not None):
+        raise Refused(400, "json_schema is for the type of its name.", param="response_format")
+    if formed is not None and formed.type != "text":
+        if find_spec("llguidance") is None:
+            raise unsupported("response_format", "This server has no llguidance: install headfold[grammar] beside it.")
+        if body.tools and body.tool_choice != "none":
+            raise unsupported("response_format", "An answer of a prescribed form can call no tools.")
     if body.tool_choice is not None and not isinstance(body.tool_choice, str):
         raise unsupported("tool_choice", "A function cannot be forced: tool_choice is none or auto.")
     if body.tool_choice == "required":

@@ -4,6 +4,7 @@ import asyncio
 import hmac
 from urllib.parse import urlsplit
 
+from prometheus_client import Counter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headfold.runtime.server.protocol.refusals import Refused
@@ -13,14 +14,15 @@ _OPEN = ("/healthz", "/readyz", "/", "/docs", "/openapi.json")  # of nobody's da
 
 
 class Guards:
-    """All of them, for the application `app`."""
+    """All of them, for the application `app`; `requests` counts what becomes of each."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        self._app, self._settings = app, settings
+    def __init__(self, app: ASGIApp, settings: Settings, requests: Counter) -> None:
+        self._app, self._settings, self._requests = app, settings, requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
         if scope["type"] == "http":
+            send = self._counting(scope, send)
             try:
                 self._check(scope)
                 receive = await self._read(scope, receive)
@@ -28,6 +30,17 @@ class Guards:
                 await refused.response()(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+    def _counting(self, scope: Scope, send: Send) -> Send:
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route = getattr(
+                    scope.get("route"), "path", "none"
+                )  # nobody makes series by asking for what is not there
+                self._requests.labels(route, message["status"]).inc()
+            await send(message)
+
+        return counted
 
     def _check(self, scope: Scope) -> None:
         hosts, key = self._settings.hosts, self._settings.key

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from headfold.runtime.errors import InputError
 from headfold.runtime.generate import Model
+from headfold.runtime.server.metrics import Meters
 from headfold.runtime.server.protocol.refusals import Refused
 from headfold.runtime.server.protocol.responses import ModelCard
 from headfold.runtime.server.protocol.token_texts import TokenTexts
@@ -19,8 +20,8 @@ _PROBE = {"type": "function", "function": {"name": "probe", "description": "", "
 class Served:
     """One model, under its name."""
 
-    def __init__(self, name: str, model: Model) -> None:
-        self.name, self.model, self.created = name, model, int(time.time())
+    def __init__(self, name: str, model: Model, meters: Meters) -> None:
+        self.name, self.model, self.meters, self.created = name, model, meters, int(time.time())
         self._writes_calls: bool | None = None
 
     @property
@@ -49,7 +50,8 @@ class Models:
     """All of them."""
 
     def __init__(self, models: Mapping[str, Model]) -> None:
-        self.all = {name: Served(name, model) for name, model in models.items()}
+        self.meters = Meters(models)
+        self.all = {name: Served(name, model, self.meters) for name, model in models.items()}
 
     def find(self, name: str | None) -> Served:
         """The one of that name; if there is one only, it needs none."""

@@ -116,12 +116,26 @@ class NamedTool(_Body):
     function: NamedFunction
 
 
-class ResponseFormat(BaseModel):
+class JsonSchema(_Body):
+    """A JSON schema, which the answer follows whether `strict` or not."""
+
+    name: str
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(_Body):
     """The form an answer must have."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
-
     type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @property
+    def schema_asked(self) -> dict[str, Any] | None:
+        """What the answer follows; None if it is free."""
+        own = self.json_schema.schema_ if self.json_schema is not None else None
+        return None if self.type == "text" else own or {"type": "object"}
 
 
 class ChatRequest(Generating):

@@ -19,6 +19,18 @@ WEATHER = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     },
 }
+SCHEMA = {
+    "type": "json_schema",
+    "json_schema": {
+        "name": "pet",
+        "schema": {
+            "type": "object",
+            "properties": {"age": {"enum": [1, 23]}},
+            "required": ["age"],
+            "additionalProperties": False,
+        },
+    },
+}
 CALLED = 'Let me see.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
 
 
@@ -129,6 +141,18 @@ def test_log_probabilities(client, toy_model) -> None:
     assert [max(top.values()) for top in logprobs.top_logprobs] == pytest.approx(logprobs.token_logprobs)
 
 
+def test_an_answer_follows_the_schema_that_is_asked_for(client, monkeypatch) -> None:
+    asked = {"model": "toy", "messages": CONVERSATION, "temperature": 2, "n": 3, "seed": 1}
+    answer = client.chat.completions.create(**asked, response_format=SCHEMA)
+    assert {choice.message.content for choice in answer.choices} <= {'{"age": 1}', '{"age": 23}'}
+    assert {choice.finish_reason for choice in answer.choices} == {"stop"}
+    anything = client.chat.completions.create(**asked, max_tokens=3, response_format={"type": "json_object"})
+    assert {choice.message.content[0] for choice in anything.choices} == {"{"}
+    monkeypatch.setattr("headfold.runtime.server.chat.find_spec", lambda _: None)
+    with pytest.raises(openai.UnprocessableEntityError, match=r"headfold\[grammar\]"):
+        client.chat.completions.create(**asked, response_format=SCHEMA)
+
+
 def test_tools_are_asked_for_by_the_template_and_read_from_the_answer(scripted) -> None:
     client, model = scripted(lambda prompt: "It rains." if "tool\n" in prompt else CALLED)
     asked = {"model": "script", "messages": CONVERSATION, "tools": [WEATHER]}
@@ -189,7 +213,12 @@ def test_a_developer_is_the_system_and_parts_are_text(scripted) -> None:
         ({"top_logprobs": 2}, openai.BadRequestError, "top_logprobs is for requests with logprobs"),
         ({"extra_body": {"tempreature": 1}}, openai.BadRequestError, "Unrecognized request argument: tempreature"),
         ({"model": "other"}, openai.NotFoundError, "The model 'other' does not exist"),
-        ({"response_format": {"type": "json_object"}}, openai.UnprocessableEntityError, "response_format json_object"),
+        (
+            {"response_format": {"type": "json_schema"}},
+            openai.BadRequestError,
+            "json_schema is for the type of its name",
+        ),
+        ({"response_format": SCHEMA, "tools": [WEATHER]}, openai.UnprocessableEntityError, "can call no tools"),
         ({"tool_choice": "required", "tools": [WEATHER]}, openai.UnprocessableEntityError, "A call cannot be forced"),
     ],
 )
