@@ -15,6 +15,7 @@ from headfold.runtime.server.chat import chat
 from headfold.runtime.server.completions import complete
 from headfold.runtime.server.guards import Guards
 from headfold.runtime.server.metrics import CONTENT_TYPE
+from headfold.runtime.server.pages import add_pages
 from headfold.runtime.server.protocol.refusals import Refused, invalid, refusal_of
 from headfold.runtime.server.protocol.requests import ChatRequest, CompletionRequest
 from headfold.runtime.server.protocol.responses import (
@@ -54,33 +55,41 @@ def make_app(models: Mapping[str, Model], settings: Settings) -> FastAPI:
 
     @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=_EVENTS)
     async def chat_completions(body: ChatRequest, request: Request) -> Any:
+        """The answer to a conversation, by the bundle's chat template; streamed, as server-sent events."""
         return await chat(body, request, served, settings)
 
     @app.post("/v1/completions", response_model=Completion, responses=_EVENTS)
     async def completions(body: CompletionRequest, request: Request) -> Any:
+        """How a text goes on; streamed, as server-sent events."""
         return await complete(body, request, served, settings)
 
     @app.get("/v1/models")
     async def list_models() -> ModelList:
+        """The models of this server."""
         return ModelList(data=[one.card for one in served.all.values()])
 
     @app.get("/v1/models/{name:path}")
     async def describe_model(name: str) -> ModelCard:
+        """One of them."""
         return served.find(name).card
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
+        """For Prometheus."""
         return Response(served.meters.text(), media_type=CONTENT_TYPE)
 
     @app.get("/healthz")
     async def alive() -> Health:
+        """Whether the server runs."""
         return Health(status="ok")
 
     @app.get("/readyz", responses={503: {"model": Health, "description": "It is about to end."}})
     async def ready(response: Response) -> Health:
+        """Whether it takes requests: not once it is about to end."""
         response.status_code = 503 if app.state.draining else 200
         return Health(status="draining" if app.state.draining else "ok")
 
+    add_pages(app, next(iter(models)))
     return app
 
 

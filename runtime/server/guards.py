@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from headfold.runtime.server.protocol.refusals import Refused
 from headfold.runtime.server.settings import Settings
 
-_OPEN = ("/healthz", "/readyz", "/", "/docs", "/openapi.json")  # of nobody's data; what is below /pages/, too
+_OPEN = ("/healthz", "/readyz", "/", "/docs", "/openapi.json")  # of nobody's data; what is below /static/, too
 
 
 class Guards:
@@ -50,7 +50,7 @@ class Guards:
             raise Refused(
                 421, "This server is not asked by that name. Start it with --api-key to have it answer to others."
             )
-        if key is None or scope["path"] in _OPEN or scope["path"].startswith("/pages/"):
+        if key is None or scope["path"] in _OPEN or scope["path"].startswith("/static/"):
             return
         kind, _, given = (_header(scope, b"authorization") or b"").partition(b" ")
         if not hmac.compare_digest(given.strip(), key.encode()) or kind.lower() != b"bearer":
