@@ -39,7 +39,10 @@ generator = og.Generator(model, parameters)
 generator.append_tokens(ids)
 while not generator.is_done():
     generator.generate_next_token()
-print(json.dumps([model.type, og.Tokenizer(model).encode(sys.argv[4]).tolist(), generator.get_sequence(0).tolist()[len(ids):]]))
+tokenizer = og.Tokenizer(model)
+tokenizer.update_options(add_special_tokens="true")  # by default it leaves the token out that begins a text
+encoded, answer = tokenizer.encode(sys.argv[4]).tolist(), generator.get_sequence(0).tolist()[len(ids):]
+print(json.dumps([model.type, encoded, answer]))
 """
 
 

@@ -60,7 +60,7 @@ class Tried:
 
     Attributes:
         changes: of its tiny configuration, beside the sizes above; None takes one of them out.
-        real: a real model of the type that tests export, prove and ask.
+        real: a real model of the type that tests or `scripts/real_models` export, prove and ask.
         tensorrt: ways to TensorRT whose parsed network of the random model agrees with PyTorch on a CPU.
         refused: why it does not come through; empty if it does.
     """
@@ -115,7 +115,7 @@ TRIED: tuple[Tried, ...] = (
     Tried("flint", _WINDOWS | _EXPERTS | {"shared_expert_intermediate_size": 56}),
     Tried("gemma"),
     Tried("gemma2", _GEMMA, tensorrt=("plugin",)),
-    Tried("gemma3_text", _GEMMA, tensorrt=_BOTH),
+    Tried("gemma3_text", _GEMMA, real="Gemma-3-270M", tensorrt=_BOTH),
     Tried(
         "gemma4_text",
         _LAST_FULL | {"global_head_dim": 64, "num_global_key_value_heads": 3, "attention_k_eq_v": True} | _PER_LAYER,
