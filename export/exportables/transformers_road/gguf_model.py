@@ -27,6 +27,7 @@ from headfold.export.exportables.transformers_road.transformers_model import Tra
 from headfold.runtime.errors import CheckpointError, ConfigError
 
 _FIX = "Export from the Hugging Face directory of the model."
+_LARGEST = {"gemma2": 46, "gemma3_text": 62}  # layers of each family's 27B: that is how llama.cpp knows it
 _SHAPES = frozenset(  # metadata that the tensors' own shapes say again
     {
         "attention.key_length",
@@ -70,8 +71,17 @@ def open_gguf(path: Path) -> GGUFModel:
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     except Exception as error:  # whatever its reader and a configuration's own validation raise
         raise ConfigError(f"transformers cannot read its metadata: {one_line(error)}", where=path, fix=_FIX) from error
+    _set_attention_scale(config)
     _refuse_unread(file, config)
     return GGUFModel(file, config)
+
+
+def _set_attention_scale(config: PreTrainedConfig) -> None:
+    """What Gemma's queries are divided by is in no metadata, and transformers takes 256 for all: here it is what llama.cpp takes."""
+    largest = _LARGEST.get(config.model_type)
+    if largest is not None:
+        share = config.hidden_size // config.num_attention_heads
+        config.query_pre_attn_scalar = share if config.num_hidden_layers == largest else config.head_dim
 
 
 def _refuse_unread(file: GGUFFile, config: PreTrainedConfig) -> None:

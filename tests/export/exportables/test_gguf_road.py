@@ -17,9 +17,15 @@ from headfold.runtime import load
 from headfold.runtime.errors import HeadfoldError
 
 
+def gemma2() -> PreTrainedModel:
+    """Which layers have its window is in no metadata, nor what they divide by: in llama.cpp the size of a head."""
+    types = ["sliding_attention", "full_attention", "sliding_attention"]
+    return random_model("gemma2", layer_types=types, query_pre_attn_scalar=32)
+
+
 def gemma3() -> PreTrainedModel:
-    """Its window is in the metadata, which layers have it and what they divide by is not."""
-    return random_model("gemma3_text", layer_types=["sliding_attention"] * 3, query_pre_attn_scalar=256)
+    """As gemma2, but only one layer of six is without a window."""
+    return random_model("gemma3_text", layer_types=["sliding_attention"] * 3, query_pre_attn_scalar=32)
 
 
 def qwen3_moe() -> PreTrainedModel:
@@ -28,6 +34,10 @@ def qwen3_moe() -> PreTrainedModel:
 
 
 MODELS: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, float]]] = {
+    "gemma2": (
+        gemma2,
+        {"attention__sliding_window": 9, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    ),
     "gemma3": (gemma3, {"attention__sliding_window": 9}),
     "qwen3moe": (qwen3_moe, {"expert_count": 6, "expert_used_count": 2}),
 }
@@ -51,6 +61,17 @@ def test_is_the_model_that_was_written(architecture, tmp_path) -> None:
     logits = backend.prefill(backend.new_cache(1, 32), 0, prompt)
     expected = MODELS[architecture][0]()(torch.tensor(prompt)[None]).logits[0, -1]
     np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type", "layers"), [("gemma2", "gemma2", 46), ("gemma3", "gemma3_text", 62)]
+)
+def test_the_largest_gemmas_divide_by_another_size_than_their_heads(architecture, model_type, layers, tmp_path) -> None:
+    model = random_model(model_type, num_hidden_layers=layers, hidden_size=24, intermediate_size=8, layer_types=None)
+    _, metadata = MODELS[architecture]
+    path = write_gguf(tmp_path / "27b.gguf", model, architecture, gguf_tensors(model, architecture), **metadata)
+    facts = open_exportable(path).facts
+    assert {layer.scale for layer in facts.layers} == {(24 / 6) ** -0.5}  # hidden size and heads, and not heads of 32
 
 
 NORM = "blk.1.attn_norm.weight"
