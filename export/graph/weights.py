@@ -17,6 +17,7 @@ from headfold.export.model.decoder import Scales
 from headfold.plugins.attention.schema import SCALES
 from headfold.runtime.errors import BundleError, CheckpointError, ConfigError, HeadfoldError
 
+_AT_ONCE = 1 << 22  # numbers that are looked at together
 _INLINE = 1024  # bytes; smaller tensors stay in the graph, where shape inference can see them
 
 
@@ -87,8 +88,8 @@ def checked(tensors: Tensors, name: str, dtype: torch.dtype, allow_nan: bool) ->
     """
     source = tensors.read(name)
     tensor = source.to(dtype)
-    if not allow_nan and not torch.isfinite(tensor).all():
-        if not torch.isfinite(source).all():
+    if not allow_nan and not _finite(tensor):
+        if not _finite(source):
             raise CheckpointError(
                 f"tensor {name} holds NaN or infinity",
                 where=tensors.path,
@@ -100,6 +101,11 @@ def checked(tensors: Tensors, name: str, dtype: torch.dtype, allow_nan: bool) ->
             fix="Export with --dtype bfloat16 or float32.",
         )
     return tensor
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all of it is; looked at in parts, since torch takes as much memory again as it looks at."""
+    return all(bool(part.isfinite().all()) for part in tensor.reshape(-1).split(_AT_ONCE))
 
 
 def save_model(model: ir.Model, path: Path, on_tensor: Callable[[str, int], None]) -> None:

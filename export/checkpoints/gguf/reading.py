@@ -15,6 +15,7 @@ from headfold.runtime.errors import CheckpointError, HeadfoldError
 
 _SPLIT, _MOST_PARTS = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf"), 1024  # as llama.cpp's gguf-split names them
 _AGAIN = "Download it again."
+_AT_ONCE = 1 << 22  # numbers that are dequantized together: the package takes twice their memory beside
 
 
 class GGUFFile:
@@ -46,14 +47,19 @@ class GGUFFile:
             CheckpointError: the `gguf` package cannot dequantize it.
         """
         try:
-            values = gguf.dequantize(tensor.data, tensor.tensor_type)
+            values = np.empty([int(size) for size in tensor.shape[::-1]], np.float32)
+            stored = tensor.data.reshape(-1, tensor.data.shape[-1])
+            rows = values.reshape(len(stored), -1)
+            step = max(_AT_ONCE // max(rows.shape[1], 1), 1)
+            for start in range(0, len(stored), step):
+                rows[start : start + step] = gguf.dequantize(stored[start : start + step], tensor.tensor_type)
         except (NotImplementedError, ValueError) as error:
             raise CheckpointError(
                 f"tensor {tensor.name}: quantization {tensor.tensor_type.name} cannot be read",
                 where=self.path,
                 fix="Take a file of another quantization, such as Q8_0 or F16.",
             ) from error
-        return np.ascontiguousarray(values, np.float32)
+        return values
 
 
 class _Reader(gguf.GGUFReader):  # type: ignore[misc]
