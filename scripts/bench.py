@@ -228,22 +228,28 @@ def main() -> None:
         "--groups", action="store_true", help="instead: MHA, GQA and MQA variants of a larger random model"
     )
     parser.add_argument("--experts", action="store_true", help="instead: memory of a mixture of experts")
+    parser.add_argument("--roads", action="store_true", help="instead: one checkpoint exported by both roads")
+    parser.add_argument("--checkpoint", type=Path, default=GGUF, help="of --roads; by default SmolLM2's GGUF file")
     parser.add_argument("--worker", nargs=2, metavar=("KIND", "PATH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         worker(*options.worker, options.threads)
         return
-    if options.groups or options.experts:
+    if options.groups or options.experts or options.roads:
         sys.path.insert(0, str(Path(__file__).parent))
         from bench_experts import experts
         from bench_groups import groups
+        from bench_roads import roads
 
         bundles, threads = ROOT / "bundles", options.threads
-        table: Any = (
-            experts(bundles, threads)
-            if options.experts
-            else groups(bundles / "groups", options.rounds, min(options.new, 16), threads, bandwidth)
-        )
+        table: Any
+        if options.experts:
+            table = experts(bundles, threads)
+        elif options.roads:
+            path = bundles / "roads" / options.checkpoint.stem
+            table = roads(options.checkpoint, path, options.rounds, options.prompt, threads)
+        else:
+            table = groups(bundles / "groups", options.rounds, min(options.new, 16), threads, bandwidth)
         if options.json:
             options.json.write_text(json.dumps(table, indent=2) + "\n")
         return
