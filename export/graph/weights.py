@@ -105,7 +105,7 @@ def checked(tensors: Tensors, name: str, dtype: torch.dtype, allow_nan: bool) ->
 
 def _finite(tensor: Tensor) -> bool:
     """Whether all of it is; looked at in parts, since torch takes as much memory again as it looks at."""
-    return all(bool(part.isfinite().all()) for part in tensor.reshape(-1).split(_AT_ONCE))
+    return all(bool(part.isfinite().all()) for part in torch.split(tensor.reshape(-1), _AT_ONCE))
 
 
 def save_model(model: ir.Model, path: Path, on_tensor: Callable[[str, int], None]) -> None:
