@@ -121,7 +121,7 @@ def export_bundle(source: Exportable, output: Path, options: ExportOptions, repo
             stored = options.cache.dtype if options.cache else None
             model = export_graph(source, tensors, dtype, capacity, options.all_logits, stored)
             if prepared is not None:
-                round_weights(model, prepared.checkpoint.bits)
+                round_weights(model, prepared.checkpoint)
             tables = {**source.tables(dtype, capacity), **cache_scales_by_name(scales)}
             stored_tensors = StoredTensors(prepared.checkpoint) if prepared is not None else tensors
             weight_bytes = attach_weights(model, stored_tensors, tables, options.allow_nan)

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from headfold.export.checkpoints.base import Checkpoint, TokenizerFiles
 from headfold.export.exportables.base import Exportable
+from headfold.export.exportables.kept import kept, kept_forms
 from headfold.export.exportables.own import OwnModel
 from headfold.export.model.config import ModelConfig
-from headfold.export.model.rounding import Rounded, bits_of, packed, restored, rounded, stored_names
-from headfold.plugins.quantized.schema import BLOCK, Bits
-from headfold.runtime.errors import ConfigError
+from headfold.export.model.rounding import Form, Rounded, bits_of, restored, rounded, stored_part, stored_shapes
+from headfold.plugins.quantized.schema import Bits
+from headfold.runtime.errors import BundleError, ConfigError
 from headfold.runtime.manifest import WeightsScheme
 
 
@@ -23,12 +24,18 @@ class RoundedCheckpoint:
         checkpoint: as it was.
         bits: of each rounded weight.
         found: those that are rounded already; the others are, to the nearest, as they are read.
+        kept: those that the checkpoint holds in few bits itself, and how; see `headfold.export.exportables.kept`.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, bits: Mapping[str, Bits], found: Mapping[str, Rounded] | None = None
+        self,
+        checkpoint: Checkpoint,
+        bits: Mapping[str, Bits],
+        found: Mapping[str, Rounded] | None = None,
+        kept: Mapping[str, Form] | None = None,
     ) -> None:
-        self.original, self.bits, self.found = checkpoint, bits, found or {}
+        self.original, self.found, self.kept = checkpoint, found or {}, kept or {}
+        self.forms = {name: Form(width) for name, width in bits.items()} | dict(self.kept)
         self._last: tuple[str, Rounded] | None = None  # a graph asks for numbers and scales one after the other
 
     @property
@@ -62,58 +69,67 @@ class RoundedCheckpoint:
 
     def dtype(self, name: str) -> torch.dtype:
         """See Checkpoint."""
-        return torch.float32 if name in self.bits else self.original.dtype(name)
+        return torch.float32 if name in self.forms else self.original.dtype(name)
 
     def read(self, name: str) -> Tensor:
         """See Checkpoint."""
-        return restored(*self.rounded(name)) if name in self.bits else self.original.read(name)
+        return restored(self.rounded(name)) if name in self.forms else self.original.read(name)
 
     def quantized(self, name: str) -> None:
         """See Checkpoint."""
         return None
 
     def rounded(self, name: str) -> Rounded:
-        """One of the rounded weights."""
+        """One of the rounded weights.
+
+        Raises:
+            BundleError: the checkpoint does not hold it as `kept` says.
+        """
         if name in self.found:
             return self.found[name]
         if self._last is None or self._last[0] != name:
-            self._last = name, rounded(self.original.read(name), self.bits[name])
+            self._last = name, self._made(name)
         return self._last[1]
+
+    def _made(self, name: str) -> Rounded:
+        if name not in self.kept:
+            return rounded(self.original.read(name), self.forms[name].bits)
+        rounding = kept(self.original, name)
+        if rounding is None or rounding.form != self.kept[name]:
+            raise BundleError(f"{name} is not in {self.path} as the bundle kept it", fix="Export it again.")
+        return rounding
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.original)
 
 
 class StoredTensors:
-    """The weights of a rounded checkpoint as a graph stores them: see Tensors, and `stored_names` for their names."""
+    """The weights of a rounded checkpoint as a graph stores them: see Tensors, and `stored_shapes` for their names."""
 
     def __init__(self, checkpoint: RoundedCheckpoint) -> None:
-        self._checkpoint, self.path = checkpoint, checkpoint.path
-        self._parts = {part: name for name, bits in checkpoint.bits.items() for part in stored_names(name, bits)}
+        self._checkpoint, self.path, self._whole = checkpoint, checkpoint.path, dict[str, str]()
+        self._shapes = dict(checkpoint.shapes())
+        for name, form in checkpoint.forms.items():
+            rows, columns = self._shapes.pop(name)
+            parts = stored_shapes(name, form, rows, columns)
+            self._shapes |= parts
+            self._whole |= dict.fromkeys(parts, name)
 
     path: Path
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """See Tensors."""
-        shapes = dict(self._checkpoint.shapes())
-        for name, bits in self._checkpoint.bits.items():
-            rows, columns = shapes.pop(name)
-            values, scales = stored_names(name, bits)
-            shapes[values] = (rows, columns // BLOCK, BLOCK * bits // 8)
-            shapes[scales] = (rows, columns // BLOCK)
-        return shapes
+        return self._shapes
 
     def read(self, name: str) -> Tensor:
         """See Tensors."""
-        whole = self._parts.get(name)
-        if whole is None:
+        if name not in self._whole:
             return self._checkpoint.read(name)
-        values, scales = self._checkpoint.rounded(whole)
-        return scales if name.endswith(".scales") else packed(values, self._checkpoint.bits[whole])
+        return stored_part(self._checkpoint.rounded(self._whole[name]), name)
 
 
 def rounded_checkpoint(exportable: Exportable, scheme: WeightsScheme) -> RoundedCheckpoint:
-    """The checkpoint behind it, rounded.
+    """The checkpoint behind it, rounded; what it holds in few bits already stays as it is.
 
     Raises:
         ConfigError: headfold has no table of its family, or nothing in it can be rounded.
@@ -124,11 +140,14 @@ def rounded_checkpoint(exportable: Exportable, scheme: WeightsScheme) -> Rounded
             where=exportable.path,
             fix="Leave --weights out.",
         )
-    bits = bits_of(exportable.checkpoint.shapes(), scheme)
-    if not bits:
+    checkpoint = exportable.checkpoint
+    bits = bits_of(checkpoint.shapes(), scheme)
+    forms = kept_forms(checkpoint)
+    if not bits and not forms:
         raise ConfigError(
             "no weight has blocks of 32 inputs, so none can be rounded",
             where=exportable.path,
             fix="Leave --weights out.",
         )
-    return RoundedCheckpoint(exportable.checkpoint, bits)
+    left = {name: width for name, width in bits.items() if name not in forms}
+    return RoundedCheckpoint(checkpoint, left, kept=forms)

@@ -9,14 +9,15 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from headfold.export.exportables.rounded import RoundedCheckpoint
-from headfold.export.model.rounding import Rounded, restored
-from headfold.plugins.quantized.schema import BLOCK, Bits
+from headfold.export.model.rounding import Form, Rounded, restored
+from headfold.plugins.quantized.schema import BLOCK, LARGEST_BLOCK, SMALLEST_BLOCK, Bits
 from headfold.runtime.errors import BundleError
 from headfold.runtime.files.json_file import read_object
 
 RECORD = "weights.json"
-Method = Literal["nearest", "gptq"]
+Method = Literal["nearest", "gptq"]  # of rounding
 _LARGEST = 1 << 24  # bytes of it
+_BLOCKS = [1 << power for power in range(SMALLEST_BLOCK.bit_length() - 1, LARGEST_BLOCK.bit_length())]
 
 
 @dataclass(frozen=True)
@@ -24,33 +25,45 @@ class WeightRecord:
     """Of one weight."""
 
     bits: Bits
-    method: Method  # "nearest" is a rule, which the checkpoint alone decides; see `headfold.export.model.rounding`
+    # "nearest" is a rule, which the checkpoint alone decides; see `headfold.export.model.rounding`. "kept" are a checkpoint's own bits.
+    method: Method | Literal["kept"]
     relative_squared_error: float  # |rounded - w|^2 / |w|^2: 0 for one that is kept bit for bit
-    sha256: str  # of numbers, then scales
+    sha256: str  # of numbers, then scales, then zero points and offsets where there are some
     kl: float | None = None  # nats that four bits cost in it alone, with those joined with it; None: not measured
+    block_size: int = BLOCK
+    zero_points: bool = False
+    offsets: bool = False  # of blocks, which are added: GGUF's minima
+
+    @property
+    def form(self) -> Form:
+        """How the graph has it."""
+        return Form(self.bits, self.block_size, self.zero_points, self.offsets)
 
 
 def record_of(checkpoint: RoundedCheckpoint, costs: Mapping[str, float]) -> dict[str, WeightRecord]:
     """What was done, and what it does to each weight; `costs` are the KLs of `WeightRecord`."""
     records = {}
-    for name, bits in checkpoint.bits.items():
+    for name, form in checkpoint.forms.items():
         rounding = checkpoint.rounded(name)
         error = relative_squared_error(rounding, checkpoint.original.read(name))
-        method: Method = "gptq" if name in checkpoint.found else "nearest"
-        records[name] = WeightRecord(bits, method, error, digest(rounding), costs.get(name))
+        method: Method | Literal["kept"] = (
+            "kept" if name in checkpoint.kept else "gptq" if name in checkpoint.found else "nearest"
+        )
+        more = form.block, form.zeros, form.offsets
+        records[name] = WeightRecord(form.bits, method, error, digest(rounding), costs.get(name), *more)
     return records
 
 
 def relative_squared_error(rounding: Rounded, weight: Tensor) -> float:
     """See WeightRecord."""
     exact = weight.double()
-    return (restored(*rounding).double() - exact).square().sum().item() / (exact.square().sum().item() or 1.0)
+    return (restored(rounding).double() - exact).square().sum().item() / (exact.square().sum().item() or 1.0)
 
 
 def digest(rounding: Rounded) -> str:
     """See WeightRecord."""
-    values, scales = rounding
-    return hashlib.sha256(values.contiguous().numpy().tobytes() + scales.contiguous().numpy().tobytes()).hexdigest()
+    parts = (rounding.values, rounding.scales, rounding.zeros, rounding.offsets)
+    return hashlib.sha256(b"".join(x.contiguous().numpy().tobytes() for x in parts if x is not None)).hexdigest()
 
 
 def record_to_json(records: Mapping[str, WeightRecord]) -> dict[str, Any]:
@@ -73,8 +86,9 @@ def read_record(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
     except (KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"is no record of rounded weights: {error}", where=path, fix=fix) from error
     for name, record in records.items():
-        known = record.bits in get_args(Bits) and record.method in get_args(Method)
-        shape = shapes.get(name, ())
-        if not known or len(shape) != 2 or shape[1] % BLOCK:
+        kept, block, shape = record.method == "kept", record.block_size, shapes.get(name, ())
+        known = record.bits in get_args(Bits) and (record.method in get_args(Method) or kept)
+        known = known and (kept or record.form == Form(record.bits)) and block in _BLOCKS
+        if not known or len(shape) != 2 or shape[1] % block:
             raise BundleError(f"{name} cannot have been rounded so", where=path, fix=fix)
     return records

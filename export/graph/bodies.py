@@ -13,7 +13,7 @@ from headfold.plugins.attention.onnx_functions import onnxruntime_body, standard
 from headfold.plugins.attention.schema import ALL_INPUTS, DOMAIN, LAST_INDEX, TABLES, VERSION, AttentionInputs
 from headfold.plugins.dtypes import DTYPES, QUANTIZED, Quantized
 from headfold.plugins.quantized.onnx_functions import gather, onnxruntime_matmul, standard_matmul
-from headfold.plugins.quantized.schema import GATHER, MATMUL, Level
+from headfold.plugins.quantized.schema import GATHER, MATMUL, MATMUL_INPUTS, Level
 
 
 def set_body(model: ir.Model, function: onnx.FunctionProto) -> None:
@@ -134,12 +134,38 @@ def quantized_products(model: ir.Model) -> list[ir.Node]:
 
 
 def use_quantized_bodies(model: ir.Model, standard: bool = False) -> None:
-    """Give the ops of such matrices their bodies: ONNX Runtime's kernel, or standard ops. Nothing without them."""
-    used = {node.op_type for node in model.graph if node.domain == DOMAIN}
+    """Give the ops of such matrices their bodies: ONNX Runtime's kernel, or standard ops. Nothing without them.
+
+    Standard ops want zero points of all products or of none: those without get the ones that they have by default.
+    """
+    products, used = quantized_products(model), {node.op_type for node in model.graph if node.domain == DOMAIN}
+    zeros = any(len(node.inputs) == len(MATMUL_INPUTS) for node in products)
     if MATMUL in used:
-        set_body(model, standard_matmul() if standard else onnxruntime_matmul())
+        set_body(model, standard_matmul(zeros) if standard else onnxruntime_matmul())
     if GATHER in used:
         set_body(model, gather())
+    for node in products if standard and zeros else ():
+        if len(node.inputs) < len(MATMUL_INPUTS):
+            scales, bits = node.inputs[MATMUL_INPUTS.index("scales")], node.attributes["bits"].as_int()
+            assert scales is not None
+            rows, blocks = (int(dim) for dim in scales.shape or ())  # type: ignore[arg-type]  # of a weight: numbers
+            shape, byte = (rows, -(-blocks * bits // 8)), 0x88 if bits == 4 else 0x80
+            default = shared_constant(model, f"zeros.int{bits}.{rows}.{shape[1]}", np.full(shape, byte, np.uint8))
+            node.resize_inputs(len(MATMUL_INPUTS))
+            node.replace_input_with(MATMUL_INPUTS.index("zeros"), default)
+
+
+def block_sums(model: ir.Model, tape: ir.tape.Tape, x: ir.Value, block: int) -> ir.Value:
+    """Of x [..., K] the sum of each block, [..., K / block]: what multiplies the offsets of a matrix's blocks."""
+    last = shared_constant(model, "blocks.last", np.array([-1]))
+    return tape.op("ReduceSum", [in_blocks(model, tape, x, block), last], {"keepdims": 0})
+
+
+def in_blocks(model: ir.Model, tape: ir.tape.Tape, x: ir.Value, block: int) -> ir.Value:
+    """x [..., K] as [..., K / block, block]."""
+    assert x.shape is not None
+    shape = [0] * (len(x.shape) - 1) + [-1, block]
+    return tape.op("Reshape", [x, shared_constant(model, "shape." + ".".join(map(str, shape)), np.array(shape))])
 
 
 def set_level(model: ir.Model, level: Level) -> bool:

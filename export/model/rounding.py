@@ -1,19 +1,48 @@
-"""Rounding of weights to four or eight bits, symmetric, in blocks along the input dimension.
+"""Weights of four and eight bits in blocks along the input dimension: what they are, and the rule that rounds to them.
 
-A block is `BLOCK` weights that share a scale. The rule is GGUF's of the same width, so what such a file holds is kept: Q8_0 in eight
-bits, Q4_0 in four, bit for bit.
+The rule is symmetric, in blocks of `BLOCK`. What a checkpoint holds in few bits already may have other blocks, zero points or offsets.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from headfold.plugins.quantized.schema import BLOCK, Bits
 from headfold.runtime.manifest import WeightsScheme
 
-Rounded = tuple[Tensor, Tensor]  # numbers, int8 [N, K], and scales, float32 [N, K / BLOCK]
+
+@dataclass(frozen=True)
+class Form:
+    """How a weight is stored; products of weights of one form can be joined into one."""
+
+    bits: Bits
+    block: int = BLOCK  # weights that share a scale
+    zeros: bool = False  # whether its blocks have zero points
+    offsets: bool = False
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A weight w[n, k] = (values[n, k] - zeros[n, g]) * scales[n, g] + offsets[n, g], of K / G consecutive columns k in block g."""
+
+    bits: Bits
+    values: Tensor  # int8 [N, K], of as many bits
+    scales: Tensor  # float32 [N, G]
+    zeros: Tensor | None = None  # as the values [N, G]; None: 0
+    offsets: Tensor | None = None  # as the scales; None: 0
+
+    @property
+    def form(self) -> Form:
+        """What of it the graph must know."""
+        block = self.values.shape[1] // self.scales.shape[1]
+        return Form(self.bits, block, self.zeros is not None, self.offsets is not None)
+
+
 # In eight bits always: four there cost most (issue 13, measured)
+SCALES, ZEROS, OFFSETS = ".scales", ".zeros", ".offsets"  # what the names of parts end in
 _WIDE = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -35,7 +64,7 @@ def rounded(weight: Tensor, bits: Bits) -> Rounded:
     """
     blocks = weight.float().view(len(weight), -1, BLOCK)  # [N, K / BLOCK, BLOCK]
     scales = block_scales(blocks, bits)
-    return nearest(blocks, scales[..., None], bits).to(torch.int8).flatten(1), scales
+    return Rounded(bits, nearest(blocks, scales[..., None], bits).to(torch.int8).flatten(1), scales)
 
 
 def block_scales(blocks: Tensor, bits: Bits) -> Tensor:
@@ -51,23 +80,53 @@ def nearest(weights: Tensor, scales: Tensor, bits: Bits) -> Tensor:
     return (weights / scales).round().clamp(-half, half - 1)
 
 
-def restored(values: Tensor, scales: Tensor) -> Tensor:
-    """What numbers and scales stand for, float32 [N, K]."""
-    return (values.view(len(values), -1, BLOCK) * scales[..., None]).flatten(1)
+def restored(rounding: Rounded) -> Tensor:
+    """What it stands for, float32 [N, K]: every operation is rounded, none of them twice."""
+    blocks = rounding.values.float().view(*rounding.scales.shape, -1)
+    if rounding.zeros is not None:
+        blocks = blocks - rounding.zeros.float()[..., None]
+    blocks = blocks * rounding.scales[..., None]
+    if rounding.offsets is not None:
+        blocks = blocks + rounding.offsets[..., None]
+    return blocks.flatten(1)
 
 
 def packed(values: Tensor, bits: Bits) -> Tensor:
-    """Numbers as `headfold.plugins.quantized.schema` has them: uint8 [N, K / BLOCK, BLOCK * bits / 8]."""
-    positive = (values.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8).view(len(values), -1, BLOCK)
-    return positive if bits == 8 else positive[..., ::2] | positive[..., 1::2] << 4
+    """Numbers [N, M] as `headfold.plugins.quantized.schema` has them: uint8 [N, M * bits / 8], rounded up."""
+    positive = (values.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+    if bits == 8:
+        return positive
+    if positive.shape[1] % 2:
+        positive = F.pad(positive, (0, 1))
+    return positive[:, ::2] | positive[:, 1::2] << 4
 
 
 def unpacked(stored: Tensor, bits: Bits) -> Tensor:
-    """The inverse of `packed`."""
+    """The inverse of `packed`, of an even number of numbers."""
     positive = stored if bits == 8 else torch.stack((stored & 15, stored >> 4), -1)
     return (positive.flatten(1).to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
 
 
-def stored_names(name: str, bits: Bits) -> tuple[str, str]:
-    """What the packed numbers and the scales of the weight `name` are called among a graph's weights."""
-    return f"{name}.int{bits}", f"{name}.int{bits}.scales"
+def stored_shapes(name: str, form: Form, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+    """The parts of the weight `name` [rows, columns] among a graph's weights: numbers, scales, and what else the form has, in order."""
+    base, blocks = f"{name}.int{form.bits}", columns // form.block
+    shapes: dict[str, tuple[int, ...]] = {
+        base: (rows, blocks, form.block * form.bits // 8),
+        f"{base}{SCALES}": (rows, blocks),
+    }
+    if form.zeros:
+        shapes[f"{base}{ZEROS}"] = (rows, -(-blocks * form.bits // 8))
+    if form.offsets:
+        shapes[f"{base}{OFFSETS}"] = (rows, blocks)
+    return shapes
+
+
+def stored_part(rounding: Rounded, part: str) -> Tensor:
+    """One of the parts that `stored_shapes` names."""
+    if part.endswith(SCALES):
+        return rounding.scales
+    for end, numbers in ((ZEROS, rounding.zeros), (OFFSETS, rounding.offsets)):
+        if part.endswith(end):
+            assert numbers is not None
+            return packed(numbers, rounding.bits) if end == ZEROS else numbers
+    return packed(rounding.values, rounding.bits).view(*rounding.scales.shape, -1)

@@ -19,7 +19,7 @@ from headfold.export.graph.trace import export_graph
 from headfold.export.graph.weights import load_model, scale_name
 from headfold.export.parity.compare import Candidate, Subject, verify_graph
 from headfold.export.parity.exact.experts import prove_experts
-from headfold.export.parity.exact.rounding import StoredRoundings, prove_rounding
+from headfold.export.parity.exact.rounding import StoredRoundings, prove_kept, prove_rounding
 from headfold.export.parity.exact.weights import (
     prove_attributes,
     prove_rotations,
@@ -119,6 +119,7 @@ def verify_bundle(
         checks.append(prove_attributes(model, facts, own))
         if rounded is not None:
             checks.append(prove_rounding(rounded, record))
+            checks += [prove_kept(rounded)] if rounded.kept else []
     del model
     restored = OwnModel(rounded) if rounded is not None else exportable  # what rounding costs is for the gate
 
@@ -154,8 +155,10 @@ def _rounded(
     shapes = exportable.checkpoint.shapes()
     record = read_record(directory / RECORD, shapes)
     names = [name for name, weight in record.items() if weight.method == "gptq"]
-    bits = {name: weight.bits for name, weight in record.items()}
-    return RoundedCheckpoint(exportable.checkpoint, bits, StoredRoundings(model, names, bits, shapes)), record
+    bits = {name: weight.bits for name, weight in record.items() if weight.method != "kept"}
+    kept = {name: weight.form for name, weight in record.items() if weight.method == "kept"}
+    found = StoredRoundings(model, names, bits, shapes)
+    return RoundedCheckpoint(exportable.checkpoint, bits, found, kept), record
 
 
 def precision_of(manifest: Manifest) -> Precision:

@@ -47,7 +47,7 @@ def gptq_layers(
                 name = f"{prefix}{module_name}.weight"
                 if bits.get(name) == 4:
                     found[name] = gptq(module.weight, moments[_input_of(module_name)], 4)
-                    module.weight.copy_(restored(*found[name]))
+                    module.weight.copy_(restored(found[name]))
             hidden = torch.cat([_through(layer, rows, rope) for rows in _blocks(hidden)])
             advance(1)
     return found
@@ -83,7 +83,7 @@ def gptq(weight: Tensor, moments: Tensor, bits: Bits) -> Rounded:
             left[:, column : start + BLOCK] -= errors[:, offset, None] * inverse[column, column : start + BLOCK]
         left[:, start + BLOCK :] -= errors @ inverse[block, start + BLOCK :]
         scales[:, order[start] // BLOCK] = step.float()
-    return numbers, scales
+    return Rounded(bits, numbers, scales)
 
 
 def best_scales(blocks: Tensor, power: Tensor, bits: Bits) -> Tensor:

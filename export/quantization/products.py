@@ -5,44 +5,50 @@ and MatMul, which ONNX Runtime fuses into the same kernel: with these it loads a
 slower, and holds 42% more memory.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
-from headfold.export.graph.bodies import set_level, use_quantized_bodies
-from headfold.export.graph.recipes import WeightRecipe, add_weight, recipe_of, remove_unread
+from headfold.export.exportables.rounded import RoundedCheckpoint
+from headfold.export.graph.bodies import block_sums, in_blocks, set_level, use_quantized_bodies
+from headfold.export.graph.recipes import WeightRecipe, add_weight, recipe_of, remove_unread, shared_constant
 from headfold.export.graph.weights import load_model
-from headfold.export.model.rounding import stored_names
-from headfold.plugins.quantized.schema import BLOCK, DOMAIN, GATHER, MATMUL, Bits, Level, MatMulAttributes
+from headfold.export.model.rounding import OFFSETS, SCALES, stored_shapes
+from headfold.plugins.quantized.schema import DOMAIN, GATHER, MATMUL, Level, MatMulAttributes
 
 _PLACES = {"MatMul": 1, "Gemm": 1, "Gather": 0}  # of the weight among the inputs
 
 
-def round_weights(model: ir.Model, bits: Mapping[str, Bits]) -> None:
-    """Round these tensors of the checkpoint wherever the graph reads them. The graph is float32, and has no weights yet."""
-    done = set[str]()
+def round_weights(model: ir.Model, checkpoint: RoundedCheckpoint) -> None:
+    """Store what is rounded in few bits wherever the graph reads it. The graph is float32, and has no weights yet.
+
+    Where tensors that are joined into one product have different forms, there are as many products, and their results are joined.
+    """
+    forms, done, sums = checkpoint.forms, set[str](), dict[tuple[ir.Value, int], ir.Value]()
     for node in list(model.graph):
         place = _PLACES.get(node.op_type) if not node.domain else None
         weight = node.inputs[place] if place is not None else None
         recipe = recipe_of(weight) if weight is not None else None
-        widths = {bits.get(name) for name in recipe.sources} if recipe is not None else {None}
-        if weight is None or recipe is None or widths == {None}:
+        if recipe is None or forms.keys().isdisjoint(recipe.sources):
             continue
-        if len(widths) > 1:
-            raise RuntimeError(f"{recipe.name} is joined from tensors of different widths")
+        if left := [name for name in recipe.sources if name not in forms]:
+            raise RuntimeError(f"{recipe.name} is joined from tensors of which {left[0]} is not rounded")
         done.update(recipe.sources)
-        (width,) = widths
-        assert width is not None
         tape = ir.tape.Tape()
-        result = _replacement(tape, node, _stored(model, weight, recipe, width), width)
+        if node.op_type == "Gather":
+            result = _rows(model, tape, node, recipe.sources[0], checkpoint)
+        else:
+            result = _products(model, tape, node, recipe.sources, checkpoint, sums)
         old = node.outputs[0]
         result.name, result.type, result.shape = old.name, old.type, old.shape
         model.graph.insert_before(node, tape.nodes)
         ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
         model.graph.remove(node, safe=True)
         remove_unread(model, [weight])
-    if left := [name for name in bits if name not in done]:
+    if left := [name for name in forms if name not in done]:
         raise RuntimeError(f"the graph reads {left[0]} in a way that cannot be rounded")
     use_quantized_bodies(model)
 
@@ -54,29 +60,69 @@ def set_level_in_file(path: Path, level: Level) -> None:
     path.write_bytes(ir.to_proto(model).SerializeToString())
 
 
-def _stored(model: ir.Model, weight: ir.Value, recipe: WeightRecipe, bits: Bits) -> tuple[ir.Value, ir.Value]:
-    """Values [N, K / BLOCK, BLOCK * bits / 8] and scales [N, K / BLOCK], the same for all that read the weight."""
-    assert weight.shape is not None
-    first, second = (int(dim) for dim in weight.shape)  # type: ignore[arg-type]  # of a weight: numbers
-    rows, columns = (second, first) if recipe.transposed else (first, second)
-    shapes = (rows, columns // BLOCK, BLOCK * bits // 8), (rows, columns // BLOCK)
-    names = zip(*(stored_names(name, bits) for name in recipe.sources), strict=True)
-    kinds = (ir.DataType.UINT8, ir.DataType.FLOAT)
-    values, scales = (
-        model.graph.initializers.get(own.name) or add_weight(model, own, shape, kind)
-        for own, shape, kind in zip((WeightRecipe(sources) for sources in names), shapes, kinds, strict=True)
-    )
-    return values, scales
+def _rows(model: ir.Model, tape: ir.tape.Tape, node: ir.Node, name: str, checkpoint: RoundedCheckpoint) -> ir.Value:
+    """In place of `Gather(w, ids)`."""
+    form, ids = checkpoint.forms[name], node.inputs[1]
+    values, scales, *others = _stored(model, (name,), checkpoint)
+    rows = tape.op(GATHER, [values, scales, ids], {"bits": form.bits}, domain=DOMAIN)  # [B, S, K]
+    if not others:
+        return rows
+    rows.shape = node.outputs[0].shape
+    whole = shared_constant(model, "blocks.whole", np.array([0, 0, -1]))
+    last = shared_constant(model, "blocks.last", np.array([-1]))
+    offsets = tape.op("Unsqueeze", [tape.op("Gather", [others[0], ids], {"axis": 0}), last])  # [B, S, G, 1]
+    return tape.op("Reshape", [tape.op("Add", [in_blocks(model, tape, rows, form.block), offsets]), whole])
 
 
-def _replacement(tape: ir.tape.Tape, node: ir.Node, stored: tuple[ir.Value, ir.Value], bits: Bits) -> ir.Value:
-    """Of `Gather(w, ids)`; of `MatMul(x, w.T)`; or of `Gemm(x, w)` whose attributes say the same, with its bias."""
-    if node.op_type == "Gather":
-        return tape.op(GATHER, [*stored, node.inputs[1]], {"bits": bits}, domain=DOMAIN)
-    values, _ = stored
-    assert values.shape is not None
-    rows, blocks = (int(dim) for dim in values.shape[:2])  # type: ignore[arg-type]
-    attributes = vars(MatMulAttributes(K=blocks * BLOCK, N=rows, bits=bits))
-    product = tape.op(MATMUL, [node.inputs[0], *stored], attributes, domain=DOMAIN)
+def _products(
+    model: ir.Model,
+    tape: ir.tape.Tape,
+    node: ir.Node,
+    sources: Sequence[str],
+    checkpoint: RoundedCheckpoint,
+    sums: dict[tuple[ir.Value, int], ir.Value],
+) -> ir.Value:
+    """In place of `MatMul(x, w.T)`; or of `Gemm(x, w)` whose attributes say the same, with its bias.
+
+    `sums` has what products with offsets take of the same x.
+    """
+    x, products = node.inputs[0], list[ir.Value]()
+    assert x is not None
+    for form, group in groupby(sources, key=checkpoint.forms.__getitem__):
+        names = tuple(group)
+        stored = _stored(model, names, checkpoint, transposed=True)
+        offsets = stored.pop() if form.offsets else None
+        rows, columns = sum(checkpoint.shapes()[name][0] for name in names), checkpoint.shapes()[names[0]][1]
+        attributes = MatMulAttributes(K=columns, N=rows, bits=form.bits, block_size=form.block)
+        product = tape.op(MATMUL, [x, *stored], vars(attributes), domain=DOMAIN)
+        if offsets is not None:
+            if (x, form.block) not in sums:
+                sums[x, form.block] = block_sums(model, tape, x, form.block)
+            product = tape.op("Add", [product, tape.op("MatMul", [sums[x, form.block], offsets])])
+        products.append(product)
+    result = products[0] if len(products) == 1 else tape.op("Concat", products, {"axis": -1})
     bias = node.inputs[2] if len(node.inputs) > 2 else None
-    return product if bias is None else tape.op("Add", [product, bias])
+    return result if bias is None else tape.op("Add", [result, bias])
+
+
+def _stored(
+    model: ir.Model, names: tuple[str, ...], checkpoint: RoundedCheckpoint, transposed: bool = False
+) -> list[ir.Value]:
+    """The parts of weights of one form, end to end, the same for all that read them: see `stored_shapes`.
+
+    Offsets are `transposed` for a product, [G, N].
+    """
+    shapes = dict[str, tuple[int, ...]]()
+    each = []  # the parts of each
+    for name in names:
+        rows, columns = checkpoint.shapes()[name]
+        parts = stored_shapes(name, checkpoint.forms[name], rows, columns)
+        shapes |= parts
+        each.append(list(parts))
+    values = []
+    for sources in zip(*each, strict=True):
+        recipe = WeightRecipe(sources, transposed and sources[0].endswith(OFFSETS))
+        kind = ir.DataType.FLOAT if sources[0].endswith((SCALES, OFFSETS)) else ir.DataType.UINT8
+        known = model.graph.initializers.get(recipe.name)
+        values.append(known or add_weight(model, recipe, recipe.shape(shapes), kind))
+    return values

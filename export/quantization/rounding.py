@@ -56,13 +56,14 @@ def prepare(source: Exportable, capacity: int, options: WeightRounding, reporter
         ConfigError: see `rounded_checkpoint`; or a capacity of one token.
     """
     plain = rounded_checkpoint(source, options.scheme)
-    original, bits, costs = plain.original, plain.bits, dict[str, float]()
+    original, kept, costs = plain.original, plain.kept, dict[str, float]()
+    bits = {name: form.bits for name, form in plain.forms.items() if name not in kept}  # of those that are rounded
     if capacity < 2:
         where = f"--capacity {capacity}"
         raise ConfigError("is too short to measure rounded weights on", where=where, fix="Choose 2 or more.")
     with reporter.step("read the checkpoint"):
         decoder = load_decoder(original, torch.float32, capacity)
-    calibrated = options.scheme == "mixed" or (4 in bits.values() and options.method == "gptq")
+    calibrated = 4 in bits.values() and (options.scheme == "mixed" or options.method == "gptq")
     count = HELD_OUT + CALIBRATION if calibrated else HELD_OUT
     tokens = calibration_tokens(
         original.tokenizer.definition, decoder, options.data, count, LENGTH, seed=1, reporter=reporter
@@ -76,20 +77,21 @@ def prepare(source: Exportable, capacity: int, options: WeightRounding, reporter
         )
     with reporter.step("run PyTorch on held-out text"):
         before = reference(decoder, tokens[measured])
-    if options.scheme == "mixed":
+    if options.scheme == "mixed" and calibrated:
         few = tokens[~measured][: max(SENSITIVITY // tokens.shape[1], 1)]
         found = sensitivities(decoder, bits, few, reporter)
-        bits = choose_bits(
-            bits, original.shapes(), found, options.max_kl if options.bits is None else None, options.bits
-        )
+        least = bits | {name: form.bits for name, form in kept.items()}
+        max_kl = options.max_kl if options.bits is None else None
+        chosen = choose_bits(least, original.shapes(), found, max_kl, options.bits)
+        bits = {name: chosen[name] for name in bits}
         costs = {name: cost for names, cost in found.items() for name in names}
     del decoder
-    checkpoint = RoundedCheckpoint(original, bits)
+    checkpoint = RoundedCheckpoint(original, bits, kept=kept)
     if calibrated and options.method == "gptq":
         wide = RoundedCheckpoint(original, {name: width for name, width in bits.items() if width == 8})
-        kept = {name for name, width in bits.items() if width == 4 and is_held(original, name)}
-        narrow = {name: width for name, width in bits.items() if width == 4 and name not in kept}
-        checkpoint = RoundedCheckpoint(original, bits, gptq_layers(wide, narrow, tokens[~measured], reporter))
+        narrow = {name: width for name, width in bits.items() if width == 4 and not is_held(original, name)}
+        found_ = gptq_layers(wide, narrow, tokens[~measured], reporter) if narrow else {}
+        checkpoint = RoundedCheckpoint(original, bits, found_, kept)
     spec = WeightsSpec(
         scheme=options.scheme, bits=average_bits(checkpoint), accuracy_level=4, max_kl=options.max_kl, cost=None
     )
@@ -98,11 +100,11 @@ def prepare(source: Exportable, capacity: int, options: WeightRounding, reporter
 
 def average_bits(checkpoint: RoundedCheckpoint) -> float:
     """Of a rounded weight's numbers; scales not counted."""
-    sizes = {name: math.prod(checkpoint.shapes()[name]) for name in checkpoint.bits}
-    return sum(bits * sizes[name] for name, bits in checkpoint.bits.items()) / sum(sizes.values())
+    sizes = {name: math.prod(checkpoint.shapes()[name]) for name in checkpoint.forms}
+    return sum(form.bits * sizes[name] for name, form in checkpoint.forms.items()) / sum(sizes.values())
 
 
 def is_held(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether four bits hold a weight exactly as it is (that of a Q4_0 file)."""
+    """Whether four bits hold a weight exactly as it is (it was dequantized from such ones)."""
     weight = checkpoint.read(name).float()
-    return torch.equal(restored(*rounded(weight, 4)), weight)
+    return torch.equal(restored(rounded(weight, 4)), weight)

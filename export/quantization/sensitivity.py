@@ -33,7 +33,7 @@ def sensitivities(
             weights = [decoder.get_parameter(name) for name in names]
             kept = [weight.data for weight in weights]
             for weight in weights:
-                weight.data = restored(*rounded(weight.data, 4))
+                weight.data = restored(rounded(weight.data, 4))
             now = _run(decoder, inputs[index], index)[0].log_softmax(-1)
             for weight, data in zip(weights, kept, strict=True):
                 weight.data = data

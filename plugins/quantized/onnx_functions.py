@@ -29,36 +29,46 @@ _GATHER = Operator(DOMAIN, GATHER, VERSION, GatherInputs, GatherAttributes, (GAT
 
 
 def onnxruntime_matmul() -> FunctionProto:
-    """One com.microsoft.MatMulNBits node."""
+    """One com.microsoft.MatMulNBits node; of a call without zero points it has none either."""
     body = Body(_MATMUL)
     same = {name: name for name in _MATMUL.kinds}
     body("MatMulNBits", MATMUL_INPUTS, MATMUL_OUTPUT, refs=same, domain="com.microsoft")
     return body.function({"": OPSET, "com.microsoft": 1}, MATMUL_INPUTS)
 
 
-def standard_matmul() -> FunctionProto:
-    """DequantizeLinear and MatMul; whatever the accuracy level, the input is not rounded."""
+def standard_matmul(zeros: bool = False) -> FunctionProto:
+    """DequantizeLinear and MatMul; whatever the accuracy level, the input is not rounded. With `zeros` every call has zero points."""
     body = Body(_MATMUL)
-    _unpack(body, "values", "parts")  # [N, K / BLOCK, BLOCK * bits / 8, 8 / bits]
+    _shifts(body)
     body.ints("matrix", 0, -1)
+    _unpack(body, "values", "parts")  # [N, G, block * bits / 8, 8 / bits]
     body("Reshape", ["parts", "matrix"], "numbers")  # [N, K]
-    body("Shape", ["scales"], "blocks_shape")
-    body("Expand", ["half", "blocks_shape"], "halves")  # [N, K / BLOCK]
-    body("DequantizeLinear", ["numbers", "scales", "halves"], "w", refs={"block_size": "block_size"}, axis=1)
+    if zeros:
+        _unpack(body, "zeros", "zeros_parts")  # [N, G * bits / 8, 8 / bits]
+        body("Reshape", ["zeros_parts", "matrix"], "padded_zeros")  # [N, G], or one more
+        body("Shape", ["scales"], "blocks", start=1, end=2)
+        for name, axis in {"from": 0, "second": 1}.items():
+            body.ints(name, axis)
+        body("Slice", ["padded_zeros", "from", "blocks", "second"], "points")
+    else:
+        body("Shape", ["scales"], "blocks_shape")
+        body("Expand", ["half", "blocks_shape"], "points")  # [N, G]
+    body("DequantizeLinear", ["numbers", "scales", "points"], "w", refs={"block_size": "block_size"}, axis=1)
     body("Transpose", ["w"], "w_transposed", perm=[1, 0])
     body("MatMul", ["x", "w_transposed"], MATMUL_OUTPUT)
-    return body.function({"": OPSET}, MATMUL_INPUTS)
+    return body.function({"": OPSET}, MATMUL_INPUTS if zeros else MATMUL_INPUTS[:-1])
 
 
 def gather() -> FunctionProto:
     """Only the rows that are looked up become wide."""
     body = Body(_GATHER)
-    body("Gather", ["values", "indices"], "packed")  # [B, S, K / BLOCK, BLOCK * bits / 8]
-    _unpack(body, "packed", "numbers")  # [B, S, K / BLOCK, BLOCK * bits / 8, 8 / bits]
+    _shifts(body)
+    body("Gather", ["values", "indices"], "packed")  # [B, S, G, block * bits / 8]
+    _unpack(body, "packed", "numbers")  # [B, S, G, block * bits / 8, 8 / bits]
     body("CastLike", ["numbers", "scales"], "positive")
     body("CastLike", ["half", "scales"], "wide_half")
     body("Sub", ["positive", "wide_half"], "signed")
-    body("Gather", ["scales", "indices"], "scales_of_rows")  # [B, S, K / BLOCK]
+    body("Gather", ["scales", "indices"], "scales_of_rows")  # [B, S, G]
     body.ints("behind", -1, -2)
     body("Unsqueeze", ["scales_of_rows", "behind"], "scales_of_blocks")
     body("Mul", ["signed", "scales_of_blocks"], "wide")
@@ -67,8 +77,8 @@ def gather() -> FunctionProto:
     return body.function({"": OPSET}, GATHER_INPUTS)
 
 
-def _unpack(body: Body, packed: str, numbers: str) -> None:
-    """From bytes the numbers in them, lower bits first, uint8 with an axis more; and `half` of their range, uint8."""
+def _shifts(body: Body) -> None:
+    """What unpacking needs: `shifts` to the right, a `mask`, and `half` of the numbers' range; uint8."""
     body("Constant", [], "bits_of_it", refs={"value_int": "bits"})
     for name, value in {"zero": 0, "one": 1, "two": 2, "eight": 8}.items():
         body("Constant", [], name, value=numpy_helper.from_array(np.array(value)))
@@ -80,6 +90,10 @@ def _unpack(body: Body, packed: str, numbers: str) -> None:
     body("Div", ["range", "two"], "int_half")
     body("Cast", ["int_half"], "half", to=TensorProto.UINT8)
     body.ints("last", -1)
-    body("Unsqueeze", [packed, "last"], "column")
-    body("BitShift", ["column", "shifts"], "shifted", direction="RIGHT")
-    body("BitwiseAnd", ["shifted", "mask"], numbers)
+
+
+def _unpack(body: Body, packed: str, numbers: str) -> None:
+    """From bytes the numbers in them, lower bits first, uint8 with an axis more."""
+    body("Unsqueeze", [packed, "last"], f"{packed}_column")
+    body("BitShift", [f"{packed}_column", "shifts"], f"{packed}_shifted", direction="RIGHT")
+    body("BitwiseAnd", [f"{packed}_shifted", "mask"], numbers)

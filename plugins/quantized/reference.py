@@ -11,20 +11,22 @@ Array = NDArray[Any]
 
 
 def unpacked(values: Array, bits: Bits) -> Array:
-    """The signed numbers, int64 [N, K]."""
+    """The signed numbers, int64 [N, K]; of zero points [N, G], or one more where G is odd."""
     numbers = values if bits == 8 else np.stack((values & 15, values >> 4), -1)
     return numbers.reshape(len(values), -1).astype(np.int64) - (1 << (bits - 1))
 
 
-def dequantized(values: Array, scales: Array, bits: Bits) -> Array:
+def dequantized(values: Array, scales: Array, bits: Bits, zeros: Array | None = None) -> Array:
     """W, float64 [N, K]."""
     numbers = unpacked(values, bits).reshape(*scales.shape, -1)
+    if zeros is not None:
+        numbers = numbers - unpacked(zeros, bits)[:, : scales.shape[1], None]
     return (numbers * scales.astype(np.float64)[..., None]).reshape(len(values), -1)
 
 
-def quantized_matmul(x: Array, values: Array, scales: Array, bits: Bits) -> Array:
+def quantized_matmul(x: Array, values: Array, scales: Array, bits: Bits, zeros: Array | None = None) -> Array:
     """x @ W.T, computed in float64, in the dtype of x."""
-    product: Array = x.astype(np.float64) @ dequantized(values, scales, bits).T
+    product: Array = x.astype(np.float64) @ dequantized(values, scales, bits, zeros).T
     return product.astype(x.dtype)
 
 

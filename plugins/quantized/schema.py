@@ -1,11 +1,12 @@
 """The operators headfold::QuantizedMatMul and headfold::QuantizedGather: a matrix of four or eight bits multiplies, or is looked up in.
 
-Every body and kernel obeys this file. A matrix W [N, K] is blocks of `BLOCK` numbers along K, each with a scale:
-W[n, k] = (q[n, k] - 2^(bits - 1)) * scales[n, k // BLOCK], q from 0 to 2^bits - 1. Both operators read it in one form, so that an
-embedding and the head tied to it are one matrix in the file:
+Every body and kernel obeys this file. A matrix W [N, K] is G blocks of K / G = `block` numbers along K, each with a scale:
+W[n, k] = (q[n, k] - z[n, k // block]) * scales[n, k // block], q from 0 to 2^bits - 1. Both operators read it in one form, so that
+an embedding and the head tied to it are one matrix in the file:
 
-    values  uint8 [N, K / BLOCK, BLOCK * bits / 8]: q; of two numbers of four bits the first is the lower half of the byte
-    scales  T [N, K / BLOCK]
+    values  uint8 [N, G, block * bits / 8]: q; of two numbers of four bits the first is the lower half of the byte
+    scales  T [N, G]
+    zeros   uint8 [N, G * bits / 8], rounded up: z, packed alike; 2^(bits - 1) where there are none. QuantizedMatMul alone has them.
 """
 
 from dataclasses import dataclass, fields
@@ -14,7 +15,8 @@ from typing import Generic, Literal, TypeVar
 from headfold.plugins.attention.schema import DOMAIN as DOMAIN  # all ops are of one domain, in one version
 from headfold.plugins.attention.schema import VERSION as VERSION
 
-BLOCK = 32
+BLOCK = 32  # of what headfold rounds itself
+SMALLEST_BLOCK, LARGEST_BLOCK = 16, 128  # powers of two between
 Bits = Literal[4, 8]
 # How exactly a product computes: 1 with its input as it is, 4 with its input rounded to eight bits per block (faster on CPUs); the
 # numbers are ONNX Runtime's.
@@ -34,6 +36,7 @@ class MatMulInputs(Generic[V]):
     x: V  # T [..., K]
     values: V
     scales: V
+    zeros: V | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

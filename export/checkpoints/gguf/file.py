@@ -5,6 +5,7 @@ Names and metadata keys are those of the GGUF specification (ggml/docs/gguf.md).
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import torch
 
 from headfold.export.checkpoints.base import check_tensors
 from headfold.export.checkpoints.families import FAMILIES, NotInTable
+from headfold.export.checkpoints.gguf.blocks import blocks_of
 from headfold.export.checkpoints.gguf.reading import GGUFFile, makes_sense
 from headfold.export.checkpoints.gguf.tokenizer import tokenizer_files
 from headfold.export.checkpoints.gguf.vocabulary import SpecialTokens
+from headfold.export.checkpoints.quantized.tensor import QuantizedTensor
 from headfold.export.checkpoints.shapes import expected_shapes
 from headfold.export.model.config import ModelConfig, RopeConfig
 from headfold.runtime.errors import ConfigError
@@ -80,25 +83,36 @@ class GGUFCheckpoint:
             CheckpointError: the `gguf` package cannot dequantize the tensor.
         """
         values = self._file.dequantized(self._tensors[name]).reshape(self._shapes[name])
-        config = self.config
-        if FAMILIES[config.model_type].gguf_permuted:
-            if ".q_proj." in name:
-                values = _unpermute(values, config.num_attention_heads)
-            elif ".k_proj." in name:
-                values = _unpermute(values, config.num_key_value_heads)
+        values = self._in_order(name, values)
         values = values if values.flags.writeable else values.copy()
         return torch.from_numpy(values).to(self.dtype(name))
 
-    def quantized(self, name: str) -> None:
-        """See Checkpoint: none of GGUF's blocks are given out."""
-        return None
+    def quantized(self, name: str) -> QuantizedTensor | None:
+        """See Checkpoint."""
+        part = blocks_of(self._tensors[name])
+        if part is None:
+            return None
+        values, scales, offsets = (
+            torch.from_numpy(self._in_order(name, x.numpy())) if x is not None else None
+            for x in (part.values, part.scales, part.offsets)
+        )
+        assert values is not None
+        assert scales is not None
+        return replace(part, values=values, scales=scales, offsets=offsets)
+
+    def _in_order(self, name: str, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Undo llama.cpp's reordering of query and key rows, where the family has it."""
+        config = self.config
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        found = heads.get(name.split(".")[-2]) if FAMILIES[config.model_type].gguf_permuted else None
+        return rows if found is None else _unpermute(rows, found)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
 
 
 def _unpermute(values: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
-    """Undo llama.cpp's reordering of query and key rows, which pairs neighbours where Hugging Face pairs halves."""
+    """llama.cpp's rows pair neighbours where Hugging Face's pair halves."""
     pairs = values.shape[0] // heads // 2
     paired = values.reshape(heads, pairs, 2, *values.shape[1:])  # [H, D/2, 2, ...]
     return np.ascontiguousarray(paired.swapaxes(1, 2)).reshape(values.shape)

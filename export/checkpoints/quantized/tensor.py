@@ -1,6 +1,6 @@
 """A quantized tensor in its parts, as a checkpoint has them, and the one formula that makes it floats again.
 
-weight[n, k] = (values[n, k] - zeros[i, g]) * scales[i, g]    i = n // rows,  g = k // columns, or groups[k]
+weight[n, k] = (values[n, k] - zeros[i, g]) * scales[i, g] + offsets[i, g]    i = n // rows,  g = k // columns, or groups[k]
 """
 
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ class QuantizedTensor:
         block: how many rows and columns have a scale together.
         groups: [K], the column of blocks that a column is of, where these do not follow one another (GPTQ's act-order).
         bits: of a value: what it could be stored in.
+        offsets: as the scales (GGUF's minima); None for zero.
     """
 
     values: Tensor
@@ -28,13 +29,15 @@ class QuantizedTensor:
     block: tuple[int, int]
     bits: int
     groups: Tensor | None = None
+    offsets: Tensor | None = None
 
     def dequantize(self) -> Tensor:
-        """In float32: each number is rounded once, and not at all where integers have 16-bit scales."""
+        """In float32: each product and each sum is rounded once, and a product not at all where integers have 16-bit scales."""
         values = self.values.float()
         if self.zeros is not None:
             values -= self._spread(self.zeros.float())
-        return values.mul_(self._spread(self.scales.float()))
+        values.mul_(self._spread(self.scales.float()))
+        return values if self.offsets is None else values.add_(self._spread(self.offsets.float()))
 
     def _spread(self, x: Tensor) -> Tensor:
         """One for each value, or one that broadcasts."""

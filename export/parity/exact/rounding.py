@@ -12,9 +12,9 @@ import torch
 from headfold.export.exportables.rounded import RoundedCheckpoint
 from headfold.export.exportables.rounding_record import WeightRecord, digest, relative_squared_error
 from headfold.export.graph.recipes import recipe_of
-from headfold.export.model.rounding import Rounded, rounded, stored_names, unpacked
-from headfold.export.parity.report import CheckResult
-from headfold.plugins.quantized.schema import BLOCK, Bits
+from headfold.export.model.rounding import Form, Rounded, restored, rounded, stored_shapes, unpacked
+from headfold.export.parity.report import CheckResult, verdict
+from headfold.plugins.quantized.schema import Bits
 from headfold.runtime.errors import BundleError
 
 # GPTQ moves weights further from the checkpoint's than the nearest numbers are, so that their products are nearer: on SmolLM2 their
@@ -48,8 +48,9 @@ class StoredRoundings(Mapping[str, Rounded]):
     def __getitem__(self, name: str) -> Rounded:
         if name not in self._names:
             raise KeyError(name)
-        values, scales = (self._read(part, name) for part in stored_names(name, self._bits[name]))
-        return unpacked(values, self._bits[name]), scales
+        bits = self._bits[name]
+        values, scales = (self._read(*part) for part in stored_shapes(name, Form(bits), *self._shapes[name]).items())
+        return Rounded(bits, unpacked(values, bits), scales)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -57,14 +58,11 @@ class StoredRoundings(Mapping[str, Rounded]):
     def __len__(self) -> int:
         return len(self._names)
 
-    def _read(self, part: str, name: str) -> torch.Tensor:
+    def _read(self, part: str, shape: tuple[int, ...]) -> torch.Tensor:
         value, row = self._values.get(part, (None, 0))
-        rows, columns = self._shapes[name]
-        bits = self._bits[name]
-        shape = (rows, columns // BLOCK) if part.endswith(".scales") else (rows, columns // BLOCK, BLOCK * bits // 8)
         if value is None or value.const_value is None:
             raise BundleError(f"the graph has no {part}", fix="Export the bundle again.")
-        found = torch.from_numpy(value.const_value.numpy()[row : row + rows].copy())
+        found = torch.from_numpy(value.const_value.numpy()[row : row + shape[0]].copy())
         if tuple(found.shape) != shape:
             raise BundleError(f"the graph's {part} is {list(found.shape)}, not {list(shape)}", fix="Export it again.")
         return found
@@ -85,7 +83,7 @@ def prove_rounding(checkpoint: RoundedCheckpoint, record: Mapping[str, WeightRec
     for name in checkpoint.found:
         weight, found = checkpoint.original.read(name), checkpoint.rounded(name)
         error = relative_squared_error(found, weight)
-        least = relative_squared_error(rounded(weight, checkpoint.bits[name]), weight)
+        least = relative_squared_error(rounded(weight, checkpoint.forms[name].bits), weight)
         ratio = error / least if least else math.inf * error if error else 0.0
         if digest(found) != record[name].sha256:
             ratio, note = math.inf, "is not what GPTQ found"
@@ -95,3 +93,13 @@ def prove_rounding(checkpoint: RoundedCheckpoint, record: Mapping[str, WeightRec
     return CheckResult(
         "rounded weights, error over the nearest's", worst, worst, _FURTHER, at, passed, note="" if passed else note
     )
+
+
+def prove_kept(checkpoint: RoundedCheckpoint) -> CheckResult:
+    """What the checkpoint holds in few bits itself is restored to what the checkpoint says it is."""
+    faults = [
+        (name, "is restored to other numbers")
+        for name in checkpoint.kept
+        if not torch.equal(restored(checkpoint.rounded(name)), checkpoint.original.read(name).float())
+    ]
+    return verdict(f"weights kept in their own bits, {len(checkpoint.kept)}", faults)

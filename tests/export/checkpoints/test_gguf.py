@@ -1,81 +1,16 @@
 """GGUF files: written here with the gguf package's writer, and the real SmolLM2 against transformers' own GGUF reader."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import pytest
 import torch
-from gguf_of_transformers import add_sizes
+from gguf_of_decoder import write
 
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
 from headfold.export.model.config import ModelConfig, RopeConfig
 from headfold.runtime import CheckpointError, ConfigError
-
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def gguf_name(name: str) -> str:
-    base, _, kind = name.rpartition(".")
-    if base in NAMES:
-        return f"{NAMES[base]}.{kind}"
-    _, _, layer, part = base.split(".", 3)
-    return f"blk.{layer}.{NAMES[part]}.{kind}"
-
-
-def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
-    """What llama.cpp's converter does to query and key rows (LlamaModel.permute), with indices instead of reshapes."""
-    size = weight.shape[0] // heads
-    order = [h * size + half * size // 2 + i for h in range(heads) for i in range(size // 2) for half in (0, 1)]
-    return weight[order]
-
-
-def write(path: Path, checkpoint: Any, architecture: str, quantize: bool = False, **metadata: Any) -> Path:
-    config = checkpoint.config
-    writer = gguf.GGUFWriter(path, architecture)
-    add_sizes(writer, config)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_freq_base(config.rope.rope_theta)
-    if config.rope.rope_type != "default":
-        writer.add_rope_scaling_type(gguf.RopeScalingType(config.rope.rope_type))
-        writer.add_rope_scaling_factor(config.rope.factor)
-        writer.add_rope_scaling_orig_ctx_len(config.rope.original_max_position_embeddings)
-    for name, value in metadata.items():
-        writer.add_uint32(f"{architecture}.{name}", value)
-    for name in checkpoint:
-        weight = checkpoint.read(name).numpy()
-        if architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
-            weight = interleave(
-                weight, config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
-            )
-        if quantize and weight.ndim == 2 and weight.shape[1] % 32 == 0:
-            packed = gguf.quantize(weight, gguf.GGMLQuantizationType.Q8_0)
-            writer.add_tensor(gguf_name(name), packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-        else:
-            writer.add_tensor(gguf_name(name), weight)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -103,7 +38,7 @@ def test_weights_come_back_as_they_were(variant, config, memory_checkpoint, tmp_
 
 def test_quantized_weights_are_dequantized(config, memory_checkpoint, tmp_path) -> None:
     checkpoint = memory_checkpoint(replace(config, hidden_size=64))
-    read = open_checkpoint(write(tmp_path / "m.gguf", checkpoint, "llama", quantize=True))
+    read = open_checkpoint(write(tmp_path / "m.gguf", checkpoint, "llama", lambda _: gguf.GGMLQuantizationType.Q8_0))
     for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"):
         weight = checkpoint.read(name)
         blocks = weight.reshape(-1, 32)

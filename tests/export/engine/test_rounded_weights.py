@@ -86,7 +86,7 @@ def test_every_matrix_is_dequantized_to_what_it_stands_for(attention, bundle, so
         sources = [name.removesuffix(".int4").removesuffix(".int8") for name in sources]
         np.testing.assert_array_equal(wide.reshape(len(values), -1), torch.cat([expected.read(x) for x in sources]))
         found.update(sources)
-    assert found == set(expected.bits)
+    assert found == set(expected.forms)
     assert {value.dtype for value in model.graph.initializers.values()} >= {ir.DataType.INT4, ir.DataType.INT8}
 
 

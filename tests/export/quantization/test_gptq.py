@@ -40,7 +40,7 @@ def by_definition(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
 
 def test_one_block_is_rounded_as_the_paper_says() -> None:
     weight, inputs = problem(BLOCK, mixed=1.0)
-    numbers, _ = gptq(weight, moments(inputs), 4)
+    numbers = gptq(weight, moments(inputs), 4).values
     assert torch.equal(numbers, by_definition(weight, moments(inputs)).to(torch.int8))
 
 
@@ -48,7 +48,7 @@ def test_one_block_is_rounded_as_the_paper_says() -> None:
 def test_products_are_nearer_than_with_the_nearest_weights(mixed) -> None:
     weight, inputs = problem(8 * BLOCK, mixed)
     wrong = [
-        (inputs @ (restored(*rounding) - weight).T).square().mean().item()
+        (inputs @ (restored(rounding) - weight).T).square().mean().item()
         for rounding in (rounded(weight, 4), gptq(weight, moments(inputs), 4))
     ]
     assert wrong[1] < (0.9 if mixed == 0 else 0.5) * wrong[0]
@@ -58,18 +58,17 @@ def test_inputs_that_are_always_zero_are_no_trouble() -> None:
     weight, inputs = problem(2 * BLOCK, mixed=1.0)
     inputs[:, ::7] = 0
     for some in (inputs, torch.zeros_like(inputs)):
-        numbers, scales = gptq(weight, moments(some), 4)
-        assert torch.isfinite(scales).all()
-        assert numbers.min() >= -8
-        assert numbers.max() <= 7
+        rounding = gptq(weight, moments(some), 4)
+        assert torch.isfinite(rounding.scales).all()
+        assert rounding.values.min() >= -8
+        assert rounding.values.max() <= 7
 
 
 def test_inputs_that_are_huge_in_one_column_or_endless() -> None:
     weight, inputs = problem(2 * BLOCK, mixed=1.0)
     inputs[:, 3] *= 1e6
     in_float32 = (inputs.T @ inputs).double()  # so rounded that it is no second moment any more
-    numbers, scales = gptq(weight, in_float32, 4)
-    errors = (restored(numbers, scales) - weight).abs()
+    errors = (restored(gptq(weight, in_float32, 4)) - weight).abs()
     assert errors[:, 3].mean() < errors.mean() / 2  # what counts is rounded well
     with pytest.raises(ConfigError, match="too large for GPTQ"):
         gptq(weight, in_float32 * torch.inf, 4)

@@ -33,8 +33,9 @@ def weight(rows: int = 6, columns: int = 96) -> torch.Tensor:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_every_number_is_within_half_a_step_of_its_weight(bits) -> None:
     w = weight()
-    values, scales = rounded(w, bits)
-    error = (restored(values, scales) - w).abs().view(6, 3, 32)
+    rounding = rounded(w, bits)
+    values, scales = rounding.values, rounding.scales
+    error = (restored(rounding) - w).abs().view(6, 3, 32)
     step = scales.abs()[..., None]
     assert values.int().min() >= -(1 << bits - 1)
     assert values.int().max() < 1 << bits - 1
@@ -46,21 +47,21 @@ def test_every_number_is_within_half_a_step_of_its_weight(bits) -> None:
 
 def test_blocks_of_zeros_stay_zeros() -> None:
     for bits in (4, 8):
-        assert not restored(*rounded(torch.zeros(2, 64), bits)).any()
+        assert not restored(rounded(torch.zeros(2, 64), bits)).any()
 
 
 @pytest.mark.parametrize(("bits", "kind"), [(8, gguf.GGMLQuantizationType.Q8_0), (4, gguf.GGMLQuantizationType.Q4_0)])
 def test_what_gguf_holds_in_these_bits_is_kept_bit_for_bit(bits, kind) -> None:
     held = gguf.quants.dequantize(gguf.quants.quantize(weight(64, 128).numpy(), kind), kind)  # [64, 128]
-    again = restored(*rounded(torch.from_numpy(held), bits))
+    again = restored(rounded(torch.from_numpy(held), bits))
     np.testing.assert_array_equal(again.numpy(), held)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_packed_numbers_are_those_that_the_kernel_reads(bits) -> None:
-    values, _ = rounded(weight(), bits)
+    values = rounded(weight(), bits).values
     bytes_ = packed(values, bits).numpy()
-    assert bytes_.shape == (6, 3, 4 * bits)
+    assert bytes_.shape == (6, 12 * bits)
     numbers = np.stack((bytes_ & 15, bytes_ >> 4), -1).reshape(6, 96) if bits == 4 else bytes_.reshape(6, 96)
     np.testing.assert_array_equal(numbers.astype(int) - (1 << bits - 1), values.numpy())
 

@@ -22,22 +22,28 @@ from headfold.plugins.quantized.schema import (
     MatMulAttributes,
 )
 
-N, K = 24, 96
+N, K = 24, 96  # of blocks of 32 an odd number
 Feeds = dict[str, np.ndarray]
 
 
-def matrix(bits: Bits) -> Feeds:
-    """All values that bytes can have, scales of either sign."""
-    rng = np.random.default_rng(0)
-    values = rng.integers(0, 256, (N, K // BLOCK, BLOCK * bits // 8), dtype=np.uint8)
-    return {"values": values, "scales": rng.normal(0, 2.0 ** (1 - bits), (N, K // BLOCK)).astype(np.float32)}
+def matrix(bits: Bits, block: int = BLOCK, zeros: bool = False) -> Feeds:
+    """All values that bytes can have, zero points too, scales of either sign."""
+    rng, blocks = np.random.default_rng(0), K // block
+    values = rng.integers(0, 256, (N, blocks, block * bits // 8), dtype=np.uint8)
+    weights = {"values": values, "scales": rng.normal(0, 2.0 ** (1 - bits), (N, blocks)).astype(np.float32)}
+    points = {"zeros": rng.integers(0, 256, (N, -(-blocks * bits // 8)), dtype=np.uint8)}
+    return weights | (points if zeros else {})
 
 
-def product(bits: Bits, body: onnx.FunctionProto, level: int = 1) -> tuple[onnx.ModelProto, Feeds]:
-    attributes = vars(MatMulAttributes(K=K, N=N, bits=bits)) | {"accuracy_level": level}
-    node = helper.make_node(MATMUL, MATMUL_INPUTS, ["out"], domain=DOMAIN, **attributes)
+def product(
+    bits: Bits, body: onnx.FunctionProto, level: int = 1, weights: Feeds | None = None
+) -> tuple[onnx.ModelProto, Feeds]:
+    weights = matrix(bits) if weights is None else weights
+    attributes = MatMulAttributes(K=K, N=N, bits=bits, block_size=K // weights["scales"].shape[1])
+    names = MATMUL_INPUTS[: 1 + len(weights)]
+    node = helper.make_node(MATMUL, names, ["out"], domain=DOMAIN, **vars(attributes) | {"accuracy_level": level})
     x = np.random.default_rng(1).standard_normal((2, 5, K), dtype=np.float32)
-    return model(node, body, {"x": x}, matrix(bits)), {"x": x}
+    return model(node, body, {"x": x}, weights), {"x": x}
 
 
 def rows(bits: Bits) -> tuple[onnx.ModelProto, Feeds]:
@@ -60,14 +66,18 @@ def in_onnxruntime(proto: onnx.ModelProto, feeds: Feeds) -> np.ndarray:
     return ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feeds)[0]
 
 
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("block", [16, 32])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_every_body_of_the_product_computes_what_the_reference_does(bits: Bits) -> None:
-    standard, feeds = product(bits, standard_matmul())
-    right = quantized_matmul(feeds["x"], **matrix(bits), bits=bits)
+def test_every_body_of_the_product_computes_what_the_reference_does(bits: Bits, block: int, zeros: bool) -> None:
+    weights = matrix(bits, block, zeros)
+    standard, feeds = product(bits, standard_matmul(zeros), weights=weights)
+    right = quantized_matmul(feeds["x"], **weights, bits=bits)
     limit = 1e-5 * np.abs(right).max()  # float32 sums of 96 products, in another order than float64's
     np.testing.assert_allclose(in_onnxruntime(standard, feeds), right, atol=limit)
     np.testing.assert_allclose(ReferenceEvaluator(standard).run(None, feeds)[0], right, atol=limit)
-    np.testing.assert_allclose(in_onnxruntime(*product(bits, onnxruntime_matmul())), right, atol=limit)
+    kernel = product(bits, onnxruntime_matmul(), weights=weights)
+    np.testing.assert_allclose(in_onnxruntime(*kernel), right, atol=limit)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -92,3 +102,9 @@ def test_the_reference_itself_on_numbers_that_are_plain_to_see(bits: Bits) -> No
     values = np.full((1, 1, BLOCK * bits // 8), 0x98 if bits == 4 else 0x7F, np.uint8)
     expected = [0.0, 0.5] * 16 if bits == 4 else [-0.5] * 32  # 8 and 9 of four bits, the lower first; 127 of eight
     np.testing.assert_array_equal(dequantized(values, np.array([[0.5]], np.float32), bits), [expected])
+
+
+def test_zero_points_are_taken_off_the_numbers_of_their_blocks() -> None:
+    values, scales = np.full((1, 2, 16), 0x98, np.uint8), np.array([[0.5, 2.0]], np.float32)
+    found = dequantized(values, scales, 4, zeros=np.array([[0x87]], np.uint8))  # 7, then 8
+    np.testing.assert_array_equal(found, [[0.5, 1.0] * 16 + [0.0, 2.0] * 16])

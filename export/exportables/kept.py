@@ -1,0 +1,60 @@
+"""What a checkpoint holds in few bits already, as a graph can hold it: the same numbers, so that nothing is rounded twice.
+
+A form is taken only if it restores every weight of the tensor bit for bit.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from headfold.export.checkpoints.base import Checkpoint
+from headfold.export.checkpoints.quantized.tensor import QuantizedTensor
+from headfold.export.model.rounding import Form, Rounded, restored
+from headfold.plugins.quantized.schema import LARGEST_BLOCK, SMALLEST_BLOCK, Bits
+
+_EMBEDDING = "model.embed_tokens.weight"  # rows of it are looked up, for which there are no zero points
+
+
+def kept_forms(checkpoint: Checkpoint) -> dict[str, Form]:
+    """The form of every weight that can be kept; each is read once."""
+    found = {name: kept(checkpoint, name) for name, shape in checkpoint.shapes().items() if len(shape) == 2}
+    return {name: rounding.form for name, rounding in found.items() if rounding is not None}
+
+
+def kept(checkpoint: Checkpoint, name: str) -> Rounded | None:
+    """A weight in the bits that the checkpoint has it in; None where it has none, or no form of ours holds them exactly."""
+    part = checkpoint.quantized(name)
+    if part is None:
+        return None
+    weight = checkpoint.read(name).float()
+    for rounding in _candidates(part):
+        if not (name == _EMBEDDING and rounding.form.zeros) and torch.equal(restored(rounding), weight):
+            return rounding
+    return None
+
+
+def _candidates(part: QuantizedTensor) -> list[Rounded]:
+    """The forms that may hold it, the fastest first."""
+    rows, columns = part.values.shape[-2:]
+    divisor = math.gcd(part.block[1], columns)
+    block = min(divisor & -divisor, LARGEST_BLOCK)  # the largest power of two in it
+    integers = part.values.dtype in (torch.int8, torch.uint8)
+    if part.values.ndim != 2 or not integers or part.groups is not None or block < SMALLEST_BLOCK:
+        return []
+    column = torch.arange(0, columns, block) // part.block[1]
+    row = torch.arange(rows) // part.block[0]
+
+    def spread(x: Tensor) -> Tensor:
+        return x[row][:, column].contiguous()  # [N, G]
+
+    bits: Bits = 4 if part.bits <= 4 else 8
+    scales, middle = spread(part.scales.float()), 0 if part.values.dtype == torch.int8 else 1 << (part.bits - 1)
+    values = (part.values.to(torch.int16) - middle).to(torch.int8)
+    points = part.zeros.to(torch.int16) if part.zeros is not None else torch.zeros(part.scales.shape, dtype=torch.int16)
+    zeros = spread(points - middle).to(torch.int8)
+    if part.offsets is None:
+        return [Rounded(bits, values, scales, zeros if zeros.any() else None)]
+    offsets = spread(part.offsets.float())
+    without = (offsets.double() - zeros * scales.double()).float()  # exact, but where exponents are far apart
+    return [Rounded(bits, values, scales, None, without), Rounded(bits, values, scales, zeros, offsets)]

@@ -1,0 +1,198 @@
+"""Checkpoints that are quantized already: their bundles have the same numbers, and prove it; faults in them are seen."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+from click.testing import CliRunner
+from gguf_of_decoder import Kind, write
+from quantized_weights import awq, gptq
+from safetensors.torch import load_file, save_file
+
+from headfold.export.checkpoints.base import MemoryCheckpoint
+from headfold.export.checkpoints.hf_writer import save_hf
+from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
+from headfold.export.cli import main
+from headfold.export.exportables.own import OwnModel
+from headfold.export.graph.bodies import set_level, use_quantized_bodies, use_standard_body
+from headfold.export.model.config import ModelConfig
+from headfold.export.model.decoder import Decoder
+from headfold.export.parity.verify import verify_bundle
+from headfold.export.progress import Reporter
+from headfold.export.quantization.cost import reference, weights_cost
+from headfold.plugins.quantized.reference import dequantized
+from headfold.runtime.manifest import read_manifest
+
+CONFIG = ModelConfig(
+    model_type="llama",
+    vocab_size=160,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    max_position_embeddings=64,
+    eos_token_id=(0,),
+    tie_word_embeddings=True,
+)
+KINDS = {  # as the mixtures of llama.cpp have them: keys and values are not alike
+    "embed_tokens": Kind.Q4_1,
+    "q_proj": Kind.Q5_0,
+    "k_proj": Kind.Q5_0,
+    "v_proj": Kind.Q6_K,
+    "o_proj": Kind.Q4_0,
+    "gate_proj": Kind.Q4_K,
+    "up_proj": Kind.Q5_1,
+    "down_proj": Kind.Q8_0,
+}
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(main, list(map(str, arguments)))
+    return result.exit_code, result.output
+
+
+def random_model() -> MemoryCheckpoint:
+    torch.manual_seed(0)
+    decoder = Decoder(CONFIG)
+    for name, parameter in decoder.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.02 if "norm" in name else 0.06)
+    return MemoryCheckpoint(Path("memory"), CONFIG, decoder.state_dict())
+
+
+def in_gguf(directory: Path) -> Path:
+    return write(directory / "m.gguf", random_model(), "llama", lambda name: KINDS[name.split(".")[-2]])
+
+
+def in_directory(settings: Mapping[str, object], store) -> Path:
+    def make(directory: Path) -> Path:
+        path = directory / "quantized"
+        save_hf(path, random_model(), torch.float32)
+        tensors, config = load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text())
+        for name in [name for name in tensors if "_proj" in name]:
+            parts, _ = store(tensors.pop(name))
+            tensors |= {name.removesuffix(".weight") + end: part.contiguous() for end, part in parts.items()}
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        (path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+        return path
+
+    return make
+
+
+MAKE = {
+    "GGUF": in_gguf,
+    "GPTQ": in_directory({"quant_method": "gptq", "bits": 4, "group_size": 64}, gptq(4, 64, False, 1, False)),
+    "AWQ": in_directory({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}, awq(128)),
+}
+
+
+@pytest.fixture(scope="module", params=MAKE)
+def kept(request, tmp_path_factory) -> tuple[Path, Path]:
+    """A checkpoint, and its bundle."""
+    source = MAKE[request.param](tmp_path_factory.mktemp("kept"))
+    bundle = source.parent / "bundle"
+    code, output = run("export", source, "-o", bundle, "--weights", "int4", "-q")
+    assert code == 0, output
+    return source, bundle
+
+
+def stored(bundle: Path, name: str, rows: slice) -> np.ndarray:
+    """A weight, put together from the file alone."""
+    tensors = json.loads((bundle / "weights.json").read_text())["tensors"][name]
+    values, parts = ir.load(bundle / "model.onnx").graph.initializers, {}
+    for value in values.values():
+        label = value.name.removesuffix(".T")
+        if name in label:
+            kind = label.rpartition("weight.int" + str(tensors["bits"]))[2] or ".values"
+            found = value.const_value.numpy()
+            parts[kind] = (found.T if value.name.endswith(".T") else found)[rows]
+    zeros, offsets = parts.get(".zeros"), parts.get(".offsets")
+    wide = dequantized(parts[".values"], parts[".scales"], tensors["bits"], zeros)
+    return (wide if offsets is None else wide + offsets.astype(float).repeat(tensors["block_size"], 1)).astype(
+        np.float32
+    )
+
+
+def test_every_weight_in_the_file_is_the_checkpoints_own_bit_for_bit(kept) -> None:
+    source, bundle = kept
+    checkpoint, record = open_checkpoint(source), json.loads((bundle / "weights.json").read_text())["tensors"]
+    names = [name for name, tensor in record.items() if tensor["method"] == "kept"]
+    assert len(names) >= 7
+    for name in names:
+        assert record[name]["relative_squared_error"] == 0
+        first = {"k_proj": 128, "v_proj": 192 if record[name]["block_size"] > 32 else 0}.get(name.split(".")[-2], 0)
+        rows = slice(first, first + checkpoint.shapes()[name][0])
+        np.testing.assert_array_equal(stored(bundle, name, rows), checkpoint.read(name))
+
+
+def test_it_is_proven_measured_and_small(kept) -> None:
+    source, bundle = kept
+    manifest = read_manifest(bundle)
+    names = [check["name"] for check in json.loads((bundle / "parity.json").read_text())["checks"]]
+    assert any(name.startswith("weights kept in their own bits") for name in names)
+    assert manifest.weights.cost.kl < 0.01
+    size = 4 * sum(np.prod(shape) for shape in open_checkpoint(source).shapes().values())
+    assert manifest.files["model.onnx.data"].size < size / 3
+    code, output = run("verify", bundle, "--against", source, "-q")
+    assert code == 0, output
+
+
+def test_standard_ops_compute_the_same(kept, tmp_path) -> None:
+    _, bundle = kept
+    ids, answers = np.arange(3, 12)[None], []
+    for standard in (False, True):
+        model = ir.load(bundle / "model.onnx")
+        set_level(model, 1)
+        if standard:
+            use_standard_body(model)
+            use_quantized_bodies(model, standard=True)
+        ir.save(model, tmp_path / f"{standard}.onnx", external_data=f"{standard}.onnx.data")
+        feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        feeds |= {value.name: np.zeros((1, 2, 16, 32), np.float32) for value in model.graph.inputs[2:]}
+        session = ort.InferenceSession(tmp_path / f"{standard}.onnx", providers=["CPUExecutionProvider"])
+        answers += session.run(["logits"], feeds)
+    np.testing.assert_allclose(answers[1], answers[0], atol=1e-4)
+
+
+FAULTS = {"GGUF": (".offsets.T", 1.5), "GPTQ": (".zeros", 0x33), "AWQ": (".zeros", 0x33)}
+
+
+def test_a_wrong_zero_point_or_offset_is_seen_by_the_proof_and_by_the_gate(kept, request, tmp_path) -> None:
+    source, bundle = kept
+    end, change = FAULTS[request.node.callspec.params["kept"]]
+    model = ir.load(bundle / "model.onnx")
+    for name, value in model.graph.initializers.items():
+        if name.endswith(end):
+            old = value.const_value.numpy()
+            value.const_value = ir.tensor(
+                old * np.float32(change) if old.dtype == np.float32 else old ^ np.uint8(change)
+            )
+            break
+    ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
+    shutil.copy(bundle / "weights.json", tmp_path)
+    manifest, original = read_manifest(bundle), open_checkpoint(source)
+    before = reference(load_decoder(original), torch.arange(160).view(5, 32))
+    assert weights_cost(bundle, manifest, before).kl < 0.01
+    assert not weights_cost(tmp_path, manifest, before).kl <= 0.01
+    report = verify_bundle(tmp_path, OwnModel(original), manifest, 4, Reporter(quiet=True))
+    failed = [check.name for check in report.checks if not check.passed]
+    assert "weights, bit for bit" in failed
+    assert len(failed) > 1  # the arithmetic is wrong, too
+
+
+def test_a_bundle_is_not_that_of_a_checkpoint_in_other_bits(tmp_path) -> None:
+    source = in_gguf(tmp_path)
+    code, output = run("export", source, "-o", tmp_path / "bundle", "--weights", "int8", "-q")
+    assert code == 0, output
+    save_hf(tmp_path / "plain", open_checkpoint(source), torch.float32)
+    code, output = run("verify", tmp_path / "bundle", "--against", tmp_path / "plain", "-q")
+    assert code == 2
+    assert "is not in" in output
+    assert "as the bundle kept it" in output
