@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     "--weights",
     type=click.Choice(["int8", "int4", "mixed"]),
     help="Store weights in eight or four bits, blocks of 32 with a scale; embedding and head in eight. mixed: each weight in four or "
-    "eight, by what four cost in it. [default: in --dtype]",
+    "eight, by what four cost in it. What is quantized already keeps its own bits. [default: in --dtype]",
 )
 @click.option(
     "--bits",

@@ -5,19 +5,21 @@ make right, `preflight.py` refuses.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import onnxscript.optimizer
+from numpy.typing import NDArray
 from onnx_ir.passes import common as common_passes
 
-from headfold.export.graph.bodies import call_plugin, inline_standard_body
+from headfold.export.graph.bodies import block_sums, call_plugin, inline_standard_body
 from headfold.export.graph.experts import experts_nodes
 from headfold.export.graph.passes import attention_nodes
 from headfold.export.graph.recipes import remove_unread
 from headfold.plugins.attention.schema import DOMAIN, OP_TYPE, Attention, AttentionInputs
 from headfold.plugins.names import is_cache_input, is_cache_output
-from headfold.plugins.quantized.schema import BLOCK, GATHER, GATHER_INPUTS, MATMUL, MATMUL_INPUTS
+from headfold.plugins.quantized.schema import GATHER, GATHER_INPUTS, MATMUL, MATMUL_INPUTS
 from headfold.runtime.errors import BuildError, BundleError
 
 _MESSAGE = 2_000_000_000  # bytes of weights; protobuf stops at 2^31
@@ -81,6 +83,8 @@ def spell_out_quantized(model: ir.Model, where: Path) -> None:
     """Matrices of four and eight bits become `DequantizeLinear`, which TensorRT fuses into their products; signed, [N, K].
 
     So the engine keeps them as small as they are. The embedding, too: TensorRT looks rows up in quantized constants in no other way.
+    It has no zero points: what they take off the numbers of a block is taken off its product with the sum of the input's block. Nor
+    has it negative scales for eight bits.
 
     Raises:
         BuildError: they are more than the parser takes in one message.
@@ -90,25 +94,37 @@ def spell_out_quantized(model: ir.Model, where: Path) -> None:
         if node.domain != DOMAIN or node.op_type not in (MATMUL, GATHER):
             continue
         names = MATMUL_INPUTS if node.op_type == MATMUL else GATHER_INPUTS
-        inputs = dict(zip(names, node.inputs, strict=True))
+        inputs = dict(zip(names, node.inputs, strict=False))
         values, scales, bits = inputs["values"], inputs["scales"], node.attributes["bits"].as_int()
         assert values is not None
         assert values.name is not None
+        assert values.shape is not None
+        assert scales is not None
+        zeros = inputs.get("zeros")
+        taken = _taken(zeros, scales, bits) if zeros is not None else None
         if values.name not in found:
+            if bits == 8 and (_array(scales) < 0).any():
+                _turn_signs(values, scales, where)
             found[values.name] = _signed(values, bits)
             model.graph.register_initializer(found[values.name])
+        block = int(values.shape[2]) * 8 // bits  # type: ignore[arg-type]  # of a weight: a number
         tape = ir.tape.Tape()
-        w = tape.op("DequantizeLinear", [found[values.name], scales], {"axis": 1, "block_size": BLOCK})
-        if node.op_type == MATMUL:
-            result = tape.op("MatMul", [inputs["x"], tape.op("Transpose", [w], {"perm": [1, 0]})])
-        else:
+        w = tape.op("DequantizeLinear", [found[values.name], scales], {"axis": 1, "block_size": block})
+        if node.op_type == GATHER:
             result = tape.op("Gather", [w, inputs["indices"]], {"axis": 0})
+        else:
+            x = inputs["x"]
+            result = tape.op("MatMul", [x, tape.op("Transpose", [w], {"perm": [1, 0]})])
+            if taken is not None:
+                assert x is not None
+                model.graph.register_initializer(taken)
+                result = tape.op("Sub", [result, tape.op("MatMul", [block_sums(model, tape, x, block), taken])])
         old = node.outputs[0]
         result.name, result.type, result.shape = old.name, old.type, old.shape
         model.graph.insert_before(node, tape.nodes)
         ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
         model.graph.remove(node, safe=True)
-        remove_unread(model, [values])
+        remove_unread(model, [values, zeros])
     for name in [name for name in model.functions if name[:2] in ((DOMAIN, MATMUL), (DOMAIN, GATHER))]:
         del model.functions[name]
     size = sum(value.const_value.nbytes for value in found.values() if value.const_value is not None)
@@ -118,12 +134,31 @@ def spell_out_quantized(model: ir.Model, where: Path) -> None:
         )
 
 
+def _turn_signs(values: ir.Value, scales: ir.Value, where: Path) -> None:
+    """Where a scale is negative, it and the numbers of its block get the other sign: the same weights.
+
+    Raises:
+        BuildError: such a block has the least number, which has no other sign.
+    """
+    numbers, steps = _array(values).astype(np.int16) - 128, _array(scales)
+    turned = np.where(steps[..., None] < 0, -numbers, numbers)
+    if turned.max() > 127:
+        raise BuildError(f"{values.name} has scales that TensorRT refuses, negative ones", where=where, fix=_ELSEWHERE)
+    values.const_value = ir.tensor((turned + 128).astype(np.uint8), name=values.name)
+    scales.const_value = ir.tensor(np.abs(steps), name=scales.name)
+
+
+def _array(value: ir.Value) -> NDArray[Any]:
+    assert value.const_value is not None
+    return value.const_value.numpy()
+
+
 def _signed(values: ir.Value, bits: int) -> ir.Value:
     """A matrix's numbers as int4 or int8 [N, K]: half of the range less, which is the highest bit of each turned."""
     stored, turned = values.const_value, 0x80 if bits == 8 else 0x88
     assert stored is not None
-    rows, blocks, _ = stored.shape.numpy()
-    dtype, shape = ir.DataType.INT8 if bits == 8 else ir.DataType.INT4, ir.Shape([rows, blocks * BLOCK])
+    rows, blocks, size = stored.shape.numpy()
+    dtype, shape = ir.DataType.INT8 if bits == 8 else ir.DataType.INT4, ir.Shape([rows, blocks * size * 8 // bits])
     name = f"{values.name}.signed"
 
     def read() -> ir.TensorProtocol:
@@ -134,6 +169,18 @@ def _signed(values: ir.Value, bits: int) -> ir.Value:
 
     content = ir.LazyTensor(read, dtype=dtype, shape=shape, name=name)
     return ir.Value(name=name, shape=shape, type=ir.TensorType(dtype), const_value=content)
+
+
+def _taken(zeros: ir.Value, scales: ir.Value, bits: int) -> ir.Value:
+    """What zero points take off, of a number in each block: zero point, half of the range less, times scale; [G, N]."""
+    assert scales.shape is not None
+    rows, blocks = (int(dim) for dim in scales.shape)  # type: ignore[arg-type]  # of a weight: numbers
+    name, shape = f"{zeros.name}.taken", ir.Shape([blocks, rows])
+    stored, steps = _array(zeros), _array(scales)  # before signs are turned
+    numbers = stored if bits == 8 else np.stack((stored & 15, stored >> 4), -1).reshape(rows, -1)
+    signed = numbers[:, :blocks].astype(np.float32) - (1 << (bits - 1))
+    content = ir.tensor(np.ascontiguousarray((signed * steps).T), name=name)
+    return ir.Value(name=name, shape=shape, type=ir.TensorType(ir.DataType.FLOAT), const_value=content)
 
 
 def spell_out_argmax(model: ir.Model) -> None:

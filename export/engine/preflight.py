@@ -16,6 +16,7 @@ from headfold.runtime.errors import BuildError
 
 _REPORT = "Please report it: no lowering of headfold makes it."
 _EXPORT = "Export the bundle again with this version of headfold."
+_UNROUNDED = "Build from a bundle that was exported without --weights, in --dtype float16."
 _PLUGIN = "Use --attention plugin."
 _DTYPES = {
     ir.DataType.FLOAT,
@@ -208,11 +209,10 @@ def _dequantize(node: ir.Node, inputs: set[str | None]) -> tuple[str, str] | Non
         return "TensorRT dequantizes int4 and int8 constants only", _REPORT
     if any(zero is not None for zero in zeros):
         return "TensorRT has no zero points", _REPORT
-    if axis != 1 or block not in _BLOCKS or len(values.const_value.shape) != 2:
-        return (
-            f"has blocks of {block} in axis {axis}; TensorRT is known to read blocks of 32, 64 or 128 in axis 1",
-            _REPORT,
-        )
+    if axis != 1 or len(values.const_value.shape) != 2:
+        return f"has blocks in axis {axis}; TensorRT is known to read them in axis 1", _REPORT
+    if block not in _BLOCKS:
+        return f"has blocks of {block}; TensorRT is known to read blocks of 32, 64 or 128", _UNROUNDED
     rows, columns = values.const_value.shape.numpy()
     if scales is None or scales.const_value is None or scales.const_value.shape.numpy() != (rows, columns // block):
         return f"its scales are not [{rows}, {columns // block}]", _EXPORT

@@ -56,6 +56,7 @@ def prepare(source: Exportable, capacity: int, options: WeightRounding, reporter
         ConfigError: see `rounded_checkpoint`; or a capacity of one token.
     """
     plain = rounded_checkpoint(source, options.scheme)
+    _tell(plain, reporter)
     original, kept, costs = plain.original, plain.kept, dict[str, float]()
     bits = {name: form.bits for name, form in plain.forms.items() if name not in kept}  # of those that are rounded
     if capacity < 2:
@@ -96,6 +97,16 @@ def prepare(source: Exportable, capacity: int, options: WeightRounding, reporter
         scheme=options.scheme, bits=average_bits(checkpoint), accuracy_level=4, max_kl=options.max_kl, cost=None
     )
     return Prepared(checkpoint, before, costs, spec)
+
+
+def _tell(checkpoint: RoundedCheckpoint, reporter: Reporter) -> None:
+    """What becomes of a checkpoint that is quantized already."""
+    original, kept = checkpoint.original, checkpoint.kept
+    again = [name for name in checkpoint.forms if name not in kept and original.quantized(name) is not None]
+    if kept:
+        reporter.note(f"{len(kept)} of {len(checkpoint.forms)} weights are kept as they are quantized, bit for bit")
+    if again:
+        reporter.note(f"{len(again)} quantized weights have no form here and are rounded again: {again[0]}, ...")
 
 
 def average_bits(checkpoint: RoundedCheckpoint) -> float:

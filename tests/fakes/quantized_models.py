@@ -1,0 +1,80 @@
+"""A small random model as checkpoints that are quantized: GGUF of many kinds, GPTQ, AWQ."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from gguf_of_decoder import Kind, write
+from quantized_weights import Stored, awq, gptq
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from headfold.export.checkpoints.base import MemoryCheckpoint
+from headfold.export.checkpoints.hf_writer import save_hf
+from headfold.export.model.config import ModelConfig
+from headfold.export.model.decoder import Decoder
+
+Store = Callable[[Tensor], Stored]
+CONFIG = ModelConfig(
+    model_type="llama",
+    vocab_size=160,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    max_position_embeddings=64,
+    eos_token_id=(0,),
+    tie_word_embeddings=True,
+)
+KINDS = {  # as the mixtures of llama.cpp have them: keys and values are not alike
+    "embed_tokens": Kind.Q4_1,
+    "q_proj": Kind.Q5_0,
+    "k_proj": Kind.Q5_0,
+    "v_proj": Kind.Q6_K,
+    "o_proj": Kind.Q4_0,
+    "gate_proj": Kind.Q4_K,
+    "up_proj": Kind.Q5_1,
+    "down_proj": Kind.Q8_0,
+}
+
+
+def random_model() -> MemoryCheckpoint:
+    """Not quantized."""
+    torch.manual_seed(0)
+    decoder = Decoder(CONFIG)
+    for name, parameter in decoder.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.02 if "norm" in name else 0.06)
+    return MemoryCheckpoint(Path("memory"), CONFIG, decoder.state_dict())
+
+
+def in_gguf(directory: Path, **changes: Kind) -> Path:
+    """Of the kinds above, but for `changes`."""
+    kinds = KINDS | changes
+    return write(directory / "m.gguf", random_model(), "llama", lambda name: kinds[name.split(".")[-2]])
+
+
+def in_directory(settings: Mapping[str, object], store: Store) -> Callable[[Path], Path]:
+    """Makes a directory of it."""
+
+    def make(directory: Path) -> Path:
+        path = directory / "quantized"
+        save_hf(path, random_model(), torch.float32)
+        tensors, config = load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text())
+        for name in [name for name in tensors if "_proj" in name]:
+            parts, _ = store(tensors.pop(name))
+            tensors |= {name.removesuffix(".weight") + end: part.contiguous() for end, part in parts.items()}
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        (path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+        return path
+
+    return make
+
+
+MAKE: dict[str, Callable[[Path], Path]] = {  # in a directory
+    "GGUF": in_gguf,
+    "GPTQ": in_directory({"quant_method": "gptq", "bits": 4, "group_size": 64}, gptq(4, 64, False, 1, False)),
+    "AWQ": in_directory({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}, awq(128)),
+}
