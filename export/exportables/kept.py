@@ -13,7 +13,7 @@ from headfold.export.checkpoints.quantized.tensor import QuantizedTensor
 from headfold.export.model.rounding import Form, Rounded, restored
 from headfold.plugins.quantized.schema import LARGEST_BLOCK, SMALLEST_BLOCK, Bits
 
-_EMBEDDING = "model.embed_tokens.weight"  # rows of it are looked up, for which there are no zero points
+_EMBEDDING = "model.embed_tokens.weight"  # rows of it are looked up, for which there are no zero points and no order
 
 
 def kept_forms(checkpoint: Checkpoint) -> dict[str, Form]:
@@ -29,7 +29,8 @@ def kept(checkpoint: Checkpoint, name: str) -> Rounded | None:
         return None
     weight = checkpoint.read(name).float()
     for rounding in _candidates(part):
-        if not (name == _EMBEDDING and rounding.form.zeros) and torch.equal(restored(rounding), weight):
+        looked_up = rounding.zeros is None and rounding.order is None
+        if (looked_up or name != _EMBEDDING) and torch.equal(restored(rounding), weight):
             return rounding
     return None
 
@@ -40,8 +41,11 @@ def _candidates(part: QuantizedTensor) -> list[Rounded]:
     divisor = math.gcd(part.block[1], columns)
     block = min(divisor & -divisor, LARGEST_BLOCK)  # the largest power of two in it
     integers = part.values.dtype in (torch.int8, torch.uint8)
-    if part.values.ndim != 2 or not integers or part.groups is not None or block < SMALLEST_BLOCK:
+    if part.values.ndim != 2 or not integers or block < SMALLEST_BLOCK:
         return []
+    order = part.groups.sort(stable=True).indices if part.groups is not None else None
+    if part.groups is not None and not torch.equal(part.groups[order], torch.arange(columns) // part.block[1]):
+        return []  # groups of other sizes than they should have
     column = torch.arange(0, columns, block) // part.block[1]
     row = torch.arange(rows) // part.block[0]
 
@@ -51,10 +55,11 @@ def _candidates(part: QuantizedTensor) -> list[Rounded]:
     bits: Bits = 4 if part.bits <= 4 else 8
     scales, middle = spread(part.scales.float()), 0 if part.values.dtype == torch.int8 else 1 << (part.bits - 1)
     values = (part.values.to(torch.int16) - middle).to(torch.int8)
+    values = values if order is None else values[:, order]
     points = part.zeros.to(torch.int16) if part.zeros is not None else torch.zeros(part.scales.shape, dtype=torch.int16)
     zeros = spread(points - middle).to(torch.int8)
     if part.offsets is None:
-        return [Rounded(bits, values, scales, zeros if zeros.any() else None)]
+        return [Rounded(bits, values, scales, zeros if zeros.any() else None, order=order)]
     offsets = spread(part.offsets.float())
     without = (offsets.double() - zeros * scales.double()).float()  # exact, but where exponents are far apart
     return [Rounded(bits, values, scales, None, without), Rounded(bits, values, scales, zeros, offsets)]

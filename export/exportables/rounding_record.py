@@ -34,10 +34,12 @@ class WeightRecord:
     zero_points: bool = False
     offsets: bool = False  # of blocks, which are added: GGUF's minima
 
+    order: str | None = None  # of its columns where they are not stored as they come (GPTQ's act-order)
+
     @property
     def form(self) -> Form:
         """How the graph has it."""
-        return Form(self.bits, self.block_size, self.zero_points, self.offsets)
+        return Form(self.bits, self.block_size, self.zero_points, self.offsets, self.order)
 
 
 def record_of(checkpoint: RoundedCheckpoint, costs: Mapping[str, float]) -> dict[str, WeightRecord]:
@@ -49,7 +51,7 @@ def record_of(checkpoint: RoundedCheckpoint, costs: Mapping[str, float]) -> dict
         method: Method | Literal["kept"] = (
             "kept" if name in checkpoint.kept else "gptq" if name in checkpoint.found else "nearest"
         )
-        more = form.block, form.zeros, form.offsets
+        more = form.block, form.zeros, form.offsets, form.order
         records[name] = WeightRecord(form.bits, method, error, digest(rounding), costs.get(name), *more)
     return records
 

@@ -3,6 +3,7 @@
 The rule is symmetric, in blocks of `BLOCK`. What a checkpoint holds in few bits already may have other blocks, zero points or offsets.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,27 +23,34 @@ class Form:
     block: int = BLOCK  # weights that share a scale
     zeros: bool = False  # whether its blocks have zero points
     offsets: bool = False
+    order: str | None = None  # of the columns, by name; None where they are stored as they come
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """A weight w[n, k] = (values[n, k] - zeros[n, g]) * scales[n, g] + offsets[n, g], of K / G consecutive columns k in block g."""
+    """A weight of K / G stored columns in each block g, one after the other: stored column j is column k = order[j].
+
+    w[n, k] = (values[n, j] - zeros[n, g]) * scales[n, g] + offsets[n, g].
+    """
 
     bits: Bits
     values: Tensor  # int8 [N, K], of as many bits
     scales: Tensor  # float32 [N, G]
     zeros: Tensor | None = None  # as the values [N, G]; None: 0
     offsets: Tensor | None = None  # as the scales; None: 0
+    order: Tensor | None = None  # int64 [K]; None: j
 
     @property
     def form(self) -> Form:
         """What of it the graph must know."""
         block = self.values.shape[1] // self.scales.shape[1]
-        return Form(self.bits, block, self.zeros is not None, self.offsets is not None)
+        order = hashlib.sha256(self.order.numpy().tobytes()).hexdigest()[:16] if self.order is not None else None
+        return Form(self.bits, block, self.zeros is not None, self.offsets is not None, order)
 
 
-# In eight bits always: four there cost most (issue 13, measured)
 SCALES, ZEROS, OFFSETS = ".scales", ".zeros", ".offsets"  # what the names of parts end in
+ORDER = "order."  # what the name of an order begins with: all weights of that order share it
+# In eight bits always: four there cost most (issue 13, measured)
 _WIDE = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -88,7 +96,8 @@ def restored(rounding: Rounded) -> Tensor:
     blocks = blocks * rounding.scales[..., None]
     if rounding.offsets is not None:
         blocks = blocks + rounding.offsets[..., None]
-    return blocks.flatten(1)
+    columns = blocks.flatten(1)
+    return columns if rounding.order is None else columns[:, rounding.order.argsort()]
 
 
 def packed(values: Tensor, bits: Bits) -> Tensor:
@@ -118,6 +127,8 @@ def stored_shapes(name: str, form: Form, rows: int, columns: int) -> dict[str, t
         shapes[f"{base}{ZEROS}"] = (rows, -(-blocks * form.bits // 8))
     if form.offsets:
         shapes[f"{base}{OFFSETS}"] = (rows, blocks)
+    if form.order is not None:
+        shapes[f"{ORDER}{form.order}"] = (columns,)
     return shapes
 
 
@@ -125,6 +136,9 @@ def stored_part(rounding: Rounded, part: str) -> Tensor:
     """One of the parts that `stored_shapes` names."""
     if part.endswith(SCALES):
         return rounding.scales
+    if part.startswith(ORDER):
+        assert rounding.order is not None
+        return rounding.order
     for end, numbers in ((ZEROS, rounding.zeros), (OFFSETS, rounding.offsets)):
         if part.endswith(end):
             assert numbers is not None

@@ -16,9 +16,11 @@ from headfold.export.exportables.rounded import RoundedCheckpoint
 from headfold.export.graph.bodies import block_sums, in_blocks, set_level, use_quantized_bodies
 from headfold.export.graph.recipes import WeightRecipe, add_weight, recipe_of, remove_unread, shared_constant
 from headfold.export.graph.weights import load_model
-from headfold.export.model.rounding import OFFSETS, SCALES, stored_shapes
+from headfold.export.model.rounding import OFFSETS, ORDER, SCALES, stored_shapes
 from headfold.plugins.quantized.schema import DOMAIN, GATHER, MATMUL, Level, MatMulAttributes
 
+# Sums of blocks of a product's input, and its columns in another order, which other products take too
+Made = dict[tuple[ir.Value, int | ir.Value], ir.Value]
 _PLACES = {"MatMul": 1, "Gemm": 1, "Gather": 0}  # of the weight among the inputs
 
 
@@ -27,7 +29,7 @@ def round_weights(model: ir.Model, checkpoint: RoundedCheckpoint) -> None:
 
     Where tensors that are joined into one product have different forms, there are as many products, and their results are joined.
     """
-    forms, done, sums = checkpoint.forms, set[str](), dict[tuple[ir.Value, int], ir.Value]()
+    forms, done, made = checkpoint.forms, set[str](), Made()
     for node in list(model.graph):
         place = _PLACES.get(node.op_type) if not node.domain else None
         weight = node.inputs[place] if place is not None else None
@@ -41,7 +43,7 @@ def round_weights(model: ir.Model, checkpoint: RoundedCheckpoint) -> None:
         if node.op_type == "Gather":
             result = _rows(model, tape, node, recipe.sources[0], checkpoint)
         else:
-            result = _products(model, tape, node, recipe.sources, checkpoint, sums)
+            result = _products(model, tape, node, recipe.sources, checkpoint, made)
         old = node.outputs[0]
         result.name, result.type, result.shape = old.name, old.type, old.shape
         model.graph.insert_before(node, tape.nodes)
@@ -80,25 +82,33 @@ def _products(
     node: ir.Node,
     sources: Sequence[str],
     checkpoint: RoundedCheckpoint,
-    sums: dict[tuple[ir.Value, int], ir.Value],
+    made: Made,
 ) -> ir.Value:
     """In place of `MatMul(x, w.T)`; or of `Gemm(x, w)` whose attributes say the same, with its bias.
 
-    `sums` has what products with offsets take of the same x.
+    `made` has what products with offsets or another order take of the same x.
     """
-    x, products = node.inputs[0], list[ir.Value]()
-    assert x is not None
+    given, products = node.inputs[0], list[ir.Value]()
+    assert given is not None
+    assert given.shape is not None
     for form, group in groupby(sources, key=checkpoint.forms.__getitem__):
         names = tuple(group)
         stored = _stored(model, names, checkpoint, transposed=True)
+        order = stored.pop() if form.order is not None else None
         offsets = stored.pop() if form.offsets else None
+        x = given
+        if order is not None:
+            if (given, order) not in made:
+                made[given, order] = tape.op("Gather", [given, order], {"axis": len(given.shape) - 1})
+                made[given, order].shape = given.shape
+            x = made[given, order]
         rows, columns = sum(checkpoint.shapes()[name][0] for name in names), checkpoint.shapes()[names[0]][1]
         attributes = MatMulAttributes(K=columns, N=rows, bits=form.bits, block_size=form.block)
         product = tape.op(MATMUL, [x, *stored], vars(attributes), domain=DOMAIN)
         if offsets is not None:
-            if (x, form.block) not in sums:
-                sums[x, form.block] = block_sums(model, tape, x, form.block)
-            product = tape.op("Add", [product, tape.op("MatMul", [sums[x, form.block], offsets])])
+            if (x, form.block) not in made:
+                made[x, form.block] = block_sums(model, tape, x, form.block)
+            product = tape.op("Add", [product, tape.op("MatMul", [made[x, form.block], offsets])])
         products.append(product)
     result = products[0] if len(products) == 1 else tape.op("Concat", products, {"axis": -1})
     bias = node.inputs[2] if len(node.inputs) > 2 else None
@@ -121,8 +131,10 @@ def _stored(
         each.append(list(parts))
     values = []
     for sources in zip(*each, strict=True):
-        recipe = WeightRecipe(sources, transposed and sources[0].endswith(OFFSETS))
+        order = sources[0].startswith(ORDER)  # which they share
+        recipe = WeightRecipe(sources[:1] if order else sources, transposed and sources[0].endswith(OFFSETS))
         kind = ir.DataType.FLOAT if sources[0].endswith((SCALES, OFFSETS)) else ir.DataType.UINT8
+        kind = ir.DataType.INT64 if order else kind
         known = model.graph.initializers.get(recipe.name)
         values.append(known or add_weight(model, recipe, recipe.shape(shapes), kind))
     return values

@@ -76,5 +76,8 @@ def in_directory(settings: Mapping[str, object], store: Store) -> Callable[[Path
 MAKE: dict[str, Callable[[Path], Path]] = {  # in a directory
     "GGUF": in_gguf,
     "GPTQ": in_directory({"quant_method": "gptq", "bits": 4, "group_size": 64}, gptq(4, 64, False, 1, False)),
+    "GPTQ in act-order": in_directory(
+        {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True}, gptq(4, 32, True, 1, True)
+    ),
     "AWQ": in_directory({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}, awq(128)),
 }

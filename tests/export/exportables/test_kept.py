@@ -94,6 +94,22 @@ def test_every_number_is_kept(case) -> None:
     assert torch.equal(restored(rounding), part.dequantize())
 
 
+def test_columns_of_groups_that_do_not_follow_one_another_are_stored_in_their_order() -> None:
+    groups = torch.arange(384)[torch.randperm(384, generator=torch.Generator().manual_seed(0))] // 128
+    part = replace(GROUPS, groups=groups)
+    rounding = kept(of(part), "w")
+    assert rounding is not None
+    assert torch.equal(restored(rounding), part.dequantize())
+    assert rounding.form == Form(4, 128, zeros=True, order=rounding.form.order)
+    parts = {name: stored_part(rounding, name) for name in stored_shapes("w", rounding.form, 6, 384)}
+    *_, (name, order) = parts.items()
+    assert name == f"order.{rounding.form.order}"
+    values, scales, zeros = (parts[f"w.int4{end}"].numpy() for end in ("", ".scales", ".zeros"))
+    found = np.empty((6, 384))
+    found[:, order] = dequantized(values, scales, 4, zeros)
+    np.testing.assert_array_equal(found.astype(np.float32), part.dequantize())
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_what_a_graph_stores_is_it_too(case) -> None:
     part, form = CASES[case]
@@ -137,11 +153,11 @@ def test_kinds_of_gguf_whose_scales_are_products(kind) -> None:
 @pytest.mark.parametrize(
     "part",
     [
-        replace(GROUPS, groups=torch.arange(384) % 3),
+        replace(GROUPS, groups=torch.arange(384) % 2),
         QuantizedTensor(integers(0, 16, 6, 60), scales(6, 3), None, (1, 20), 4),
         QuantizedTensor(torch.ones(6, 64).to(torch.float8_e4m3fn), scales(1, 1), None, (6, 64), 8),
     ],
-    ids=["act-order", "groups of 20", "float8"],
+    ids=["groups of other sizes", "groups of 20", "float8"],
 )
 def test_what_no_form_holds_is_not_kept(part) -> None:
     assert kept(of(part), "w") is None
