@@ -96,7 +96,8 @@ class WeightsSpec(_Strict):
     """Weights of four or eight bits in blocks along the input that share a scale; `weights.json` has each one's bits."""
 
     scheme: WeightsScheme
-    block_size: Literal[32] = 32
+    block_size: Literal[32] = 32  # of those that headfold rounded
+    kept: int = Field(0, ge=0)  # how many are as the checkpoint had them quantized, in its own bits and blocks
     bits: float  # of their numbers on average; the scales are not counted
     accuracy_level: Literal[1, 4]  # of the products: 1 with float32 inputs, 4 with inputs rounded to eight bits
     max_kl: float  # most that they were allowed to cost, nats

@@ -84,6 +84,7 @@ def _bundle(path: Path) -> Facts:
         "dtype": manifest.dtype,
         "cache_dtype": manifest.cache_dtype,
         "weights": f"{spec.scheme}, {spec.bits:.3g} bits in blocks of {spec.block_size}, accuracy level {spec.accuracy_level}"
+        + (f", {spec.kept} kept as they were quantized" if spec.kept else "")
         if spec
         else None,
         "weights_cost": spec.cost.model_dump() if spec and spec.cost else None,

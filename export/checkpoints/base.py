@@ -71,6 +71,10 @@ class Checkpoint(Protocol):
         """The parts that a tensor is stored in, from which `read` makes floats; None where it is stored in another way."""
         ...
 
+    def kind(self, name: str) -> str | None:
+        """What a tensor is quantized in, as a person calls it ("Q4_K"); None for floats."""
+        ...
+
     def __iter__(self) -> Iterator[str]:
         """The tensors' names, in the decoder's order."""
         ...
@@ -100,6 +104,10 @@ class MemoryCheckpoint:
         return self.tensors[name]
 
     def quantized(self, name: str) -> None:
+        """See Checkpoint."""
+        return None
+
+    def kind(self, name: str) -> None:
         """See Checkpoint."""
         return None
 

@@ -13,6 +13,7 @@ from headfold.export.checkpoints.directories.directory import Directory
 from headfold.export.checkpoints.directories.stored import EMBEDDING, HEAD
 from headfold.export.checkpoints.families import config_from_json
 from headfold.export.checkpoints.hf_tensors import scan
+from headfold.export.checkpoints.quantized.parts import Dequantized
 from headfold.export.checkpoints.quantized.tensor import QuantizedTensor
 from headfold.export.checkpoints.shapes import expected_shapes
 from headfold.export.checkpoints.side_files import CONFIG
@@ -68,6 +69,11 @@ class HuggingFaceCheckpoint:
     def quantized(self, name: str) -> QuantizedTensor | None:
         """See Checkpoint."""
         return self._stored[name].quantized()
+
+    def kind(self, name: str) -> str | None:
+        """See Checkpoint."""
+        format_ = self.directory.format if isinstance(self._stored[name], Dequantized) else None
+        return format_.title if format_ is not None else None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)

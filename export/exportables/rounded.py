@@ -79,6 +79,10 @@ class RoundedCheckpoint:
         """See Checkpoint."""
         return None
 
+    def kind(self, name: str) -> None:
+        """See Checkpoint."""
+        return None
+
     def rounded(self, name: str) -> Rounded:
         """One of the rounded weights.
 

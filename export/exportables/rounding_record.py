@@ -29,6 +29,7 @@ class WeightRecord:
     method: Method | Literal["kept"]
     relative_squared_error: float  # |rounded - w|^2 / |w|^2: 0 for one that is kept bit for bit
     sha256: str  # of numbers, then scales, then zero points and offsets where there are some
+    quantized: str | None = None  # what the checkpoint has it in: is it not kept, it was rounded twice
     kl: float | None = None  # nats that four bits cost in it alone, with those joined with it; None: not measured
     block_size: int = BLOCK
     zero_points: bool = False
@@ -47,12 +48,13 @@ def record_of(checkpoint: RoundedCheckpoint, costs: Mapping[str, float]) -> dict
     records = {}
     for name, form in checkpoint.forms.items():
         rounding = checkpoint.rounded(name)
+        kind = checkpoint.original.kind(name)
         error = relative_squared_error(rounding, checkpoint.original.read(name))
         method: Method | Literal["kept"] = (
             "kept" if name in checkpoint.kept else "gptq" if name in checkpoint.found else "nearest"
         )
         more = form.block, form.zeros, form.offsets, form.order
-        records[name] = WeightRecord(form.bits, method, error, digest(rounding), costs.get(name), *more)
+        records[name] = WeightRecord(form.bits, method, error, digest(rounding), kind, costs.get(name), *more)
     return records
 
 

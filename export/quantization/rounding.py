@@ -94,19 +94,25 @@ def prepare(source: Exportable, capacity: int, options: WeightRounding, reporter
         found_ = gptq_layers(wide, narrow, tokens[~measured], reporter) if narrow else {}
         checkpoint = RoundedCheckpoint(original, bits, found_, kept)
     spec = WeightsSpec(
-        scheme=options.scheme, bits=average_bits(checkpoint), accuracy_level=4, max_kl=options.max_kl, cost=None
+        scheme=options.scheme,
+        bits=average_bits(checkpoint),
+        kept=len(kept),
+        accuracy_level=4,
+        max_kl=options.max_kl,
+        cost=None,
     )
     return Prepared(checkpoint, before, costs, spec)
 
 
 def _tell(checkpoint: RoundedCheckpoint, reporter: Reporter) -> None:
     """What becomes of a checkpoint that is quantized already."""
-    original, kept = checkpoint.original, checkpoint.kept
-    again = [name for name in checkpoint.forms if name not in kept and original.quantized(name) is not None]
+    kept, kinds = checkpoint.kept, {name: checkpoint.original.kind(name) for name in checkpoint.forms}
+    again = [f"{name} ({kind})" for name, kind in kinds.items() if kind is not None and name not in kept]
     if kept:
         reporter.note(f"{len(kept)} of {len(checkpoint.forms)} weights are kept as they are quantized, bit for bit")
     if again:
-        reporter.note(f"{len(again)} quantized weights have no form here and are rounded again: {again[0]}, ...")
+        others = f" and {len(again) - 1} others" if len(again) > 1 else ""
+        reporter.note(f"quantized, and rounded again, for no form here holds it: {again[0]}{others}")
 
 
 def average_bits(checkpoint: RoundedCheckpoint) -> float:

@@ -13,6 +13,7 @@ _SCALES = {
     Kind.Q4_K: ((0, 1e-4), (2, 8e-4)),
     Kind.Q5_K: ((0, 5e-5), (2, 8e-4)),
     Kind.Q6_K: ((208, 5e-5),),
+    Kind.IQ4_NL: ((0, 8e-4),),
 }  # where, and how large
 NAMES = {
     "model.embed_tokens": "token_embd",

@@ -100,6 +100,11 @@ class GGUFCheckpoint:
         assert scales is not None
         return replace(part, values=values, scales=scales, offsets=offsets)
 
+    def kind(self, name: str) -> str | None:
+        """See Checkpoint."""
+        kind = self._tensors[name].tensor_type
+        return None if kind in _FLOATS else str(kind.name)
+
     def _in_order(self, name: str, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Undo llama.cpp's reordering of query and key rows, where the family has it."""
         config = self.config

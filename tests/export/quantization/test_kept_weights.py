@@ -10,6 +10,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from click.testing import CliRunner
+from gguf_of_decoder import Kind
 from quantized_models import MAKE, in_gguf
 
 from headfold.export.checkpoints.hf_writer import save_hf
@@ -20,7 +21,9 @@ from headfold.export.graph.bodies import set_level, use_quantized_bodies, use_st
 from headfold.export.parity.verify import verify_bundle
 from headfold.export.progress import Reporter
 from headfold.export.quantization.cost import reference, weights_cost
+from headfold.export.quantization.gate import pass_gate
 from headfold.plugins.quantized.reference import dequantized
+from headfold.runtime.errors import VerificationError
 from headfold.runtime.manifest import read_manifest
 
 
@@ -65,6 +68,7 @@ def test_every_weight_in_the_file_is_the_checkpoints_own_bit_for_bit(kept) -> No
     assert len(names) >= 7
     for name in names:
         assert record[name]["relative_squared_error"] == 0
+        assert record[name]["quantized"] == checkpoint.kind(name) is not None
         first = {"k_proj": 128, "v_proj": 192 if record[name]["block_size"] > 16 else 0}.get(name.split(".")[-2], 0)
         rows = slice(first, first + checkpoint.shapes()[name][0])
         np.testing.assert_array_equal(stored(bundle, name, rows), checkpoint.read(name))
@@ -100,7 +104,7 @@ def test_standard_ops_compute_the_same(kept, tmp_path) -> None:
 
 
 FAULTS = {  # an initializer, and what goes wrong with it
-    "GGUF": (".offsets.T", lambda x: 1.5 * x),
+    "GGUF": (".offsets.T", lambda x: -x),
     "GPTQ": (".zeros", lambda x: x ^ 0x33),
     "GPTQ in act-order": ("order.", lambda x: x[::-1].copy()),
     "AWQ": (".zeros", lambda x: x ^ 0x33),
@@ -119,11 +123,29 @@ def test_a_wrong_zero_point_or_offset_is_seen_by_the_proof_and_by_the_gate(kept,
     manifest, original = read_manifest(bundle), open_checkpoint(source)
     before = reference(load_decoder(original), torch.arange(160).view(5, 32))
     assert weights_cost(bundle, manifest, before).kl < 0.01
-    assert not weights_cost(tmp_path, manifest, before).kl <= 0.01
+    strict = manifest.model_copy(update={"weights": manifest.weights.model_copy(update={"max_kl": 0.01})})
+    with pytest.raises(VerificationError, match=r"int4 weights cost more than 0\.01 nats"):
+        pass_gate(tmp_path, strict, before, Reporter(quiet=True))
     report = verify_bundle(tmp_path, OwnModel(original), manifest, 4, Reporter(quiet=True))
     failed = [check.name for check in report.checks if not check.passed]
     assert "weights, bit for bit" in failed
     assert len(failed) > 1  # the arithmetic is wrong, too
+
+
+def test_what_no_form_holds_is_rounded_again_and_said_so(tmp_path) -> None:
+    source = in_gguf(tmp_path, o_proj=Kind.IQ4_NL)
+    code, output = run("export", source, "-o", tmp_path / "bundle", "--weights", "int8", "--no-verify")
+    assert code == 0, output
+    said = " ".join(output.split())
+    assert "7 of 8 weights are kept as they are quantized, bit for bit" in said
+    name = "model.layers.0.self_attn.o_proj.weight"
+    assert f"quantized, and rounded again, for no form here holds it: {name} (IQ4_NL)" in said
+    tensor = json.loads((tmp_path / "bundle" / "weights.json").read_text())["tensors"][name]
+    assert (tensor["quantized"], tensor["method"], tensor["bits"]) == ("IQ4_NL", "nearest", 8)
+    assert 0 < tensor["relative_squared_error"] < 1e-4
+    assert read_manifest(tmp_path / "bundle").weights.kept == 7
+    _, output = run("inspect", tmp_path / "bundle")
+    assert "7 kept as they were quantized" in " ".join(output.split())
 
 
 def test_a_bundle_is_not_that_of_a_checkpoint_in_other_bits(tmp_path) -> None:

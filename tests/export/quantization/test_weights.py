@@ -27,9 +27,10 @@ from headfold.export.model.rounding import bits_of
 from headfold.export.parity.verify import verify_bundle
 from headfold.export.progress import Reporter
 from headfold.export.quantization.cost import reference, weights_cost
+from headfold.export.quantization.gate import pass_gate
 from headfold.export.quantization.products import set_level_in_file
 from headfold.runtime import load
-from headfold.runtime.errors import BundleError
+from headfold.runtime.errors import BundleError, VerificationError
 from headfold.runtime.manifest import read_manifest
 
 CONFIG = ModelConfig(
@@ -188,8 +189,9 @@ def test_a_model_with_outliers_is_refused_in_four_bits_and_what_the_message_says
     assert "int4 weights cost more than 0.1 nats: KL " in output
     assert "Use --weights mixed or int8, or allow it with --max-kl. No bundle was written." in output
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
-    code, output = run("export", tmp_path / "source", "-o", tmp_path / "int8", "--weights", "int8", "-q")
-    assert code == 0, output
+    for scheme in ("int8", "mixed"):
+        code, output = run("export", tmp_path / "source", "-o", tmp_path / scheme, "--weights", scheme, "-q")
+        assert code == 0, output
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight"])
@@ -203,7 +205,10 @@ def test_a_wrong_scale_is_seen_by_the_proof_and_by_the_gate(name, bundle, source
     decoder = load_decoder(open_checkpoint(source))
     before = reference(decoder, torch.arange(160).view(5, 32))
     assert weights_cost(bundle, manifest, before).kl < 0.1
-    assert not weights_cost(tmp_path, manifest, before).kl <= 0.1
+    with pytest.raises(
+        VerificationError, match=r"int4 weights cost more than 0\.1 nats: KL .* Use --weights mixed or int8"
+    ):
+        pass_gate(tmp_path, manifest, before, Reporter(quiet=True))
 
     report = verify_bundle(tmp_path, OwnModel(open_checkpoint(source)), manifest, 4, Reporter(quiet=True))
     failed = [check.name for check in report.checks if not check.passed]
