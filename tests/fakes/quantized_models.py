@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from gguf_of_decoder import Kind, write
 from quantized_weights import Stored, awq, gptq
 from safetensors.torch import load_file, save_file
@@ -73,11 +75,35 @@ def in_directory(settings: Mapping[str, object], store: Store) -> Callable[[Path
     return make
 
 
+def compressed(**arguments: object) -> Callable[[Path], Path]:
+    """Makes a directory with weights packed by compressed-tensors' own package, with random zero points if `symmetric` is false."""
+    options = QuantizationArgs(**{"num_bits": 4, "type": "int", "symmetric": True} | arguments)
+    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+    scheme = QuantizationScheme(targets=["Linear"], weights=options)
+
+    def store(weight: Tensor) -> Stored:
+        random, grid = (
+            torch.Generator().manual_seed(0),
+            (len(weight), weight.shape[1] // (options.group_size or weight.shape[1])),
+        )
+        state = {"weight": weight, "weight_scale": (torch.rand(grid, generator=random) + 0.5) / 40}
+        if not options.symmetric:
+            state["weight_zero_point"] = torch.randint(-3, 4, grid, generator=random).to(torch.int8)
+        parts = compressor.compress(state, scheme)
+        floats = compressor.decompress(parts, scheme)["weight"]
+        return {f".{name}": part for name, part in parts.items()}, floats
+
+    groups = {"group_0": {"targets": ["Linear"], "weights": options.model_dump(mode="json")}}
+    settings = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+    return in_directory(settings, store)
+
+
 MAKE: dict[str, Callable[[Path], Path]] = {  # in a directory
     "GGUF": in_gguf,
     "GPTQ": in_directory({"quant_method": "gptq", "bits": 4, "group_size": 64}, gptq(4, 64, False, 1, False)),
     "GPTQ in act-order": in_directory(
         {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True}, gptq(4, 32, True, 1, True)
     ),
+    "compressed-tensors": compressed(strategy="group", group_size=128, symmetric=False),
     "AWQ": in_directory({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}, awq(128)),
 }

@@ -107,6 +107,7 @@ FAULTS = {  # an initializer, and what goes wrong with it
     "GGUF": (".offsets.T", lambda x: -x),
     "GPTQ": (".zeros", lambda x: x ^ 0x33),
     "GPTQ in act-order": ("order.", lambda x: x[::-1].copy()),
+    "compressed-tensors": (".zeros", lambda x: x ^ 0x33),
     "AWQ": (".zeros", lambda x: x ^ 0x33),
 }
 
