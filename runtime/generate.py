@@ -4,7 +4,7 @@ import asyncio
 import logging
 import queue
 import weakref
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, Unpack, overload
@@ -20,6 +20,7 @@ from headfold.runtime.backend import Backend
 from headfold.runtime.choosing.generation_settings import FILE, read_generation_settings
 from headfold.runtime.errors import CapacityError, InputError, printable
 from headfold.runtime.manifest import Manifest
+from headfold.runtime.measuring.scoring import TokenScores
 from headfold.runtime.scheduling.answers import (
     Answers,
     AsyncAnswers,
@@ -81,6 +82,10 @@ class Model:
     def tokenizer(self) -> Tokenizer:
         """The bundle's tokenizer; InputError if it has none."""
         return self._text.tokenizer
+
+    def special_token(self, name: str) -> int | None:
+        """The id of a special token that the tokenizer's configuration names, as "eos_token"."""
+        return self._text.special_token(name)
 
     @property
     def temperature(self) -> Any:
@@ -186,23 +191,46 @@ class Model:
         if array.ndim not in (1, 2):
             raise InputError(f"token ids have the shape {list(array.shape)}", fix="Give [S] or [B, S].")
         rows = [self._calls.prompts.checked(row) for row in np.atleast_2d(array)]
-        length, capacity = array.shape[-1], self.capacity
-        if length > capacity:
+        self._check_fits(array.shape[-1])
+        result = np.empty((len(rows), array.shape[-1], self.manifest.vocab_size), np.float32)
+        for index, row in enumerate(rows):
+            for start, logits in self._logits(row):
+                result[index, start : start + len(logits)] = logits
+        return result[0] if array.ndim == 1 else result
+
+    def score(self, ids: ArrayLike, start: int = 1) -> TokenScores:
+        """How likely each of the tokens `ids[start:]` is after those before it; `start` is at least 1. The last one needs no room.
+
+        Raises:
+            InputError: a token does not exist, or there is none to score.
+            CapacityError: more tokens than the cache holds.
+        """
+        row = self._calls.prompts.checked(ids)
+        if not 1 <= start < len(row):
+            raise InputError(f"there is no token to score from {start} of {len(row)} on", fix="Give more tokens.")
+        self._check_fits(len(row) - 1)
+        parts = self._logits(row[:-1], start - 1)
+        return TokenScores.joined(TokenScores.of(logits, row[at + 1 : at + 1 + len(logits)]) for at, logits in parts)
+
+    def _check_fits(self, length: int) -> None:
+        over = length - self.capacity
+        if over > 0:
             raise CapacityError(
-                f"{length} tokens are {length - capacity} over the capacity of {capacity}",
+                f"{length} tokens are {over} over the capacity of {self.capacity}",
                 where=self.bundle,
                 fix="Score them in parts, or export with a larger --capacity.",
             )
-        result = np.empty((len(rows), length, self.manifest.vocab_size), np.float32)
+
+    def _logits(self, row: Ids, first: int = 0) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Logits [s, V] after the tokens from `first` on, part by part, each with the place of its first."""
+        cache = self._scheduler.run(lambda: self.backend.new_cache(1, len(row)))
         part = _PART if self.manifest.logits == "all" else _PART // 32
-        for index, row in enumerate(rows):
-            cache = self._scheduler.run(lambda: self.backend.new_cache(1, length))
-            for start in range(0, length, part):
-                ids = row[start : start + part]
-                result[index, start : start + part] = self._scheduler.run(
-                    partial(self.backend.prefill, cache, 0, ids, all_logits=True)
-                )
-        return result[0] if array.ndim == 1 else result
+        for start in range(0, first, _PART):
+            ids = row[start : min(start + _PART, first)]
+            self._scheduler.run(partial(self.backend.prefill, cache, 0, ids))
+        for start in range(first, len(row), part):
+            ids = row[start : start + part]
+            yield start, self._scheduler.run(partial(self.backend.prefill, cache, 0, ids, all_logits=True))
 
 
 def _config_ends(config: Mapping[str, Any]) -> list[int]:

@@ -46,6 +46,11 @@ class Text:
             )
         return self._tokenizer
 
+    def special_token(self, name: str) -> int | None:
+        """The id of what the configuration calls `name`, if there is such a token."""
+        token = self._special_tokens().get(name)
+        return None if token is None or self._tokenizer is None else self._tokenizer.token_to_id(token)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a plain prompt. tokenizer.json says which special tokens go around it, as in transformers 5."""
         return self._encode(text, add_special_tokens=True)

@@ -16,11 +16,12 @@ from click.exceptions import Abort, ClickException, Exit, UsageError
 from headfold.export.cli.convert import convert
 from headfold.export.cli.engine import build
 from headfold.export.cli.export import export
-from headfold.export.cli.generate import chat, generate
 from headfold.export.cli.inspect import families, inspect
 from headfold.export.cli.serving.package import package
 from headfold.export.cli.serving.serve import serve
 from headfold.export.cli.train import study, sweep, uptrain
+from headfold.export.cli.using.generate import chat, generate
+from headfold.export.cli.using.score import lm_eval, score
 from headfold.export.cli.verify import verify
 from headfold.export.files import CANNOT_WRITE
 from headfold.runtime.errors import HeadfoldError, printable
@@ -37,6 +38,7 @@ _EXTRAS = {  # of pyproject.toml: what a package that is missing belongs to
     "tensorrt-rtx": ("tensorrt_rtx", "triton", "cuda"),
     "transformers": ("transformers",),
     "serve": ("fastapi", "starlette", "uvicorn", "prometheus_client"),
+    "lm-eval": ("lm_eval",),
 }
 
 
@@ -127,6 +129,8 @@ _COMMANDS = (
     verify,
     generate,
     chat,
+    score,
+    lm_eval,
     serve,
     package,
     inspect,

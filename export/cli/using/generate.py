@@ -2,11 +2,12 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
 from headfold.export.cli.shared import BUNDLE, JSON, Command, options, print_json, refuse_idle
+from headfold.export.cli.using.opening import ENGINE, Engine, open_bundle
 from headfold.runtime.errors import InputError
 from headfold.runtime.files.json_file import SETTINGS_BYTES, check_size, read_object
 
@@ -29,44 +30,19 @@ def _sampling(command: Command) -> Command:
         click.option("--min-p", type=float, help="Sample from tokens at least this share as likely as the likeliest."),
         click.option("--repetition-penalty", type=float, help="Above 1: tokens that were there become less likely."),
         click.option("--seed", type=int, help="Makes sampling repeatable."),
-        click.option(
-            "--backend",
-            type=click.Choice(["onnxruntime", "tensorrt"]),
-            default="onnxruntime",
-            show_default=True,
-            help="TensorRT runs an engine that `headfold build` put into the bundle.",
-        ),
-        click.option(
-            "--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Of ONNX Runtime."
-        ),
-        click.option("--threads", type=click.IntRange(1), help="[default: physical cores]"),
+        *ENGINE,
     )
 
 
 def _load(
     bundle: Path,
-    backend: Literal["onnxruntime", "tensorrt"],
+    backend: Engine,
     provider: str,
     threads: int | None,
     temperature: float | None,
 ) -> "Model":
     """The bundle at work; what has no effect on it is refused."""
-    from headfold.export.checkpoints.side_files import CONFIG
-    from headfold.runtime import load
-    from headfold.runtime.manifest import MANIFEST
-
-    if not (bundle / MANIFEST).exists() and (bundle.is_file() or (bundle / CONFIG).exists()):
-        raise InputError(
-            "is a checkpoint, not a bundle", where=bundle, fix=f"Export it first: headfold export {bundle} -o BUNDLE."
-        )
-    refuse_idle(
-        backend == "tensorrt",
-        "provider",
-        "threads",
-        why="is of ONNX Runtime",
-        fix="Leave it out, or --backend onnxruntime.",
-    )
-    model = load(bundle, backend=backend, provider=provider, threads=threads)
+    model = open_bundle(bundle, backend, provider, threads)
     refuse_idle(
         (model.temperature if temperature is None else temperature) == 0,
         *("top_k", "top_p", "min_p", "seed"),
@@ -101,7 +77,7 @@ def generate(
     stop: tuple[str, ...],
     json_schema: Path | None,
     grammar: Path | None,
-    backend: Literal["onnxruntime", "tensorrt"],
+    backend: Engine,
     provider: str,
     threads: int | None,
     as_json: bool,
@@ -148,7 +124,7 @@ def generate(
 def chat(
     bundle: Path,
     system: str | None,
-    backend: Literal["onnxruntime", "tensorrt"],
+    backend: Engine,
     provider: str,
     threads: int | None,
     **sampling: Any,
