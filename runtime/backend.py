@@ -36,6 +36,11 @@ class Backend(Protocol[AnyCache]):
         """The engine's own object, for people who bring their own loop."""
         ...
 
+    @property
+    def gives_all_logits(self) -> bool:
+        """Whether `prefill` has the logits of all its tokens in one step; otherwise they take a step each."""
+        ...
+
     def largest_cache(self, rows: int) -> tuple[int, int]:
         """Rows, at most so many, and tokens in each, of the largest cache that may be asked for."""
         ...

@@ -54,7 +54,8 @@ class Model:
         self._settings = read_generation_settings(bundle)
         ends = self._settings.eos_token_ids
         self.eos_token_ids = frozenset(_config_ends(manifest.config) if ends is None else ends)
-        self._calls = Calls(self._text, manifest, self._settings, self.eos_token_ids, self.capacity)
+        all_logits = backend.gives_all_logits
+        self._calls = Calls(self._text, manifest, self._settings, self.eos_token_ids, self.capacity, all_logits)
         if ignored := self._settings.ignored:
             names = printable(", ".join(ignored))
             _logger.warning("%s: headfold does not do what these ask for: %s.", bundle / FILE, names)
@@ -224,7 +225,7 @@ class Model:
     def _logits(self, row: Ids, first: int = 0) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Logits [s, V] after the tokens from `first` on, part by part, each with the place of its first."""
         cache = self._scheduler.run(lambda: self.backend.new_cache(1, len(row)))
-        part = _PART if self.manifest.logits == "all" else _PART // 32
+        part = _PART if self.backend.gives_all_logits else _PART // 32
         for start in range(0, first, _PART):
             ids = row[start : min(start + _PART, first)]
             self._scheduler.run(partial(self.backend.prefill, cache, 0, ids))

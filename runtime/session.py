@@ -77,6 +77,11 @@ class OrtSession:
         self._dtype, self._cache_type = DTYPES[manifest.dtype], DTYPES[manifest.cache_dtype].onnx
         self._all = manifest.logits == "all"
 
+    @property
+    def gives_all_logits(self) -> bool:
+        """See Backend."""
+        return self._all
+
     def largest_cache(self, rows: int) -> tuple[int, int]:
         """See Backend. On a CPU all rows at their longest take at most half of the free memory; one row is always allowed."""
         capacity = self.manifest.cache.capacity

@@ -119,6 +119,11 @@ class TensorRTSession:
         self._step: _Step | None = None
         self._graph: Graph | None = None
 
+    @property
+    def gives_all_logits(self) -> bool:
+        """See Backend."""
+        return self.manifest.logits == "all"
+
     def largest_cache(self, rows: int) -> tuple[int, int]:
         """See Backend."""
         return min(rows, self.entry.max_batch), self.entry.capacity

@@ -32,7 +32,10 @@ Shape = Callable[[list[Generation]], Any]  # gives the generations of a call the
 
 
 class Calls:
-    """Makes requests for one bundle; `capacity` are the tokens that a prompt and its answer can have together."""
+    """Makes requests for one bundle.
+
+    `capacity` are the tokens that a prompt and its answer can have together; `checks_guesses`: see Backend.gives_all_logits.
+    """
 
     def __init__(
         self,
@@ -41,10 +44,11 @@ class Calls:
         settings: GenerationSettings,
         ends: frozenset[int],
         capacity: int,
+        checks_guesses: bool,
     ) -> None:
         self.prompts = Prompts(text, manifest.vocab_size)
         self._text, self._vocab_size, self._settings = text, manifest.vocab_size, settings
-        self._ends, self._capacity = ends, capacity
+        self._ends, self._capacity, self._checks_guesses = ends, capacity, checks_guesses
 
     def requests(
         self,
@@ -65,6 +69,7 @@ class Calls:
         top_logprobs: int | None = None,
         timeout: float | None = None,
         reuse: bool = False,
+        speculate: bool = False,
         **sampling: float | None,
     ) -> tuple[list[Request], Shape]:
         """The requests of all answers, and what shapes their generations. See `Options`, and `Model.generate` for what it raises."""
@@ -77,6 +82,12 @@ class Calls:
         count = whole("n", n, 1, _MOST_ANSWERS)
         top = None if top_logprobs is None else whole("top_logprobs", top_logprobs, 0, _MOST_LOGPROBS)
         deadline = None if timeout is None else time.monotonic() + seconds("timeout", timeout)
+        if speculate and not self._checks_guesses:
+            raise InputError(
+                "the bundle computes the last token's logits only, so no guess can be checked",
+                where=self._text.bundle,
+                fix="Export it with --all-logits, or leave speculate out.",
+            )
         formed = json_schema is not None or grammar is not None
         form = self._grammars.form(json_schema, grammar) if formed else None
         vocab, rules = self._vocab_size, self._settings.restrictions
@@ -97,6 +108,7 @@ class Calls:
                     reuse=reuse or count > 1,  # of one prompt, which is computed once
                     top=top,
                     deadline=deadline,
+                    speculate=speculate,
                 )
             )
 

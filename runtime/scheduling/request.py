@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from headfold.runtime.choosing.sampling import Sampler
 from headfold.runtime.errors import BundleError, DeadlineError, HeadfoldError
+from headfold.runtime.scheduling.lookup import Lookup
 from headfold.runtime.text import Detokenizer
 
 FinishReason = Literal["stop", "length"]
@@ -62,6 +63,7 @@ class Request:
         reuse: start from tokens that are in the cache already, and leave its own there.
         top: so many likeliest tokens are told with each token; None tells no probabilities.
         deadline: on the monotonic clock.
+        speculate: guess tokens and have the model check several at once, where that pays; the answer is the same.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Request:
         reuse: bool = False,
         top: int | None = None,
         deadline: float | None = None,
+        speculate: bool = False,
     ) -> None:
         self.index, self.ids, self.budget, self.ends, self.reuse = index, ids, budget, ends, reuse
         self.cached_tokens = 0  # of the prompt, that did not have to be computed
@@ -86,11 +89,30 @@ class Request:
         self.cancelled = False
         self._sampler, self._writer, self._deliver, self._top = sampler, writer, deliver, top
         self._deadline = deadline
+        self._lookup = Lookup(ids) if speculate else None
 
     @property
     def left(self) -> int:
         """New tokens that may still come."""
         return self.budget - self.new_tokens
+
+    def guess(self, most: int, cost: float) -> list[int]:
+        """Tokens that may come next, where guessing pays: at most `most`, and none beyond the answer's end. See Lookup."""
+        return [] if self._lookup is None else self._lookup.guess(min(most, self.left - 1), cost)
+
+    def push_checked(self, logits: NDArray[np.float32], guess: list[int]) -> int:
+        """Pick tokens from logits [S, V] after the last token and each of a guess [S - 1], as long as they are those guessed.
+
+        Returns:
+            How many were picked.
+        """
+        for place, row in enumerate(logits):
+            self.push(row)
+            if self.finished or place == len(guess) or self.token != guess[place]:
+                break
+        if self._lookup is not None:
+            self._lookup.saw(place)
+        return place + 1
 
     def end_if_over(self) -> bool:
         """Whether it ended before its answer did: cancelled, or past its deadline."""
@@ -126,6 +148,8 @@ class Request:
             raise self._not_finite()
         self.token = token = self._sampler(logits)
         self.new_tokens += 1
+        if self._lookup is not None:
+            self._lookup.push(token)
         logprob = None if self._top is None else _logprob(logits, token, self._top)
         ended, text = token in self.ends, ""
         if self._writer is not None:

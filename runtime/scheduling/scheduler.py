@@ -6,6 +6,7 @@ too, so a long one delays a short one by a part of it. Nothing here decides what
 
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -16,6 +17,7 @@ import numpy as np
 
 from headfold.runtime.backend import CHUNK, Backend
 from headfold.runtime.errors import CapacityError, InputError
+from headfold.runtime.scheduling.lookup import Timing
 from headfold.runtime.scheduling.request import Request
 from headfold.runtime.scheduling.slots import Slot, Slots
 from headfold.runtime.scheduling.waiting import Waiting
@@ -38,6 +40,8 @@ class Status:
     cached_tokens: int  # of prompts, that did not have to be
     new_tokens: int
     steps: int  # of decoding, each of one token or more
+    guessed_tokens: int  # that were checked
+    accepted_tokens: int  # of them, that came
 
 
 class Scheduler:
@@ -58,6 +62,8 @@ class Scheduler:
         self._process = os.getpid()
         self._slots: Slots | None = None  # the thread's own, as are the counts
         self._prompt_tokens = self._cached_tokens = self._new_tokens = self._steps = 0
+        self._guessed_tokens = self._accepted_tokens = 0
+        self._timing = Timing()
 
     def submit(self, call: Sequence[Request]) -> None:
         """Queue the requests of one call; returns at once.
@@ -100,7 +106,7 @@ class Scheduler:
         with self._lock:
             waiting = len(self._waiting)
         counts = (self._prompt_tokens, self._cached_tokens, self._new_tokens, self._steps)
-        return Status(waiting, live, self._rows, *counts)
+        return Status(waiting, live, self._rows, *counts, self._guessed_tokens, self._accepted_tokens)
 
     def close(self) -> None:
         """End all requests with an error, and free the cache. Closing again does nothing."""
@@ -184,19 +190,42 @@ class Scheduler:
 
     def _decode(self, slots: Slots) -> None:
         decoding = slots.decoding
-        if not decoding:
+        if not decoding or (len(decoding) == 1 and self._check_guess(slots, decoding[0])):
             return
         rows = len(slots.cache.lengths)
         tokens, active = np.zeros(rows, np.int64), np.zeros(rows, np.bool_)
         for slot in decoding:
             active[slot.row] = True
             tokens[slot.row] = slot.request.token if slot.request is not None else 0
+        begin = time.perf_counter()
         logits = self._backend.decode(slots.cache, tokens, active)
         self._steps += 1
+        if len(decoding) == 1:
+            self._timing.saw_step(time.perf_counter() - begin)
         for slot in decoding:
-            slots.extend(slot, int(tokens[slot.row]))
+            slots.extend(slot, [int(tokens[slot.row])])
             if slot.request is not None:
                 self._push(slots, slot, slot.request, logits[slot.row])
+
+    def _check_guess(self, slots: Slots, slot: Slot) -> bool:
+        """Compute a lone row's next token and some guessed ones in one pass. False: there is no guess worth it."""
+        request = slot.request
+        if request is None or not (guess := request.guess(slots.room(slot) - 1, self._timing.cost)):
+            return False
+        ids = [request.token, *guess]
+        begin = time.perf_counter()
+        logits = self._backend.prefill(slots.cache, slot.row, np.array(ids, np.int64), all_logits=True)
+        self._timing.saw_pass(time.perf_counter() - begin)
+        self._steps += 1
+        self._guessed_tokens += len(guess)
+        count = request.push_checked(logits, guess)
+        self._new_tokens += count
+        self._accepted_tokens += count - 1
+        slots.cut(slot, len(ids) - count)
+        slots.extend(slot, ids[:count])
+        if request.finished:
+            slots.release(slot)
+        return True
 
     def _push(self, slots: Slots, slot: Slot, request: Request, logits: Any) -> None:
         request.push(logits)

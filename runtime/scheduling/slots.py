@@ -85,9 +85,18 @@ class Slots:
         slot.pending = slot.pending[count:]
         self._touch(slot)  # the others' turn
 
-    def extend(self, slot: Slot, token: int) -> None:
-        """One more token is in the cache now."""
-        self._tokens[slot.row, self._length(slot) - 1] = token
+    def extend(self, slot: Slot, tokens: list[int]) -> None:
+        """These are the last tokens in the cache now."""
+        end = self._length(slot)
+        self._tokens[slot.row, end - len(tokens) : end] = tokens
+
+    def cut(self, slot: Slot, count: int) -> None:
+        """Forget the last tokens: what comes next takes their place."""
+        self.cache.lengths[slot.row] -= count
+
+    def room(self, slot: Slot) -> int:
+        """Tokens that still fit its row."""
+        return self.cache.capacity - self._length(slot)
 
     def release(self, slot: Slot) -> None:
         """Its request is over."""

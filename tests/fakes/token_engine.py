@@ -51,6 +51,7 @@ class TokenEngine:
 
     session = None
     vocab = VOCAB
+    gives_all_logits = True
 
     def __init__(self, rows: int = 4, capacity: int = 400, host: bool = True) -> None:
         self.rows, self.capacity, self.host = rows, capacity, host
@@ -80,8 +81,11 @@ class TokenEngine:
         assert len(ids)
         assert start + len(ids) <= cache.capacity
         cache.tokens[row, 0, start : start + len(ids), 0] = ids
-        cache.lengths[row] += len(ids)
-        return self._logits(cache, row)
+        every = []
+        for _ in ids:
+            cache.lengths[row] += 1
+            every.append(self._logits(cache, row))
+        return np.stack(every) if all_logits else every[-1]
 
     def decode(self, cache: TokenCache, tokens: Any, active: Any) -> Any:
         window = decode_window(cache, active)

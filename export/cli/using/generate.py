@@ -30,6 +30,9 @@ def _sampling(command: Command) -> Command:
         click.option("--min-p", type=float, help="Sample from tokens at least this share as likely as the likeliest."),
         click.option("--repetition-penalty", type=float, help="Above 1: tokens that were there become less likely."),
         click.option("--seed", type=int, help="Makes sampling repeatable."),
+        click.option(
+            "--speculate", is_flag=True, help="Guess from the text so far; needs --all-logits. Same answers, sooner."
+        ),
         *ENGINE,
     )
 
