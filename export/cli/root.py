@@ -17,11 +17,11 @@ from headfold.export.cli.convert import convert
 from headfold.export.cli.engine import build
 from headfold.export.cli.export import export
 from headfold.export.cli.inspect import families, inspect
-from headfold.export.cli.serving.package import package
-from headfold.export.cli.serving.serve import serve
 from headfold.export.cli.train import study, sweep, uptrain
 from headfold.export.cli.using.generate import chat, generate
+from headfold.export.cli.using.package import package
 from headfold.export.cli.using.score import lm_eval, score
+from headfold.export.cli.using.serve import serve
 from headfold.export.cli.verify import verify
 from headfold.export.files import CANNOT_WRITE
 from headfold.runtime.errors import HeadfoldError, printable

@@ -1,1 +1,1 @@
-"""The commands that run a bundle."""
+"""Commands of finished bundles: generate, chat, score, serve, package."""

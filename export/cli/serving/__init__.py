@@ -1,1 +1,0 @@
-"""Commands that hand a bundle to those who ask it over a network."""
