@@ -230,12 +230,13 @@ def main() -> None:
     parser.add_argument("--experts", action="store_true", help="instead: memory of a mixture of experts")
     parser.add_argument("--roads", action="store_true", help="instead: one checkpoint exported by both roads")
     parser.add_argument("--checkpoint", type=Path, default=GGUF, help="of --roads; by default SmolLM2's GGUF file")
+    parser.add_argument("--speculation", action="store_true", help="instead: what guessing tokens saves and costs")
     parser.add_argument("--worker", nargs=2, metavar=("KIND", "PATH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         worker(*options.worker, options.threads)
         return
-    if options.groups or options.experts or options.roads:
+    if options.groups or options.experts or options.roads or options.speculation:
         sys.path.insert(0, str(Path(__file__).parent))
         from bench_experts import experts
         from bench_groups import groups
@@ -248,6 +249,10 @@ def main() -> None:
         elif options.roads:
             path = bundles / "roads" / options.checkpoint.stem
             table = roads(options.checkpoint, path, options.rounds, options.prompt, threads)
+        elif options.speculation:
+            from bench_speculation import speculation
+
+            table = speculation(bundles / "speculation", GGUF, options.rounds, options.new, threads)
         else:
             table = groups(bundles / "groups", options.rounds, min(options.new, 16), threads, bandwidth)
         if options.json:
