@@ -28,6 +28,7 @@ from headfold.runtime.scheduling.answers import (
     deliver_here,
     deliver_in_loop,
 )
+from headfold.runtime.scheduling.cache_state import CacheState
 from headfold.runtime.scheduling.request import Delta, Ids
 from headfold.runtime.scheduling.scheduler import Scheduler, Status
 from headfold.runtime.templates.chat_template import Messages
@@ -56,6 +57,7 @@ class Model:
         self.eos_token_ids = frozenset(_config_ends(manifest.config) if ends is None else ends)
         all_logits = backend.gives_all_logits
         self._calls = Calls(self._text, manifest, self._settings, self.eos_token_ids, self.capacity, all_logits)
+        self.cache_state = CacheState(self._scheduler, backend, manifest, self._calls.prompts.encode)
         if ignored := self._settings.ignored:
             names = printable(", ".join(ignored))
             _logger.warning("%s: headfold does not do what these ask for: %s.", bundle / FILE, names)

@@ -32,6 +32,15 @@ class HostRows:
     def __init__(self, arrays: Iterable[NDArray[Any]]) -> None:
         self._arrays = list(arrays)
 
+    def read(self, row: int, tokens: int) -> list[NDArray[Any]]:
+        """Views of the first tokens of a row, [Hkv, T, D] of each array."""
+        return [array[row, :, :tokens] for array in self._arrays]
+
+    def write(self, row: int, parts: Iterable[NDArray[Any]]) -> None:
+        """Put what `read` gave into a row."""
+        for array, part in zip(self._arrays, parts, strict=True):
+            array[row, :, : part.shape[1]] = part
+
     def copy(self, source: int, target: int, tokens: int) -> None:
         """The first tokens of one row into another."""
         for array in self._arrays:

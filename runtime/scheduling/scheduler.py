@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from headfold.runtime.backend import CHUNK, Backend
 from headfold.runtime.errors import CapacityError, InputError
 from headfold.runtime.scheduling.lookup import Timing
-from headfold.runtime.scheduling.request import Request
+from headfold.runtime.scheduling.request import Ids, Request
 from headfold.runtime.scheduling.slots import Slot, Slots
 from headfold.runtime.scheduling.waiting import Waiting
 
@@ -99,6 +100,14 @@ class Scheduler:
             self._start()
         return future.result()
 
+    def keep(self, ids: Ids, arrays: Sequence[NDArray[Any]]) -> None:
+        """Remember tokens for calls that begin with them; see Slots.keep."""
+
+        def job() -> None:
+            self._have_slots().keep(ids, arrays)
+
+        self.run(job)
+
     def status(self) -> Status:
         """How busy it is now."""
         slots = self._slots
@@ -159,9 +168,7 @@ class Scheduler:
         with self._lock:
             if not len(self._waiting) and self._slots is None:
                 return
-        if self._slots is None:
-            self._slots = Slots(self._new_cache(), self._keep_bytes)
-        slots = self._slots
+        slots = self._have_slots()
         for slot in slots.live:
             if slot.request is not None and slot.request.end_if_over():
                 slots.release(slot)
@@ -232,6 +239,11 @@ class Scheduler:
         self._new_tokens += 1
         if request.finished:
             slots.release(slot)
+
+    def _have_slots(self) -> Slots:
+        if self._slots is None:
+            self._slots = Slots(self._new_cache(), self._keep_bytes)
+        return self._slots
 
     def _new_cache(self) -> Any:
         """As many rows as there is memory for."""

@@ -3,13 +3,15 @@
 A slot that is free may be kept: its tokens stay, and a prompt that begins alike starts from them. Only the scheduler's thread is here.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from headfold.runtime.backend import Cache
+from headfold.runtime.errors import BusyError, CapacityError, InputError
 from headfold.runtime.scheduling.request import Ids, Request
 
 _WORTH_WAITING = 64  # tokens: for so many more that another prompt just computes, a prompt waits until it has them
@@ -107,6 +109,25 @@ class Slots:
             self._trim()
         else:
             self.cache.lengths[slot.row] = 0
+
+    def keep(self, ids: Ids, arrays: Sequence[NDArray[Any]]) -> None:
+        """Remember tokens whose keys and values were computed elsewhere. See CacheState.load for what it raises."""
+        if self.cache.host is None:
+            raise InputError("the cache is in the GPU's memory", fix="Load it with provider 'cpu'.")
+        if len(ids) * self.cache.token_bytes > self._keep_bytes:
+            raise CapacityError(
+                f"{len(ids)} tokens take more than the {self._keep_bytes:,} bytes that may be kept",
+                fix="Give a larger keep_bytes.",
+            )
+        free = self._free()
+        if not free:
+            raise BusyError("all slots are in use", fix="Try again later.")
+        slot = self._home(free, None, 0)
+        self.cache.host.write(slot.row, arrays)
+        self._tokens[slot.row, : len(ids)] = ids
+        self.cache.lengths[slot.row] = len(ids)
+        self._touch(slot)
+        self._trim()
 
     def forget(self, slots: Iterable[Slot]) -> None:
         """Free slots whose contents are not to be trusted."""
