@@ -233,6 +233,8 @@ def _sliding(fields: _Fields, family: Family, layers: int) -> tuple[int | None, 
     """The window and the layers that have it."""
     types = fields.content.get("layer_types")
     if not (family.sliding_window or family.layer_types):
+        if types is not None and (not isinstance(types, list) or len(types) != layers):  # so transformers, too
+            raise ConfigError(f"layer_types is {types!r}", fix=f"It must name {layers} layers, or be removed.")
         return None, ()
     switched = family.layer_types and not fields.get("use_sliding_window", bool)
     window = fields.optional("sliding_window", int) if not switched else None

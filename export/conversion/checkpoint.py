@@ -150,6 +150,12 @@ def convert_file(
     conversion = None
     if options is not None:
         converted_config(checkpoint.config, options)  # before anything is read
+        if options.kv_heads == checkpoint.config.num_key_value_heads and options.init != "random":
+            raise InputError(
+                f"it has {options.kv_heads} key/value heads already",
+                where="--kv-heads",
+                fix="Give a smaller number, or take the checkpoint as it is.",
+            )
         with reporter.step("read the checkpoint"):
             decoder = load_decoder(checkpoint)
         tokens = calibration_tokens(

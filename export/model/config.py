@@ -3,7 +3,6 @@
 Reading a family's `config.json` or GGUF metadata into it is the job of `headfold.export.checkpoints`. Contradictions raise ConfigError.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -13,7 +12,9 @@ from headfold.runtime.errors import ConfigError
 Activation = Literal["relu", "gelu", "gelu_pytorch_tanh", "silu", "sigmoid", "linear"]
 Norm = Literal["rms_norm", "layer_norm"]
 RopeType = Literal["default", "linear", "llama3", "yarn"]
-MOST_LAYERS, MOST_POSITIONS = 1024, 1 << 30
+MOST_LAYERS = 1024
+MOST_POSITIONS = 1 << 30
+MOST_FLOAT = float.fromhex("0x1.fffffep127")  # float32's, in which models compute
 _MOST = {  # of each size: nothing is reckoned or allocated for a model that nobody has
     "vocab_size": 1 << 24,
     "hidden_size": 1 << 18,
@@ -104,8 +105,8 @@ class ModelConfig:
                 f"num_key_value_heads {self.num_key_value_heads}",
                 fix="Every key/value head must serve the same number of query heads.",
             )
-        if not (math.isfinite(self.norm_eps) and self.norm_eps >= 0):
-            raise ConfigError(f"norm_eps is {self.norm_eps}", fix="It must be 0 or more, and finite.")
+        if not 0 <= self.norm_eps <= MOST_FLOAT:
+            raise ConfigError(f"norm_eps is {self.norm_eps}", fix="It must be 0 or more, and finite in float32.")
         self._check_rope()
         if self.sliding_layers and self.sliding_window is None:
             raise ConfigError("sliding-attention layers without a sliding_window", fix="Set sliding_window.")
@@ -118,12 +119,12 @@ class ModelConfig:
         rope = self.rope
         for name in ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
             value = getattr(rope, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"rope: {name} is {value}", fix="It must be positive and finite.")
+            if not 0 < value <= MOST_FLOAT:
+                raise ConfigError(f"rope: {name} is {value}", fix="It must be positive, and finite in float32.")
         for name in ("mscale", "mscale_all_dim", "attention_factor", "partial_rotary_factor"):
             value = getattr(rope, name)
-            if value is not None and not math.isfinite(value):
-                raise ConfigError(f"rope: {name} is {value}", fix="It must be finite.")
+            if value is not None and not abs(value) <= MOST_FLOAT:
+                raise ConfigError(f"rope: {name} is {value}", fix="It must be finite in float32.")
         if rope.rope_type in ("llama3", "yarn") and not 1 <= rope.original_max_position_embeddings < _LARGEST:
             raise ConfigError(
                 f"rope: original_max_position_embeddings is {rope.original_max_position_embeddings}",

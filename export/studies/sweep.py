@@ -73,6 +73,12 @@ def sweep(
     checkpoint = open_own(source)
     config = checkpoint.config
     counts, timing = _counts(options.kv_heads, config), _timing(options, config)
+    if counts == [config.num_key_value_heads] and not options.control:
+        raise InputError(
+            f"its own {counts[0]} key/value heads are nothing to sweep",
+            where="--kv-heads",
+            fix="Give smaller numbers, too; or leave out --no-control, to train the original on.",
+        )
     if options.baseline and budget.pretrain_tokens is None:
         raise InputError("the baseline's length is not known", fix="Give --pretrain-tokens: it trains on 5 % of them.")
     training = replace(training, steps=budget.steps(training))

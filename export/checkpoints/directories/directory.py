@@ -13,6 +13,7 @@ from headfold.export.checkpoints.directories.stored import EMBEDDING, HEAD, Sour
 from headfold.export.checkpoints.quantized.formats import dequantized, format_of, left_over
 from headfold.export.checkpoints.quantized.parts import Format
 from headfold.export.checkpoints.side_files import ADAPTER_CONFIG, CONFIG, read_json, side_files
+from headfold.export.model.numbers import check_numbers
 from headfold.runtime.errors import CheckpointError, ConfigError
 
 
@@ -25,7 +26,8 @@ class Directory:
 
     Raises:
         CheckpointError: a file is missing or damaged, or the base is not to be found.
-        ConfigError: weights are quantized, or an adapter is of a kind, that headfold does not read.
+        ConfigError: config.json has numbers that no model has; weights are quantized, or an adapter is of a kind, that headfold
+            does not read.
     """
 
     def __init__(self, path: Path, base: Path | None = None) -> None:
@@ -38,6 +40,7 @@ class Directory:
         elif base is not None:
             raise CheckpointError("is no adapter, and needs no base", where=path, fix="Leave --base out.")
         self.config: Mapping[str, Any] = read_json(self.place / CONFIG)
+        check_numbers(self.config, self.place / CONFIG)
         self._format = self._named_format()
         self.ignored: list[str] = []
 

@@ -24,6 +24,7 @@ from headfold.export.checkpoints.gguf.tokenizer import tokenizer_files
 from headfold.export.exportables.base import Tensors
 from headfold.export.exportables.transformers_road.loading import one_line, quiet
 from headfold.export.exportables.transformers_road.transformers_model import TransformersModel
+from headfold.export.model.numbers import check_numbers
 from headfold.runtime.errors import CheckpointError, ConfigError
 
 _FIX = "Export from the Hugging Face directory of the model."
@@ -71,6 +72,7 @@ def open_gguf(path: Path) -> GGUFModel:
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     except Exception as error:  # whatever its reader and a configuration's own validation raise
         raise ConfigError(f"transformers cannot read its metadata: {one_line(error)}", where=path, fix=_FIX) from error
+    check_numbers(config.to_dict(), path)
     _set_attention_scale(config)
     _refuse_unread(file, config)
     return GGUFModel(file, config)

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from headfold.export.checkpoints.base import TokenizerFiles
 from headfold.export.exportables.foreign.copying import in_dtype, without_weights
 from headfold.export.exportables.transformers_road.transformers_model import TransformersModel
+from headfold.export.model.numbers import check_numbers
 from headfold.runtime.errors import ConfigError
 
 
@@ -23,7 +24,8 @@ def transformers_in_memory(
         tokenizer: files to put into the bundle.
 
     Raises:
-        ConfigError: it is no causal language model, or its attention cannot become headfold's op; which module, and why, is named.
+        ConfigError: it is no causal language model, has numbers that no model has, or its attention cannot become headfold's op;
+            which module, and why, is named.
     """
 
     def load(dtype: torch.dtype, values: bool = True) -> PreTrainedModel:
@@ -31,6 +33,7 @@ def transformers_in_memory(
         copied.set_attn_implementation("eager")
         return copied
 
+    check_numbers(model.config.to_dict(), name)
     exportable = TransformersModel(copy.deepcopy(model.config), load, Path(name), tokenizer or TokenizerFiles())
     found, wanted = {name: tuple(x.shape) for name, x in model.named_parameters()}, exportable.shapes
     different = [parameter for parameter in {**wanted, **found} if wanted.get(parameter) != found.get(parameter)]

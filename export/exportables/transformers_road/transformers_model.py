@@ -4,7 +4,6 @@ Only in this folder the export imports transformers, the extra `headfold[transfo
 """
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +35,8 @@ from headfold.export.exportables.transformers_road.refusals import (
     unrun,
 )
 from headfold.export.exportables.transformers_road.transformers_oracle import TransformersOracle, decoder_layers
-from headfold.export.model.config import MOST_LAYERS, MOST_POSITIONS
+from headfold.export.model.config import MOST_POSITIONS
+from headfold.export.model.numbers import check_numbers
 from headfold.plugins.dtypes import Quantized
 from headfold.runtime.errors import CheckpointError, ConfigError
 from headfold.runtime.manifest import Road
@@ -153,9 +153,9 @@ def open_transformers(path: Path, trust_remote_code: bool = False, base: Path | 
             "is no file or directory", where=path, fix="Name a Hugging Face directory or a GGUF file."
         )
     directory = Directory(path, base)
-    _check_counts(directory.config, directory.place)
     elements = sum(math.prod(source.shape) for source in directory.tensors.values())
     config = _config(directory.place, trust_remote_code)
+    check_numbers(config.to_dict(), directory.place)  # it spells them in other ways, too
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if isinstance(layers, int) and layers > len(directory.tensors):  # before they are made
         raise ConfigError(f"it has {layers} layers, and {len(directory.tensors)} tensors", where=path, fix=BELONGS)
@@ -266,15 +266,6 @@ def _facts(model: PreTrainedModel, path: Path) -> Facts:
         eos_token_id=tuple(eos) if isinstance(eos, list | tuple) else (eos,),
         pad_token_id=pad,
     )
-
-
-def _check_counts(config: Mapping[str, Any], path: Path) -> None:
-    """A configuration's class makes lists of as many items as there are said to be layers or experts, before anybody can look."""
-    for name, value in config.items():
-        if isinstance(value, dict):
-            _check_counts(value, path)
-        elif isinstance(value, int | float) and re.search("layer|expert", name) and value > MOST_LAYERS:
-            raise ConfigError(f"{name} is {value}", where=path, fix=f"It must be at most {MOST_LAYERS}.")
 
 
 @contextmanager

@@ -148,6 +148,9 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no layers": (config(num_hidden_layers=0), "num_hidden_layers is 0"),
     "more layers than tensors": (config(num_hidden_layers=3), "tensors missing: model.layers.2."),
     "fewer layers than tensors": (config(num_hidden_layers=1), "that this model does not have: model.layers.1."),
+    "an epsilon that float32 has not": (config(rms_norm_eps=1e39), "config.json: rms_norm_eps is 1e+39"),
+    "a million layer types": (config(layer_types=["full_attention"] * 10**6), "layer_types has 1,000,000 items"),
+    "a base without an end": (config(rope_parameters={"rope_theta": float("inf")}), "rope_theta is inf"),
     "odd RoPE": (config(head_dim=15), "rotates 15 dimensions"),
 }
 

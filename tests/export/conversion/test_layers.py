@@ -209,6 +209,8 @@ def test_the_command_prints_each_layers_error(source: Path, run: Callable[..., A
     ("arguments", "message"),
     [
         (("--kv-heads", 4), "4 does not divide the 6 query heads"),
+        (("--kv-heads", 6), "it has 6 key/value heads already"),
+        (("--kv-heads", 6, "--init", "mean", "--grouping", "cluster"), "it has 6 key/value heads already"),
         (("--kv-heads", 12), "more than the 6 that there are"),
         (
             ("--kv-heads", 2, "--init", "median"),

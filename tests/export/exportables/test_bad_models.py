@@ -65,6 +65,7 @@ VISION = {key: value for key, value in SIZES.items() if key != "vocab_size"} | {
 LATENT = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "q_lora_rank": None}
 LATENT |= {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "num_key_value_heads": 3}
 MPT = {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}
+THETA = {"rope_type": "default"}
 UP = "model.layers.0.mlp.up_proj.weight"
 DIRECTORIES: dict[str, tuple[Maker, str]] = {
     "a state beside the cache": (made("MambaForCausalLM", "MambaConfig", state_size=8), "mamba has a state beside"),
@@ -104,6 +105,13 @@ DIRECTORIES: dict[str, tuple[Maker, str]] = {
     ),
     "no model_type": (config(model_type=None), "model_type is missing"),
     "an unknown model_type": (config(model_type="llamax"), "cannot read its configuration"),
+    "a base without an end": (config(rope_parameters=THETA | {"rope_theta": float("inf")}), "rope_theta is inf"),
+    "a base that float32 has not": (config(rope_parameters=THETA | {"rope_theta": 1e39}), "rope_theta is 1e+39"),
+    "an epsilon that float32 has not": (config(rms_norm_eps=1e39), "config.json: rms_norm_eps is 1e+39"),
+    "an epsilon that is no number": (config(rms_norm_eps=float("nan")), "config.json: rms_norm_eps is nan"),
+    "an epsilon that transformers spells": (config(rms_norm_eps={"__float__": "NaN"}), "rms_norm_eps is nan"),
+    "a million layer types": (config(layer_types=["full_attention"] * 10**6), "layer_types has 1,000,000 items"),
+    "positions that no table has": (config(max_position_embeddings=10**18), "max_position_embeddings is 1000000000"),
     "an impossible size": (config(num_attention_heads=0), "cannot read its configuration: ZeroDivisionError"),
     "a missing tensor": (weights(lambda t: t.pop(UP)), f"missing tensors: {UP}"),
     "an extra tensor": (weights(lambda t: t.update(extra=torch.ones(2))), "unexpected tensors: extra"),
@@ -226,6 +234,10 @@ MODULES: dict[str, tuple[Maker, str]] = {
     "a head of another kind": (
         lambda _: transformers.AutoModelForSequenceClassification.from_config(random_model("arcee").config),
         "ArceeForSequenceClassification is no plain causal language model of its configuration: lm_head.weight",
+    ),
+    "an epsilon that is no number, in memory": (
+        lambda _: random_model("arcee", rms_norm_eps=float("nan")),
+        "rms_norm_eps is nan",
     ),
 }
 

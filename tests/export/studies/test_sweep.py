@@ -145,6 +145,7 @@ def test_its_checkpoints_are_the_uptrained_ones(swept, toys):
     ("changes", "message"),
     [
         (("--kv-heads", "3"), "3 key/value heads cannot be made of 4. Choose among its divisors: 1, 2, 4"),
+        (("--kv-heads", "4", "--no-control"), "its own 4 key/value heads are nothing to sweep"),
         (("--kv-heads", "1;2"), "Give whole numbers with commas"),
         (("--contexts", "64"), "are not within the model's 64 positions"),
         (("--memory", "much"), "--memory is 'much'"),
