@@ -4,6 +4,7 @@ A form is taken only if it restores every weight of the tensor bit for bit.
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -16,10 +17,10 @@ from headfold.plugins.quantized.schema import LARGEST_BLOCK, SMALLEST_BLOCK, Bit
 _EMBEDDING = "model.embed_tokens.weight"  # rows of it are looked up, for which there are no zero points and no order
 
 
-def kept_forms(checkpoint: Checkpoint) -> dict[str, Form]:
-    """The form of every weight that can be kept; each is read once."""
-    found = {name: kept(checkpoint, name) for name, shape in checkpoint.shapes().items() if len(shape) == 2}
-    return {name: rounding.form for name, rounding in found.items() if rounding is not None}
+def kept_forms(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Form]:
+    """The forms of those weights that can be kept; each is read once, and let go."""
+    forms = {name: rounding.form if (rounding := kept(checkpoint, name)) is not None else None for name in names}
+    return {name: form for name, form in forms.items() if form is not None}
 
 
 def kept(checkpoint: Checkpoint, name: str) -> Rounded | None:

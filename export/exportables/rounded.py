@@ -146,8 +146,8 @@ def rounded_checkpoint(exportable: Exportable, scheme: WeightsScheme) -> Rounded
         )
     checkpoint = exportable.checkpoint
     bits = bits_of(checkpoint.shapes(), scheme)
-    forms = kept_forms(checkpoint)
-    if not bits and not forms:
+    forms = kept_forms(checkpoint, bits)
+    if not bits:
         raise ConfigError(
             "no weight has blocks of 32 inputs, so none can be rounded",
             where=exportable.path,

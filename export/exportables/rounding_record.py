@@ -28,13 +28,12 @@ class WeightRecord:
     # "nearest" is a rule, which the checkpoint alone decides; see `headfold.export.model.rounding`. "kept" are a checkpoint's own bits.
     method: Method | Literal["kept"]
     relative_squared_error: float  # |rounded - w|^2 / |w|^2: 0 for one that is kept bit for bit
-    sha256: str  # of numbers, then scales, then zero points and offsets where there are some
-    quantized: str | None = None  # what the checkpoint has it in: is it not kept, it was rounded twice
+    sha256: str  # of numbers, scales, and zero points, offsets and order where there are some
+    quantized: str | None = None  # what the checkpoint has it in; if it is not kept, it was rounded twice
     kl: float | None = None  # nats that four bits cost in it alone, with those joined with it; None: not measured
     block_size: int = BLOCK
     zero_points: bool = False
     offsets: bool = False  # of blocks, which are added: GGUF's minima
-
     order: str | None = None  # of its columns where they are not stored as they come (GPTQ's act-order)
 
     @property
@@ -66,7 +65,7 @@ def relative_squared_error(rounding: Rounded, weight: Tensor) -> float:
 
 def digest(rounding: Rounded) -> str:
     """See WeightRecord."""
-    parts = (rounding.values, rounding.scales, rounding.zeros, rounding.offsets)
+    parts = (rounding.values, rounding.scales, rounding.zeros, rounding.offsets, rounding.order)
     return hashlib.sha256(b"".join(x.contiguous().numpy().tobytes() for x in parts if x is not None)).hexdigest()
 
 
