@@ -81,11 +81,14 @@ class TokenEngine:
         assert len(ids)
         assert start + len(ids) <= cache.capacity
         cache.tokens[row, 0, start : start + len(ids), 0] = ids
+        if not all_logits:
+            cache.lengths[row] += len(ids)
+            return self._logits(cache, row)
         every = []
         for _ in ids:
             cache.lengths[row] += 1
             every.append(self._logits(cache, row))
-        return np.stack(every) if all_logits else every[-1]
+        return np.stack(every)
 
     def decode(self, cache: TokenCache, tokens: Any, active: Any) -> Any:
         window = decode_window(cache, active)
