@@ -50,6 +50,7 @@ def column_sums(rows):
             sums[index] += float(field)
     return sums
 '''
+_SHORT = 48  # tokens of the answers that are compared
 PROMPTS = {  # kind: prompt, and whether guesses can help
     "summarising": f"Shorten this text. Keep its words.\n\n{ARTICLE}",
     "code editing": f"Rename `rows` to `table` in this Python code, change nothing else, and print all of it:\n\n```python\n{CODE}```",
@@ -109,7 +110,7 @@ def speculation(work: Path, gguf: Path, rounds: int, new: int, threads: int) -> 
             figures[kind] = {"plain": rates[0], "guessing": rates[1], "ratio": ratio, "tokens_per_step": per_step}
         same, ties = 0, []
         for text in FIFTY:
-            (one, _), (other, _) = ask(text, 48, False), ask(text, 48, True)
+            (one, _), (other, _) = ask(text, _SHORT, False), ask(text, _SHORT, True)
             if one == other:
                 same += 1
                 continue
@@ -118,7 +119,7 @@ def speculation(work: Path, gguf: Path, rounds: int, new: int, threads: int) -> 
             second, first = np.sort(model.logits(ids)[-1])[-2:]
             ties.append({"prompt": text, "token": place, "difference": float(first - second)})
         print(
-            f"{same} of {len(FIFTY)} prompts have the same 48 greedy tokens; others differ first at near-ties: {ties}"
+            f"{same} of {len(FIFTY)} prompts have the same {_SHORT} greedy tokens; others differ first at near-ties: {ties}"
         )
         figures["same"], figures["ties"] = same, ties
     return figures
