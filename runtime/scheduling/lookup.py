@@ -12,7 +12,7 @@ _MOST = 10  # tokens of a guess
 _LEAST = 3
 _HOPE = 1.0  # guessed tokens that a pass is expected to give, before anything is known
 _GAIN, _SECONDS = 0.5, 0.2  # weights of the last pass in what one is expected to give, and to take
-_FIRST_PAUSE, _LONGEST_PAUSE = 32, 256  # tokens without guesses once they did not pay
+_FIRST_PAUSE, _LONGEST_PAUSE = 16, 256  # tokens without guesses once they did not pay
 _MARGIN = 1.03
 
 
@@ -43,7 +43,9 @@ class Lookup:
         self._tokens: list[int] = []
         self._after: list[dict[tuple[int, ...], int]] = [{} for _ in _GRAMS]  # by n-gram: the place behind its last one
         self._gain, self._pause, self._silent = _HOPE, _FIRST_PAUSE, 0
-        self._trial = True  # the next guess is made whatever is expected of it
+        self._trials = (
+            2  # so many guesses are made whatever is expected of them: an answer often begins with words of its own
+        )
         self._behind: list[int] = []  # of each n-gram that the context ends in, where it ended before; longest first
         for token in prompt:
             self.push(int(token))
@@ -64,9 +66,9 @@ class Lookup:
         """What may come next, at most `most` tokens; nothing where that is not worth the `cost` of a pass, in steps."""
         if self._silent or not self._behind:
             return []
-        if 1 + self._gain < _MARGIN * cost and not self._trial:
+        if 1 + self._gain < _MARGIN * cost and not self._trials:
             self._silent, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
-            self._trial = True
+            self._trials = 1
             return []
         size = min(most, max(_LEAST, min(_MOST, 2 + round(2 * self._gain))))
         said = self._tokens[self._behind[0] :]
@@ -74,7 +76,7 @@ class Lookup:
 
     def saw(self, accepted: int) -> None:
         """So many tokens of the last guess came."""
-        self._trial = False
+        self._trials = max(0, self._trials - 1)
         self._gain += _GAIN * (accepted - self._gain)
         if accepted:
             self._pause = _FIRST_PAUSE
