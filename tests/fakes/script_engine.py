@@ -40,7 +40,8 @@ class ScriptEngine(TokenEngine):
         said = len(tokens) - places[-1] - len(start)
         if not said:
             self.prompts.append(prompt)
-        return int([*self.tokenizer.encode(self.answer(prompt)).ids, 0][said])
+        answer = self.tokenizer.encode(self.answer(prompt)).ids
+        return answer[said] if said < len(answer) else 0
 
 
 def script_model(directory: Path, answer: Callable[[str], str], template: str = TEMPLATE, **options: Any) -> Model:

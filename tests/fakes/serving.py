@@ -30,5 +30,5 @@ def serving(models: dict[str, Model], settings: Settings | None = None) -> Itera
 
 
 def client_of(address: str, key: str = "-") -> openai.OpenAI:
-    """Asks once, and waits ten seconds at most."""
-    return openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0, timeout=10)
+    """Asks once, and waits a minute at most."""
+    return openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0, timeout=60)

@@ -32,10 +32,12 @@ def scripted(tmp_path: Path) -> Iterator[Callable[..., tuple[openai.OpenAI, Any]
     """Serves a model that says what the test has it say; its client, and its model."""
     with ExitStack() as stack:
 
-        def serve(answer: Callable[[str], str] | str, settings: Settings | None = None, **options: Any) -> Any:
+        def serve(
+            answer: Callable[[str], str] | str, settings: Settings | None = None, name: str = "script", **options: Any
+        ) -> Any:
             said = (lambda _: answer) if isinstance(answer, str) else answer
             model = script_model(tmp_path / "script", said, **options)
             stack.callback(model.close)
-            return client_of(stack.enter_context(serving({"script": model}, settings))), model
+            return client_of(stack.enter_context(serving({name: model}, settings))), model
 
         yield serve

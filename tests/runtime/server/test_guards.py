@@ -24,7 +24,7 @@ def model(tmp_path_factory):
 
 def ask(address: str, method: str, path: str, body: str | bytes | None = None, **headers: str) -> tuple[int, dict]:
     """Status and the error, or the answer."""
-    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=10)
+    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=60)
     connection.request(method, path, body, headers)
     response = connection.getresponse()
     content = json.loads(response.read() or "{}")
@@ -65,10 +65,10 @@ def test_bodies_over_the_limit_are_not_read(model) -> None:
         status, error = ask(address, "POST", "/v1/chat/completions", large, **JSON)
         assert (status, error["code"]) == (413, "request_too_large")
         chunks = iter([large.encode()] * 3)
-        connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=10)
+        connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=60)
         connection.request("POST", "/v1/chat/completions", chunks, JSON, encode_chunked=True)
         assert connection.getresponse().status == 413
-        with socket.create_connection((urlsplit(address).hostname, urlsplit(address).port), timeout=10) as slow:
+        with socket.create_connection((urlsplit(address).hostname, urlsplit(address).port), timeout=60) as slow:
             slow.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n{")
             assert slow.recv(100).startswith(b"HTTP/1.1 408")
 
