@@ -68,11 +68,11 @@ def rate(address: str, model: str | None, clients: int, extra: dict[str, Any]) -
     return sum(answer.usage["completion_tokens"] for answer in answers) / seconds
 
 
-def beside_a_long_prompt(address: str, seed: int) -> tuple[float, float, float]:
+def beside_a_long_prompt(address: str, seed: int, tokens: int) -> tuple[float, float, float]:
     """Seconds: to the first token of a short prompt beside a long one, and of a lone one; of a chunk, where nothing is beside it."""
-    alone = ask(address, **question(text_of(2000, 2 * seed), 1))
+    alone = ask(address, **question(text_of(tokens, 2 * seed), 1))
     short = ask(address, **question(f"{seed}: one word?", 1)).times[0]
-    long = threading.Thread(target=ask, args=(address,), kwargs=question(text_of(2000, 2 * seed + 1), 1))
+    long = threading.Thread(target=ask, args=(address,), kwargs=question(text_of(tokens, 2 * seed + 1), 1))
     long.start()
     time.sleep(alone.times[0] / 5)
     beside = ask(address, **question(f"{seed}: another word?", 1)).times[0]
@@ -82,9 +82,9 @@ def beside_a_long_prompt(address: str, seed: int) -> tuple[float, float, float]:
     return beside, short, alone.times[0] * CHUNK / alone.usage["prompt_tokens"]
 
 
-def second_turn(address: str, seed: int) -> tuple[float, int]:
-    """Seconds to the first token of a second turn after 1,500 tokens, and how many of its prompt were cached."""
-    first = [{"role": "user", "content": text_of(1500, seed)}]
+def second_turn(address: str, seed: int, tokens: int) -> tuple[float, int]:
+    """Seconds to the first token of a second turn on a history, and how many tokens of its prompt were cached."""
+    first = [{"role": "user", "content": text_of(tokens, seed)}]
     said = ask(address, messages=first, max_tokens=8, temperature=0)
     turn = [*first, {"role": "assistant", "content": said.text}, {"role": "user", "content": "And then?"}]
     answer = ask(address, messages=turn, max_tokens=1, temperature=0)
@@ -96,6 +96,8 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, help="[default: SmolLM2 int4, exported once]")
     parser.add_argument("--threads", default="2")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--long", type=int, default=2000, help="Tokens of the prompt that a short one comes beside.")
+    parser.add_argument("--history", type=int, default=1500, help="Tokens before the second turn.")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=URL")
     options = parser.parse_args()
     bundle = options.bundle or smollm2_int4()
@@ -119,20 +121,20 @@ def main() -> None:
             for name, (address, extra) in contenders.items():
                 for clients in (1, CLIENTS):
                     note(f"{name} {clients}", rate(address, None if name == "headfold" else name, clients, extra))
-            note("beside,short,chunk", *beside_a_long_prompt(plain.address, round_))
-            note("turn,cached", *second_turn(reusing.address, 100 + round_))
-            note("turn anew,cached anew", *second_turn(plain.address, 100 + round_))
+            note("beside,short,chunk", *beside_a_long_prompt(plain.address, round_, options.long))
+            note("turn,cached", *second_turn(reusing.address, 100 + round_, options.history))
+            note("turn anew,cached anew", *second_turn(plain.address, 100 + round_, options.history))
     median = {name: statistics.median(values) for name, values in found.items()}
     for name in contenders:
         one, many = median[f"{name} 1"], median[f"{name} {CLIENTS}"]
         print(f"{name}: {one:.1f} tokens/s for one client, {many:.1f} for {CLIENTS}: {many / one:.2f} times")
     print(
-        f"first token of a short prompt: {median['short']:.3f} s alone, {median['beside']:.3f} s beside a prompt of 2,000 tokens, "
+        f"first token of a short prompt: {median['short']:.3f} s alone, {median['beside']:.3f} s beside one of {options.long:,} tokens, "
         f"{median['beside'] / median['chunk']:.2f} chunks of {CHUNK} tokens ({median['chunk']:.3f} s each)"
     )
     print(
-        f"first token of a second turn after 1,500 tokens: {median['turn']:.3f} s with reuse ({median['cached']:.0f} tokens cached), "
-        f"{median['turn anew']:.3f} s without: {median['turn anew'] / median['turn']:.1f} times"
+        f"first token of a second turn after {options.history:,} tokens: {median['turn']:.3f} s with reuse "
+        f"({median['cached']:.0f} tokens cached), {median['turn anew']:.3f} s without: {median['turn anew'] / median['turn']:.1f} times"
     )
     print(json.dumps({"bundle": str(bundle), "threads": options.threads, "load before": load, "rounds": found}))
 

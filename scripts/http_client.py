@@ -44,7 +44,8 @@ class Server:
     def metrics(self) -> dict[str, float]:
         """Samples of /metrics whose only label is the model."""
         text = get(self.address, "/metrics")
-        return {name: float(value) for name, value in re.findall(r'^(\w+)\{model="[^"]*"\} (\S+)$', text, re.MULTILINE)}
+        found = re.findall(r'^(\w+)\{model="[^"]*"\} (\S+)$', text, re.MULTILINE)
+        return {name: float(value) for name, value in found if not name.endswith("_created")}
 
 
 @contextmanager
