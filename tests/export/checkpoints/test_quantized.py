@@ -17,12 +17,13 @@ from torch import Tensor
 from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from headfold.export.bundle.inspection import inspect_path
+from headfold.export.bundle.inspection import inspect_checkpoint, inspect_path
 from headfold.export.checkpoints.directories.stored import stored_tensors
 from headfold.export.checkpoints.opening import open_checkpoint
 from headfold.export.checkpoints.quantized.mxfp4 import MXFP4
 from headfold.export.checkpoints.quantized.parts import Parts
 from headfold.export.checkpoints.quantized.tensor import QuantizedTensor
+from headfold.export.exportables.opening import open_exportable
 from headfold.runtime.errors import HeadfoldError
 
 LINEAR = re.compile(r"layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight$")
@@ -170,7 +171,7 @@ def test_a_left_over_configuration_is_of_no_tensor(method, via, toy_checkpoint, 
     """Also one that is not read: whoever dequantized the tensors left it."""
     shutil.copytree(toy_checkpoint, tmp_path / "q")
     configure(tmp_path / "q", quantization_config={"quant_method": method, "bits": 3})
-    assert "quantization" not in inspect_path(tmp_path / "q", via)
+    assert "quantization" not in inspect_checkpoint(open_exportable(tmp_path / "q", via))
 
 
 METHODS = ["bitsandbytes", "hqq", "aqlm", "exl2", "quanto", "eetq", "torchao", "vptq", "bitnet", "nvfp4", "auto-round"]
