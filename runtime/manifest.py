@@ -26,7 +26,8 @@ ROADS_VERSION = (
     4  # of a bundle of a model that headfold has no table of, or whose layers have caches of different shapes
 )
 ROUNDED_VERSION = 5  # of a bundle with weights of four or eight bits
-NEWEST_VERSION = ROUNDED_VERSION
+ROUNDED_INPUTS_VERSION = 6  # of a bundle with weights of the scheme w8a8
+NEWEST_VERSION = ROUNDED_INPUTS_VERSION
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 _CHUNK = 1 << 22  # bytes hashed at a time
@@ -45,7 +46,7 @@ def _inside(name: str) -> str:
     return name
 
 
-WeightsScheme = Literal["int8", "int4", "mixed"]
+WeightsScheme = Literal["int8", "int4", "mixed", "w8a8"]
 Size = Annotated[int, Field(ge=1)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 FileName = Annotated[str, AfterValidator(_inside)]  # relative to the bundle, with slashes
@@ -93,7 +94,10 @@ class WeightsCost(_Strict):
 
 
 class WeightsSpec(_Strict):
-    """Weights of four or eight bits in blocks along the input that share a scale; `weights.json` has each one's bits."""
+    """Weights of four or eight bits in blocks along the input that share a scale; `weights.json` has each one's bits.
+
+    Of w8a8 these are embedding and head. The others have seven bits and a scale for each output, and their products' inputs eight bits.
+    """
 
     scheme: WeightsScheme
     block_size: Literal[32] = 32  # of those that headfold rounded

@@ -20,7 +20,7 @@ from headfold.export.model.config import ModelConfig
 from headfold.plugins.dtypes import DTYPES
 from headfold.runtime.errors import printable
 from headfold.runtime.files.engine_file import check_engine
-from headfold.runtime.manifest import MANIFEST, MODEL, EngineEntry, check_sizes, read_manifest
+from headfold.runtime.manifest import MANIFEST, MODEL, EngineEntry, WeightsSpec, check_sizes, read_manifest
 
 if TYPE_CHECKING:
     from headfold.export.exportables.base import Exportable
@@ -83,10 +83,7 @@ def _bundle(path: Path) -> Facts:
         "parameters": manifest.parameters,
         "dtype": manifest.dtype,
         "cache_dtype": manifest.cache_dtype,
-        "weights": f"{spec.scheme}, {spec.bits:.3g} bits in blocks of {spec.block_size}, accuracy level {spec.accuracy_level}"
-        + (f", {spec.kept} kept as they were quantized" if spec.kept else "")
-        if spec
-        else None,
+        "weights": _weights(spec) if spec else None,
         "weights_cost": spec.cost.model_dump() if spec and spec.cost else None,
         "weight_bytes": manifest.files[f"{MODEL}.data"].size if spec else manifest.parameters * itemsize,
         "bundle_bytes": sum(entry.size for entry in manifest.files.values()),
@@ -96,6 +93,15 @@ def _bundle(path: Path) -> Facts:
         "parity": manifest.parity,
         "tools": manifest.tools,
     }
+
+
+def _weights(spec: WeightsSpec) -> str:
+    blocks = f"in blocks of {spec.block_size}, accuracy level {spec.accuracy_level}"
+    kept = f", {spec.kept} kept as they were quantized" if spec.kept else ""
+    if spec.scheme == "w8a8":
+        seven = "w8a8, seven bits with a scale for each output, and inputs in eight bits"
+        return f"{seven}; embedding and head in eight {blocks}{kept}"
+    return f"{spec.scheme}, {spec.bits:.3g} bits {blocks}{kept}"
 
 
 def _engine(engine: EngineEntry) -> str:

@@ -40,6 +40,7 @@ from headfold.runtime.manifest import (
     MODEL,
     QUANTIZED_VERSION,
     ROADS_VERSION,
+    ROUNDED_INPUTS_VERSION,
     ROUNDED_VERSION,
     Manifest,
     QuantizationSpec,
@@ -216,7 +217,7 @@ def _weights_of(manifest: Manifest) -> dict[str, Any]:
 def _format_version(source: Exportable, quantization: QuantizationSpec | None, rounding: WeightRounding | None) -> int:
     """The oldest one that says what is there, so that old readers open what they can."""
     if rounding is not None:
-        return ROUNDED_VERSION
+        return ROUNDED_INPUTS_VERSION if rounding.scheme == "w8a8" else ROUNDED_VERSION
     if source.road != "headfold" or len(set(source.facts.cache_shapes)) > 1:
         return ROADS_VERSION
     return FORMAT_VERSION if quantization is None else QUANTIZED_VERSION

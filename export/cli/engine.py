@@ -12,6 +12,7 @@ from headfold.plugins.tensorrt_library import Flavour
 if TYPE_CHECKING:
     from headfold.export.engine.options import BuildOptions
     from headfold.export.progress import Reporter
+    from headfold.runtime.manifest import WeightsScheme
 
 TARGETS = get_args(Flavour)
 ENGINE = ("attention", "sm", "max_batch", "max_input", "weight_streaming", "workspace", "timing_cache")  # parameters
@@ -57,12 +58,16 @@ def make_options(target: str, sm: tuple[int, ...], workspace: int | None, **othe
     return BuildOptions(target=target, compute_capabilities=sm, workspace=scratch, **others)  # type: ignore[arg-type]
 
 
-def check_early(options: "BuildOptions", dtype: str, kv_cache: str | None) -> None:
+def check_early(
+    options: "BuildOptions", dtype: str, kv_cache: str | None, weights: "WeightsScheme | None" = None
+) -> None:
     """Refuse before a long export what `build` would refuse after it. Raises HeadfoldError."""
     from headfold.export.engine.network_report import open_flavour
-    from headfold.export.engine.options import check_cache, check_flavour
+    from headfold.export.engine.options import check_cache, check_flavour, check_weights
 
     check_flavour(options, dtype)
+    if weights is not None:
+        check_weights(weights)
     if kv_cache is not None:
         check_cache(options, kv_cache)
     open_flavour(options.target)

@@ -38,9 +38,10 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--weights",
-    type=click.Choice(["int8", "int4", "mixed"]),
+    type=click.Choice(["int8", "int4", "mixed", "w8a8"]),
     help="Store weights in eight or four bits, blocks of 32 with a scale; embedding and head in eight. mixed: each weight in four or "
-    "eight, by what four cost in it. What is quantized already keeps its own bits. [default: in --dtype]",
+    "eight, by what four cost in it. w8a8: products of integers, for long prompts. What is quantized already keeps its own bits, "
+    "but in w8a8. [default: in --dtype]",
 )
 @click.option(
     "--bits",
@@ -173,7 +174,7 @@ def export(
     reporter = reporter_for(quiet)
     build = make_options(target, **engine) if target is not None else None
     if build is not None:
-        check_early(build, dtype, kv_cache)
+        check_early(build, dtype, kv_cache, weights)
     check_output(output, force)
     exportable = open_exportable(Path(source), via, trust_remote_code, reporter, base)
     result = export_bundle(exportable, output, options, reporter)

@@ -13,7 +13,7 @@ import onnxscript.optimizer
 from numpy.typing import NDArray
 from onnx_ir.passes import common as common_passes
 
-from headfold.export.graph.bodies import block_sums, call_plugin, inline_standard_body
+from headfold.export.graph.bodies import block_sums, call_plugin, inline_standard_body, rounds_inputs
 from headfold.export.graph.experts import experts_nodes
 from headfold.export.graph.passes import attention_nodes
 from headfold.export.graph.recipes import remove_unread
@@ -48,7 +48,11 @@ def lower_model(model: ir.Model, path: Path, attention: Attention, capacity: int
     if not nodes:
         raise BundleError(f"has no {DOMAIN}::{OP_TYPE} node", where=path, fix="Export the bundle again.")
     sinks = any(AttentionInputs.of_node(node.inputs).head_sink is not None for node in nodes)
-    for present, what in ((sinks, "attention sinks"), (bool(experts_nodes(model)), "a mixture of experts")):
+    for present, what in (
+        (sinks, "attention sinks"),
+        (bool(experts_nodes(model)), "a mixture of experts"),
+        (rounds_inputs(model), "products with rounded inputs (--weights w8a8)"),
+    ):
         if present:
             raise BuildError(f"the model has {what}, which headfold has not in TensorRT", where=path, fix=_ELSEWHERE)
     fix_capacity(model, capacity)

@@ -13,7 +13,7 @@ from headfold.plugins.attention.schema import Attention
 from headfold.plugins.gpus import BFLOAT16_SINCE, FLOAT8_SINCE, RTX_CAPABILITIES
 from headfold.plugins.tensorrt_library import Flavour
 from headfold.runtime.errors import BuildError
-from headfold.runtime.manifest import EngineProfile, Manifest, ShapeRange
+from headfold.runtime.manifest import EngineProfile, Manifest, ShapeRange, WeightsScheme
 
 _MAX_INPUT = 512
 
@@ -63,6 +63,8 @@ def check_options(options: BuildOptions, bundle: Path, manifest: Manifest) -> No
         )
     check_cache_shapes(manifest.cache.shapes, bundle)
     check_flavour(options, manifest.dtype)
+    if manifest.weights is not None:
+        check_weights(manifest.weights.scheme)
     if manifest.cache.quantization is not None:
         check_cache(options, manifest.cache_dtype)
     if (
@@ -137,6 +139,16 @@ def _check_capabilities(options: BuildOptions, dtype: str) -> None:
             raise BuildError(
                 f"SM {sm} has no bfloat16 arithmetic", where="--sm", fix="Export the bundle with --dtype float16."
             )
+
+
+def check_weights(scheme: WeightsScheme) -> None:
+    """Refuse what TensorRT is given in no form. Raises BuildError."""
+    if scheme == "w8a8":
+        raise BuildError(
+            "headfold has not in TensorRT: products with rounded inputs",
+            where="--weights w8a8",
+            fix="Export the bundle with --weights int8.",
+        )
 
 
 def check_cache(options: BuildOptions, cache_dtype: str) -> None:

@@ -7,36 +7,32 @@ import torch
 from torch import Tensor
 
 from headfold.export.checkpoints.base import Checkpoint, TokenizerFiles
+from headfold.export.checkpoints.quantized.tensor import QuantizedTensor
 from headfold.export.exportables.base import Exportable
 from headfold.export.exportables.kept import kept, kept_forms
 from headfold.export.exportables.own import OwnModel
 from headfold.export.model.config import ModelConfig
-from headfold.export.model.rounding import Form, Rounded, bits_of, restored, rounded, stored_part, stored_shapes
-from headfold.plugins.quantized.schema import Bits
+from headfold.export.model.rounding import (
+    Form,
+    Rounded,
+    Width,
+    bits_of,
+    form_of,
+    restored,
+    rounded,
+    stored_part,
+    stored_shapes,
+)
+from headfold.export.model.smoothing import Exponents, shifted, shifts
 from headfold.runtime.errors import BundleError, ConfigError
 from headfold.runtime.manifest import WeightsScheme
 
 
-class RoundedCheckpoint:
-    """A checkpoint some of whose weights have been rounded and restored; see Checkpoint.
+class ChangedCheckpoint:
+    """Another checkpoint with some of its tensors changed; see Checkpoint."""
 
-    Args:
-        checkpoint: as it was.
-        bits: of each rounded weight.
-        found: those that are rounded already; the others are, to the nearest, as they are read.
-        kept: those that the checkpoint holds in few bits itself, and how; see `headfold.export.exportables.kept`.
-    """
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        bits: Mapping[str, Bits],
-        found: Mapping[str, Rounded] | None = None,
-        kept: Mapping[str, Form] | None = None,
-    ) -> None:
-        self.original, self.found, self.kept = checkpoint, found or {}, kept or {}
-        self.forms = {name: Form(width) for name, width in bits.items()} | dict(self.kept)
-        self._last: tuple[str, Rounded] | None = None  # a graph asks for numbers and scales one after the other
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.original = checkpoint
 
     @property
     def path(self) -> Path:
@@ -69,19 +65,88 @@ class RoundedCheckpoint:
 
     def dtype(self, name: str) -> torch.dtype:
         """See Checkpoint."""
+        return self.original.dtype(name)
+
+    def read(self, name: str) -> Tensor:
+        """See Checkpoint."""
+        return self.original.read(name)
+
+    def quantized(self, name: str) -> QuantizedTensor | None:
+        """See Checkpoint."""
+        return None
+
+    def kind(self, name: str) -> str | None:
+        """See Checkpoint."""
+        return None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.original)
+
+
+class SmoothedCheckpoint(ChangedCheckpoint):
+    """A checkpoint of the same function, with inputs of products that lose less when they are rounded.
+
+    Args:
+        checkpoint: as it was.
+        exponents: see `headfold.export.model.smoothing`.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, exponents: Exponents) -> None:
+        super().__init__(checkpoint)
+        self.exponents = exponents
+        self._shifts = dict[str, list[tuple[int, Tensor]]]()
+        for name, axis, powers in shifts(checkpoint.config, exponents):
+            self._shifts.setdefault(name, []).append((axis, powers))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """See Checkpoint."""
+        return torch.float32 if name in self._shifts else self.original.dtype(name)
+
+    def read(self, name: str) -> Tensor:
+        """See Checkpoint."""
+        tensor = self.original.read(name)
+        for axis, powers in self._shifts.get(name, ()):
+            tensor = shifted(tensor, axis, powers)
+        return tensor
+
+    def quantized(self, name: str) -> QuantizedTensor | None:
+        """See Checkpoint."""
+        return None if name in self._shifts else self.original.quantized(name)
+
+    def kind(self, name: str) -> str | None:
+        """See Checkpoint."""
+        return self.original.kind(name)
+
+
+class RoundedCheckpoint(ChangedCheckpoint):
+    """A checkpoint some of whose weights have been rounded and restored; see Checkpoint.
+
+    Args:
+        checkpoint: as it was.
+        bits: of each rounded weight.
+        found: those that are rounded already; the others are, to the nearest, as they are read.
+        kept: those that the checkpoint holds in few bits itself, and how; see `headfold.export.exportables.kept`.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        bits: Mapping[str, Width],
+        found: Mapping[str, Rounded] | None = None,
+        kept: Mapping[str, Form] | None = None,
+    ) -> None:
+        super().__init__(checkpoint)
+        self.found, self.kept, shapes = found or {}, kept or {}, checkpoint.shapes()
+        self.forms = {name: form_of(width, shapes[name][1]) for name, width in bits.items()} | dict(self.kept)
+        self._last: tuple[str, Rounded] | None = None  # a graph asks for numbers and scales one after the other
+
+    def dtype(self, name: str) -> torch.dtype:
+        """See Checkpoint."""
         return torch.float32 if name in self.forms else self.original.dtype(name)
 
     def read(self, name: str) -> Tensor:
         """See Checkpoint."""
         return restored(self.rounded(name)) if name in self.forms else self.original.read(name)
-
-    def quantized(self, name: str) -> None:
-        """See Checkpoint."""
-        return None
-
-    def kind(self, name: str) -> None:
-        """See Checkpoint."""
-        return None
 
     def rounded(self, name: str) -> Rounded:
         """One of the rounded weights.
@@ -102,9 +167,6 @@ class RoundedCheckpoint:
         if rounding is None or rounding.form != self.kept[name]:
             raise BundleError(f"{name} is not in {self.path} as the bundle kept it", fix="Export it again.")
         return rounding
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.original)
 
 
 class StoredTensors:
@@ -146,7 +208,7 @@ def rounded_checkpoint(exportable: Exportable, scheme: WeightsScheme) -> Rounded
         )
     checkpoint = exportable.checkpoint
     bits = bits_of(checkpoint.shapes(), scheme)
-    forms = kept_forms(checkpoint, bits)
+    forms = kept_forms(checkpoint, [name for name, width in bits.items() if width != 7])
     if not bits:
         raise ConfigError(
             "no weight has blocks of 32 inputs, so none can be rounded",

@@ -2,15 +2,18 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
-from headfold.export.exportables.rounded import RoundedCheckpoint
-from headfold.export.model.rounding import Form, Rounded, restored
-from headfold.plugins.quantized.schema import BLOCK, LARGEST_BLOCK, SMALLEST_BLOCK, Bits
+from headfold.export.checkpoints.base import Checkpoint
+from headfold.export.exportables.rounded import RoundedCheckpoint, SmoothedCheckpoint
+from headfold.export.model.rounding import Form, Rounded, Width, form_of, restored
+from headfold.export.model.smoothing import LARGEST, Exponents, seams
+from headfold.plugins.quantized.schema import BLOCK, LARGEST_BLOCK, SMALLEST_BLOCK
 from headfold.runtime.errors import BundleError
 from headfold.runtime.files.json_file import read_object
 
@@ -24,7 +27,7 @@ _BLOCKS = [1 << power for power in range(SMALLEST_BLOCK.bit_length() - 1, LARGES
 class WeightRecord:
     """Of one weight."""
 
-    bits: Bits
+    bits: Width
     # "nearest" is a rule, which the checkpoint alone decides; see `headfold.export.model.rounding`. "kept" are a checkpoint's own bits.
     method: Method | Literal["kept"]
     relative_squared_error: float  # |rounded - w|^2 / |w|^2: 0 for one that is kept bit for bit
@@ -42,7 +45,19 @@ class WeightRecord:
         return Form(self.bits, self.block_size, self.zero_points, self.offsets, self.order)
 
 
-def record_of(checkpoint: RoundedCheckpoint, costs: Mapping[str, float]) -> dict[str, WeightRecord]:
+@dataclass(frozen=True)
+class RoundingRecord:
+    """Of a model."""
+
+    tensors: Mapping[str, WeightRecord]
+    smoothing: Exponents = field(default_factory=dict)  # before rounding
+
+    def smoothed(self, checkpoint: Checkpoint) -> Checkpoint:
+        """What was rounded."""
+        return SmoothedCheckpoint(checkpoint, self.smoothing) if self.smoothing else checkpoint
+
+
+def record_of(checkpoint: RoundedCheckpoint, costs: Mapping[str, float]) -> RoundingRecord:
     """What was done, and what it does to each weight; `costs` are the KLs of `WeightRecord`."""
     records = {}
     for name, form in checkpoint.forms.items():
@@ -54,7 +69,8 @@ def record_of(checkpoint: RoundedCheckpoint, costs: Mapping[str, float]) -> dict
         )
         more = form.block, form.zeros, form.offsets, form.order
         records[name] = WeightRecord(form.bits, method, error, digest(rounding), kind, costs.get(name), *more)
-    return records
+    original = checkpoint.original
+    return RoundingRecord(records, original.exponents if isinstance(original, SmoothedCheckpoint) else {})
 
 
 def relative_squared_error(rounding: Rounded, weight: Tensor) -> float:
@@ -69,13 +85,15 @@ def digest(rounding: Rounded) -> str:
     return hashlib.sha256(b"".join(x.contiguous().numpy().tobytes() for x in parts if x is not None)).hexdigest()
 
 
-def record_to_json(records: Mapping[str, WeightRecord]) -> dict[str, Any]:
+def record_to_json(record: RoundingRecord) -> dict[str, Any]:
     """The file's content."""
-    return {"tensors": {name: asdict(record) for name, record in records.items()}}
+    content: dict[str, Any] = {"tensors": {name: asdict(tensor) for name, tensor in record.tensors.items()}}
+    smoothing = {name: exponents.tolist() for name, exponents in record.smoothing.items()}
+    return content | ({"smoothing": smoothing} if smoothing else {})
 
 
-def read_record(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, WeightRecord]:
-    """The file's records, of weights that a checkpoint with these shapes has.
+def read_record(path: Path, checkpoint: Checkpoint) -> RoundingRecord:
+    """The file's record, of weights that this checkpoint has.
 
     Raises:
         BundleError: it holds something else.
@@ -83,15 +101,31 @@ def read_record(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
     fix = "Export the bundle again."
     if not path.is_file():
         raise BundleError("is missing", where=path, fix=fix)
-    content = read_object(path, _LARGEST, BundleError, fix)
+    content, shapes = read_object(path, _LARGEST, BundleError, fix), checkpoint.shapes()
     try:
         records = {name: WeightRecord(**record) for name, record in content["tensors"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"is no record of rounded weights: {error}", where=path, fix=fix) from error
     for name, record in records.items():
         kept, block, shape = record.method == "kept", record.block_size, shapes.get(name, ())
-        known = record.bits in get_args(Bits) and (record.method in get_args(Method) or kept)
-        known = known and (kept or record.form == Form(record.bits)) and block in _BLOCKS
-        if not known or len(shape) != 2 or shape[1] % block:
+        known = len(shape) == 2 and record.bits in get_args(Width) and (record.method in get_args(Method) or kept)
+        if known and record.bits == 7:
+            known = record.method == "nearest" and record.form == form_of(7, shape[1])
+        elif known:
+            known = (kept or record.form == Form(record.bits)) and block in _BLOCKS and shape[1] % block == 0
+        if not known:
             raise BundleError(f"{name} cannot have been rounded so", where=path, fix=fix)
-    return records
+    return RoundingRecord(records, _smoothing(content.get("smoothing", {}), checkpoint, path))
+
+
+def _smoothing(content: Any, checkpoint: Checkpoint, path: Path) -> Exponents:
+    config, shapes, fix = checkpoint.config, checkpoint.shapes(), "Export the bundle again."
+    if not isinstance(content, dict):
+        raise BundleError("has no exponents for smoothing", where=path, fix=fix)
+    places = [seam for layer in range(config.num_hidden_layers) for seam in seams(config, layer)]
+    sizes = {seam.name: shapes[seam.readers[0]][1] for seam in places}
+    for name, exponents in content.items():
+        known = isinstance(exponents, list) and len(exponents) == sizes.get(name)
+        if not known or not all(type(e) is int and abs(e) <= LARGEST for e in exponents):
+            raise BundleError(f"{name} cannot have been smoothed so", where=path, fix=fix)
+    return {name: torch.tensor(exponents) for name, exponents in content.items()}

@@ -12,8 +12,15 @@ from headfold.export.graph.recipes import shared_constant
 from headfold.plugins.attention.onnx_functions import onnxruntime_body, standard_body
 from headfold.plugins.attention.schema import ALL_INPUTS, DOMAIN, LAST_INDEX, TABLES, VERSION, AttentionInputs
 from headfold.plugins.dtypes import DTYPES, QUANTIZED, Quantized
-from headfold.plugins.quantized.onnx_functions import gather, onnxruntime_matmul, standard_matmul
-from headfold.plugins.quantized.schema import GATHER, MATMUL, MATMUL_INPUTS, Level
+from headfold.plugins.quantized.onnx_functions import (
+    exact_rounded_matmul,
+    gather,
+    onnxruntime_matmul,
+    onnxruntime_rounded_matmul,
+    standard_matmul,
+    standard_rounded_matmul,
+)
+from headfold.plugins.quantized.schema import GATHER, MATMUL, MATMUL_INPUTS, ROUNDED, Level
 
 
 def set_body(model: ir.Model, function: onnx.FunctionProto) -> None:
@@ -142,6 +149,8 @@ def use_quantized_bodies(model: ir.Model, standard: bool = False) -> None:
     zeros = any(len(node.inputs) == len(MATMUL_INPUTS) for node in products)
     if MATMUL in used:
         set_body(model, standard_matmul(zeros) if standard else onnxruntime_matmul())
+    if ROUNDED in used:
+        set_body(model, standard_rounded_matmul() if standard else onnxruntime_rounded_matmul())
     if GATHER in used:
         set_body(model, gather())
     for node in products if standard and zeros else ():
@@ -174,3 +183,16 @@ def set_level(model: ir.Model, level: Level) -> bool:
     for node in products:
         node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
     return bool(products)
+
+
+def rounds_inputs(model: ir.Model) -> bool:
+    """Whether there are products that round their inputs by themselves, not by a level."""
+    return any(node.domain == DOMAIN and node.op_type == ROUNDED for node in model.graph)
+
+
+def round_no_inputs(model: ir.Model) -> bool:
+    """Have all products with matrices of few bits compute with their inputs as they are; whether there are any."""
+    rounding = rounds_inputs(model)
+    if rounding:
+        set_body(model, exact_rounded_matmul())
+    return set_level(model, 1) or rounding

@@ -1,25 +1,30 @@
-"""Weights of four and eight bits in blocks along the input dimension: what they are, and the rule that rounds to them.
+"""Weights of few bits in blocks along the input dimension: what they are, and the rule that rounds to them.
 
 The rule is symmetric, in blocks of `BLOCK`. What a checkpoint holds in few bits already may have other blocks, zero points or offsets.
+Of seven bits, a block is all weights of an output, and the inputs of their product are rounded, too: see
+`headfold.plugins.quantized.schema`, which also says why they are not eight.
 """
 
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headfold.plugins.quantized.schema import BLOCK, Bits
+from headfold.plugins.quantized.schema import BLOCK, SMALLEST, Bits
 from headfold.runtime.manifest import WeightsScheme
+
+Width = Literal[4, 7, 8]  # bits of a number
 
 
 @dataclass(frozen=True)
 class Form:
     """How a weight is stored; products of weights of one form can be joined into one."""
 
-    bits: Bits
+    bits: Width
     block: int = BLOCK  # weights that share a scale
     zeros: bool = False  # whether its blocks have zero points
     offsets: bool = False
@@ -33,7 +38,7 @@ class Rounded:
     w[n, k] = (values[n, j] - zeros[n, g]) * scales[n, g] + offsets[n, g].
     """
 
-    bits: Bits
+    bits: Width
     values: Tensor  # int8 [N, K], of as many bits
     scales: Tensor  # float32 [N, G]
     zeros: Tensor | None = None  # as the values [N, G]; None: 0
@@ -54,35 +59,43 @@ ORDER = "order."  # what the name of an order begins with: all weights of that o
 _WIDE = ("model.embed_tokens.weight", "lm_head.weight")
 
 
-def bits_of(shapes: Mapping[str, tuple[int, ...]], scheme: WeightsScheme) -> dict[str, Bits]:
+_WIDTHS: dict[WeightsScheme, Width] = {"int8": 8, "w8a8": 7, "int4": 4, "mixed": 4}
+
+
+def bits_of(shapes: Mapping[str, tuple[int, ...]], scheme: WeightsScheme) -> dict[str, Width]:
     """Which of a decoder's tensors are rounded, and to how many bits: its matrices, [out, in], that have whole blocks.
 
-    Of "mixed" this is the least that they can have.
+    (For seven bits none are needed.) Of "mixed" this is the least that they can have.
     """
-    narrow: Bits = 8 if scheme == "int8" else 4
-    matrices = [name for name, shape in shapes.items() if len(shape) == 2 and shape[1] % BLOCK == 0]
-    return {name: 8 if name in _WIDE else narrow for name in matrices}
+    widths = {name: 8 if name in _WIDE else _WIDTHS[scheme] for name, shape in shapes.items() if len(shape) == 2}
+    return {name: width for name, width in widths.items() if width == 7 or shapes[name][1] % BLOCK == 0}
 
 
-def rounded(weight: Tensor, bits: Bits) -> Rounded:
+def form_of(bits: Width, columns: int) -> Form:
+    """What the rule gives a weight with so many columns."""
+    return Form(bits, columns if bits == 7 else BLOCK)
+
+
+def rounded(weight: Tensor, bits: Width) -> Rounded:
     """The nearest numbers, and the scales of their blocks, of a weight [N, K].
 
     In eight bits the scale is the block's largest magnitude over 127; in four its extreme, with its sign, over -8, so that all 16
-    numbers are used (both as in ggml's reference quantization). A block of zeros has scale 1.
+    numbers are used (both as in ggml's reference quantization); in seven an output's largest magnitude over 63. A block of zeros has
+    scale 1.
     """
-    blocks = weight.float().view(len(weight), -1, BLOCK)  # [N, K / BLOCK, BLOCK]
+    blocks = weight.float().view(len(weight), -1, form_of(bits, weight.shape[1]).block)  # [N, G, block]
     scales = block_scales(blocks, bits)
     return Rounded(bits, nearest(blocks, scales[..., None], bits).to(torch.int8).flatten(1), scales)
 
 
-def block_scales(blocks: Tensor, bits: Bits) -> Tensor:
+def block_scales(blocks: Tensor, bits: Width) -> Tensor:
     """The scales [...] of blocks [..., BLOCK]; see `rounded`."""
-    largest = blocks.abs().amax(-1) if bits == 8 else blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))[..., 0]
-    scales = largest / (127 if bits == 8 else -8)
+    largest = blocks.abs().amax(-1) if bits != 4 else blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))[..., 0]
+    scales = largest / {8: 127, 7: 63, 4: -8}[bits]
     return torch.where(scales == 0, 1.0, scales)
 
 
-def nearest(weights: Tensor, scales: Tensor, bits: Bits) -> Tensor:
+def nearest(weights: Tensor, scales: Tensor, bits: Width) -> Tensor:
     """The nearest numbers that `bits` have, in the dtype of the weights; scales broadcast."""
     half = 1 << (bits - 1)
     return (weights / scales).round().clamp(-half, half - 1)
@@ -98,6 +111,12 @@ def restored(rounding: Rounded) -> Tensor:
         blocks = blocks + rounding.offsets[..., None]
     columns = blocks.flatten(1)
     return columns if rounding.order is None else columns[:, rounding.order.argsort()]
+
+
+def rounded_rows(x: Tensor) -> Tensor:
+    """What a product with rounded inputs sees of x [..., K]."""
+    largest = x.abs().amax(-1, keepdim=True).clamp_min(SMALLEST)
+    return (x / largest * 127).round() * (largest / 127)
 
 
 def packed(values: Tensor, bits: Bits) -> Tensor:
@@ -119,6 +138,8 @@ def unpacked(stored: Tensor, bits: Bits) -> Tensor:
 def stored_shapes(name: str, form: Form, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
     """The parts of the weight `name` [rows, columns] among a graph's weights: numbers, scales, and what else the form has, in order."""
     base, blocks = f"{name}.int{form.bits}", columns // form.block
+    if form.bits == 7:
+        return {base: (rows, columns), f"{base}{SCALES}": (rows,)}
     shapes: dict[str, tuple[int, ...]] = {
         base: (rows, blocks, form.block * form.bits // 8),
         f"{base}{SCALES}": (rows, blocks),
@@ -134,6 +155,8 @@ def stored_shapes(name: str, form: Form, rows: int, columns: int) -> dict[str, t
 
 def stored_part(rounding: Rounded, part: str) -> Tensor:
     """One of the parts that `stored_shapes` names."""
+    if rounding.bits == 7:
+        return rounding.scales.flatten() if part.endswith(SCALES) else rounding.values
     if part.endswith(SCALES):
         return rounding.scales
     if part.startswith(ORDER):

@@ -20,7 +20,7 @@ from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.common import TensorMetadata
 from polygraphy.datatype import DataType
 
-from headfold.export.graph.bodies import set_level, widen_float8_caches
+from headfold.export.graph.bodies import round_no_inputs, widen_float8_caches
 from headfold.export.graph.passes import widen_to_float32
 from headfold.export.graph.weights import data_file, load_model
 from headfold.export.parity.tolerances import Precision
@@ -138,7 +138,7 @@ class Graph:
         options.log_severity_level = 4  # what goes wrong is raised too
         try:
             model = load_model(self.path)
-            exact = set_level(model, 1)  # what rounding a product's inputs costs is for the gate
+            exact = round_no_inputs(model)  # what rounding a product's inputs costs is for the gate
             if not passes and not exact:
                 return ort.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
             for change in passes:

@@ -12,7 +12,7 @@ from headfold.export.exportables.base import Exportable
 from headfold.export.exportables.oracle import Oracle
 from headfold.export.exportables.own import OwnModel
 from headfold.export.exportables.rounded import RoundedCheckpoint, StoredTensors
-from headfold.export.exportables.rounding_record import RECORD, WeightRecord, read_record
+from headfold.export.exportables.rounding_record import RECORD, RoundingRecord, read_record
 from headfold.export.graph.experts import experts_nodes
 from headfold.export.graph.recipes import lacks_recipes
 from headfold.export.graph.trace import export_graph
@@ -34,6 +34,7 @@ from headfold.export.parity.report import CheckResult, ParityReport
 from headfold.export.parity.tolerances import Precision
 from headfold.export.progress import Reporter
 from headfold.plugins.attention.schema import SCALES, TABLES
+from headfold.plugins.quantized.schema import Bits
 from headfold.runtime.errors import BundleError
 from headfold.runtime.files.graph_file import check_capacity
 from headfold.runtime.manifest import MODEL, Manifest, check_files, read_manifest
@@ -100,7 +101,9 @@ def verify_bundle(
     own = exportable.checkpoint.config if isinstance(exportable, OwnModel) else None
     quantization, cache = manifest.cache.quantization, None
     model = load_model(directory / MODEL)
-    rounded, record = _rounded(directory, exportable, model) if manifest.weights is not None else (None, {})
+    rounded, record = None, RoundingRecord({})
+    if manifest.weights is not None:
+        rounded, record = _rounded(directory, exportable, model)
     if quantization is not None:
         cache = stored_cache(model, quantization.dtype, len(facts.layers))
     with reporter.step("compare the weights"):
@@ -118,7 +121,7 @@ def verify_bundle(
         del tensors
         checks.append(prove_attributes(model, facts, own))
         if rounded is not None:
-            checks.append(prove_rounding(rounded, record))
+            checks.append(prove_rounding(rounded, record.tensors))
             checks += [prove_kept(rounded)] if rounded.kept else []
     del model
     restored = OwnModel(rounded) if rounded is not None else exportable  # what rounding costs is for the gate
@@ -146,19 +149,19 @@ def verify_bundle(
     return verify_graph(subject, prompts, steps, reporter, candidate, also)
 
 
-def _rounded(
-    directory: Path, exportable: Exportable, model: ir.Model
-) -> tuple[RoundedCheckpoint, dict[str, WeightRecord]]:
+def _rounded(directory: Path, exportable: Exportable, model: ir.Model) -> tuple[RoundedCheckpoint, RoundingRecord]:
     """The checkpoint as the bundle rounds it: by the rule, or to the numbers that stand in the graph where no rule finds them."""
     if not isinstance(exportable, OwnModel):
         raise BundleError("has rounded weights, of a model of another road", where=directory, fix="Export it again.")
-    shapes = exportable.checkpoint.shapes()
-    record = read_record(directory / RECORD, shapes)
-    names = [name for name, weight in record.items() if weight.method == "gptq"]
-    bits = {name: weight.bits for name, weight in record.items() if weight.method != "kept"}
-    kept = {name: weight.form for name, weight in record.items() if weight.method == "kept"}
-    found = StoredRoundings(model, names, bits, shapes)
-    return RoundedCheckpoint(exportable.checkpoint, bits, found, kept), record
+    record = read_record(directory / RECORD, exportable.checkpoint)
+    tensors = record.tensors
+    by_gptq: dict[str, Bits] = {
+        name: weight.bits for name, weight in tensors.items() if weight.method == "gptq" and weight.bits != 7
+    }
+    bits = {name: weight.bits for name, weight in tensors.items() if weight.method != "kept"}
+    kept = {name: weight.form for name, weight in tensors.items() if weight.method == "kept"}
+    found = StoredRoundings(model, by_gptq, exportable.checkpoint.shapes())
+    return RoundedCheckpoint(record.smoothed(exportable.checkpoint), bits, found, kept), record
 
 
 def precision_of(manifest: Manifest) -> Precision:

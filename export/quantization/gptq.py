@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from headfold.export.checkpoints.base import Checkpoint
 from headfold.export.model.decoder import Layer, sequence_layout
 from headfold.export.model.rope import rope_tables
-from headfold.export.model.rounding import Rounded, block_scales, nearest, restored
+from headfold.export.model.rounding import Rounded, Width, block_scales, nearest, restored
 from headfold.export.progress import Reporter
 from headfold.plugins.quantized.schema import BLOCK, Bits
 from headfold.runtime.errors import ConfigError
@@ -26,7 +26,7 @@ _SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "gate_proj": "up_proj"}
 
 @torch.inference_mode()
 def gptq_layers(
-    checkpoint: Checkpoint, bits: Mapping[str, Bits], tokens: Tensor, reporter: Reporter
+    checkpoint: Checkpoint, bits: Mapping[str, Width], tokens: Tensor, reporter: Reporter
 ) -> dict[str, Rounded]:
     """The layers' weights of four bits, calibrated on int64 tokens [N, S].
 
@@ -48,7 +48,7 @@ def gptq_layers(
                 if bits.get(name) == 4:
                     found[name] = gptq(module.weight, moments[_input_of(module_name)], 4)
                     module.weight.copy_(restored(found[name]))
-            hidden = torch.cat([_through(layer, rows, rope) for rows in _blocks(hidden)])
+            hidden = torch.cat([run_layer(layer, rows, rope) for rows in together(hidden)])
             advance(1)
     return found
 
@@ -147,8 +147,8 @@ def _input_moments(layer: Layer, hidden: Tensor, rope: tuple[Tensor, Tensor]) ->
 
     linears = _linears(layer)
     hooks = [linears[name].register_forward_pre_hook(hear(name)) for name in {_input_of(name) for name in linears}]
-    for rows in _blocks(hidden):
-        _through(layer, rows, rope)
+    for rows in together(hidden):
+        run_layer(layer, rows, rope)
     for hook in hooks:
         hook.remove()
     return moments
@@ -164,11 +164,12 @@ def _input_of(name: str) -> str:
     return f"{parent}.{_SAME_INPUT.get(own, own)}"
 
 
-def _through(layer: Layer, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def run_layer(layer: Layer, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """What a layer makes of streams [N, S, hidden] without a past."""
     ones = torch.ones(hidden.shape[:2], dtype=torch.long)
     return cast(Tensor, layer(hidden, sequence_layout(ones, ones), rope, None)[0])
 
 
-def _blocks(hidden: Tensor) -> tuple[Tensor, ...]:
+def together(hidden: Tensor) -> tuple[Tensor, ...]:
     """Streams [N, S, hidden], as many sequences at a time as go through a layer together."""
     return torch.split(hidden, max(_TOGETHER // hidden.shape[1], 1))

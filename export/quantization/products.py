@@ -1,4 +1,4 @@
-"""Weights of four or eight bits in a traced graph: products with them, and rows of an embedding, become ops of ours.
+"""Weights of few bits in a traced graph: products with them, and rows of an embedding, become ops of ours.
 
 An embedding shares its matrix with the head that is tied to it. Why ops of ours with a kernel's node as body, and not DequantizeLinear
 and MatMul, which ONNX Runtime fuses into the same kernel: with these it loads a model of a billion parameters three to five times
@@ -17,7 +17,7 @@ from headfold.export.graph.bodies import block_sums, in_blocks, set_level, use_q
 from headfold.export.graph.recipes import WeightRecipe, add_weight, recipe_of, remove_unread, shared_constant
 from headfold.export.graph.weights import load_model
 from headfold.export.model.rounding import OFFSETS, ORDER, SCALES, stored_shapes
-from headfold.plugins.quantized.schema import DOMAIN, GATHER, MATMUL, Level, MatMulAttributes
+from headfold.plugins.quantized.schema import DOMAIN, GATHER, MATMUL, ROUNDED, Level, MatMulAttributes
 
 # Sums of blocks of a product's input, and its columns in another order, which other products take too
 Made = dict[tuple[ir.Value, int | ir.Value], ir.Value]
@@ -94,6 +94,9 @@ def _products(
     for form, group in groupby(sources, key=checkpoint.forms.__getitem__):
         names = tuple(group)
         stored = _stored(model, names, checkpoint, transposed=True)
+        if form.bits == 7:
+            products.append(tape.op(ROUNDED, [given, *stored], domain=DOMAIN))
+            continue
         order = stored.pop() if form.order is not None else None
         offsets = stored.pop() if form.offsets else None
         x = given
@@ -120,7 +123,7 @@ def _stored(
 ) -> list[ir.Value]:
     """The parts of weights of one form, end to end, the same for all that read them: see `stored_shapes`.
 
-    Offsets are `transposed` for a product, [G, N].
+    Offsets are `transposed` for a product, [G, N]; so are numbers of seven bits, [K, N].
     """
     shapes = dict[str, tuple[int, ...]]()
     each = []  # the parts of each
@@ -132,8 +135,10 @@ def _stored(
     values = []
     for sources in zip(*each, strict=True):
         order = sources[0].startswith(ORDER)  # which they share
-        recipe = WeightRecipe(sources[:1] if order else sources, transposed and sources[0].endswith(OFFSETS))
-        kind = ir.DataType.FLOAT if sources[0].endswith((SCALES, OFFSETS)) else ir.DataType.UINT8
+        floats, by_output = sources[0].endswith((SCALES, OFFSETS)), checkpoint.forms[names[0]].bits == 7
+        turned = transposed and (sources[0].endswith(OFFSETS) or (by_output and not floats))
+        recipe = WeightRecipe(sources[:1] if order else sources, turned)
+        kind = ir.DataType.FLOAT if floats else ir.DataType.INT8 if by_output else ir.DataType.UINT8
         kind = ir.DataType.INT64 if order else kind
         known = model.graph.initializers.get(recipe.name)
         values.append(known or add_weight(model, recipe, recipe.shape(shapes), kind))

@@ -1,4 +1,4 @@
-"""How a model's weights are rounded: which to four bits and which to eight, and to which numbers; and what it was before.
+"""How a model's weights are rounded: to how many bits, to which numbers, smoothed or not; and what it was before.
 
 Calibrated on some of the text, and measured on the rest.
 """
@@ -13,7 +13,7 @@ from headfold.export.checkpoints.base import Checkpoint
 from headfold.export.checkpoints.opening import load_decoder
 from headfold.export.data.calibration import LENGTH, calibration_tokens
 from headfold.export.exportables.base import Exportable
-from headfold.export.exportables.rounded import RoundedCheckpoint, rounded_checkpoint
+from headfold.export.exportables.rounded import RoundedCheckpoint, SmoothedCheckpoint, rounded_checkpoint
 from headfold.export.exportables.rounding_record import Method
 from headfold.export.model.rounding import restored, rounded
 from headfold.export.progress import Reporter
@@ -22,10 +22,11 @@ from headfold.export.quantization.gate import MAX_KL
 from headfold.export.quantization.gptq import gptq_layers
 from headfold.export.quantization.sensitivity import TOKENS as SENSITIVITY
 from headfold.export.quantization.sensitivity import choose_bits, sensitivities
+from headfold.export.quantization.smoothing import find_smoothing
 from headfold.runtime.errors import ConfigError
 from headfold.runtime.manifest import WeightsScheme, WeightsSpec
 
-HELD_OUT, CALIBRATION = 2048, 8192  # tokens to measure on, and to calibrate GPTQ on
+HELD_OUT, CALIBRATION = 2048, 8192  # tokens to measure on, and to calibrate GPTQ or smoothing on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,8 @@ def prepare(source: Exportable, capacity: int, options: WeightRounding, reporter
         raise ConfigError("is too short to measure rounded weights on", where=where, fix="Choose 2 or more.")
     with reporter.step("read the checkpoint"):
         decoder = load_decoder(original, torch.float32, capacity)
-    calibrated = 4 in bits.values() and (options.scheme == "mixed" or options.method == "gptq")
+    smoothed = options.scheme == "w8a8"
+    calibrated = smoothed or (4 in bits.values() and (options.scheme == "mixed" or options.method == "gptq"))
     count = HELD_OUT + CALIBRATION if calibrated else HELD_OUT
     tokens = calibration_tokens(
         original.tokenizer.definition, decoder, options.data, count, LENGTH, seed=1, reporter=reporter
@@ -88,7 +90,10 @@ def prepare(source: Exportable, capacity: int, options: WeightRounding, reporter
         costs = {name: cost for names, cost in found.items() for name in names}
     del decoder
     checkpoint = RoundedCheckpoint(original, bits, kept=kept)
-    if calibrated and options.method == "gptq":
+    if smoothed:
+        smooth = SmoothedCheckpoint(original, find_smoothing(original, tokens[~measured], reporter))
+        checkpoint = RoundedCheckpoint(smooth, bits, kept=kept)
+    elif calibrated and options.method == "gptq":
         wide = RoundedCheckpoint(original, {name: width for name, width in bits.items() if width == 8})
         narrow = {name: width for name, width in bits.items() if width == 4 and not is_held(original, name)}
         found_ = gptq_layers(wide, narrow, tokens[~measured], reporter) if narrow else {}

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headfold.export.model.decoder import Decoder, Layer, sequence_layout
-from headfold.export.model.rounding import restored, rounded
+from headfold.export.model.rounding import Width, restored, rounded
 from headfold.export.progress import Reporter
-from headfold.plugins.quantized.schema import Bits
 
 TOKENS = 256  # measured on; each weight takes about half a forward pass
 _JOINED = ("q_proj", "k_proj", "v_proj")
@@ -21,7 +20,7 @@ _JOINED = ("q_proj", "k_proj", "v_proj")
 
 @torch.inference_mode()
 def sensitivities(
-    decoder: Decoder, bits: Mapping[str, Bits], tokens: Tensor, reporter: Reporter
+    decoder: Decoder, bits: Mapping[str, Width], tokens: Tensor, reporter: Reporter
 ) -> dict[tuple[str, ...], float]:
     """KL(as it is || with these weights in four bits), nats, a mean over tokens [N, S]; weights joined into one product together."""
     logits, *inputs = _run(decoder, decoder.model.embed_tokens(tokens), 0)
@@ -52,12 +51,12 @@ def joined(names: Iterable[str]) -> Iterable[tuple[str, ...]]:
 
 
 def choose_bits(
-    bits: Mapping[str, Bits],
+    bits: Mapping[str, Width],
     shapes: Mapping[str, tuple[int, ...]],
     costs: Mapping[tuple[str, ...], float],
     max_kl: float | None,
     average: float | None,
-) -> dict[str, Bits]:
+) -> dict[str, Width]:
     """Give eight bits to the weights that gain most by them, for their size, of those that would have four.
 
     Args:

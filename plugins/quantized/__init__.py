@@ -1,1 +1,1 @@
-"""The custom operators headfold::QuantizedMatMul and QuantizedGather, defined once: schema, numpy reference, ONNX bodies."""
+"""The custom operators headfold::for matrices of few bits, defined once: schema, numpy reference, ONNX bodies."""

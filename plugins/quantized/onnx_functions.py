@@ -1,8 +1,9 @@
-"""headfold::QuantizedMatMul and QuantizedGather as ONNX model-local functions: the bodies that a graph can carry for them.
+"""headfold's operators for matrices of few bits as ONNX model-local functions: the bodies that a graph can carry for them.
 
 ONNX Runtime inlines `onnxruntime_matmul` and runs its own kernel, packing the matrix once while it loads: as fast, as small and as soon
-ready as with the bare node. `standard_matmul` has only standard ops, for everybody else; `gather` serves all. All obey
-`headfold.plugins.quantized.schema`.
+ready as with the bare node. `standard_matmul` has only standard ops, for everybody else; `gather` serves all.
+RoundedMatMul is standard ops but for the product, whose integers ONNX Runtime makes floats at once; `exact_rounded_matmul` leaves the
+input as it is. All obey `headfold.plugins.quantized.schema`.
 """
 
 import numpy as np
@@ -17,15 +18,21 @@ from headfold.plugins.quantized.schema import (
     MATMUL,
     MATMUL_INPUTS,
     MATMUL_OUTPUT,
+    ROUNDED,
+    ROUNDED_INPUTS,
+    SMALLEST,
     VERSION,
     GatherAttributes,
     GatherInputs,
     MatMulAttributes,
     MatMulInputs,
+    RoundedAttributes,
+    RoundedInputs,
 )
 
 _MATMUL = Operator(DOMAIN, MATMUL, VERSION, MatMulInputs, MatMulAttributes, (MATMUL_OUTPUT,))
 _GATHER = Operator(DOMAIN, GATHER, VERSION, GatherInputs, GatherAttributes, (GATHER_OUTPUT,))
+_ROUNDED = Operator(DOMAIN, ROUNDED, VERSION, RoundedInputs, RoundedAttributes, (MATMUL_OUTPUT,))
 
 
 def onnxruntime_matmul() -> FunctionProto:
@@ -75,6 +82,49 @@ def gather() -> FunctionProto:
     body.ints("rows_shape", 0, 0, -1)
     body("Reshape", ["wide", "rows_shape"], GATHER_OUTPUT)
     return body.function({"": OPSET}, GATHER_INPUTS)
+
+
+def onnxruntime_rounded_matmul() -> FunctionProto:
+    """ONNX Runtime's product of integers, which gives floats at once."""
+    body = Body(_ROUNDED)
+    _round_rows(body)
+    inputs = ["u", "values", "step", "scales", "middle"]
+    body("MatMulIntegerToFloat", inputs, "of_rows", domain="com.microsoft")
+    body("Mul", ["of_rows", "largest"], MATMUL_OUTPUT)
+    return body.function({"": OPSET, "com.microsoft": 1}, ROUNDED_INPUTS)
+
+
+def standard_rounded_matmul() -> FunctionProto:
+    """MatMulInteger."""
+    body = Body(_ROUNDED)
+    _round_rows(body)
+    body("MatMulInteger", ["u", "values", "middle"], "sums")
+    body("CastLike", ["sums", "x"], "of_integers")
+    body("Mul", ["scales", "step"], "steps")
+    body("Mul", ["of_integers", "steps"], "of_rows")
+    body("Mul", ["of_rows", "largest"], MATMUL_OUTPUT)
+    return body.function({"": OPSET}, ROUNDED_INPUTS)
+
+
+def exact_rounded_matmul() -> FunctionProto:
+    """x as it is, by the same matrix."""
+    body = Body(_ROUNDED)
+    body("CastLike", ["values", "x"], "numbers")
+    body("Mul", ["numbers", "scales"], "w")
+    body("MatMul", ["x", "w"], MATMUL_OUTPUT)
+    return body.function({"": OPSET}, ROUNDED_INPUTS)
+
+
+def _round_rows(body: Body) -> None:
+    """`u`, uint8, of x; `largest`, of each row; `step` and `middle`, of its scale: 1 / 127 and 128."""
+    for name, value in (("step", np.float32(1 / 127)), ("middle", np.uint8(128)), ("smallest", np.float32(SMALLEST))):
+        body("Constant", [], name, value=numpy_helper.from_array(np.array(value)))
+    body.ints("last_axis", -1)
+    body("Abs", ["x"], "sizes")
+    body("ReduceMax", ["sizes", "last_axis"], "largest_size")
+    body("Max", ["largest_size", "smallest"], "largest")
+    body("Div", ["x", "largest"], "within_one")
+    body("QuantizeLinear", ["within_one", "step", "middle"], "u")
 
 
 def _shifts(body: Body) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headfold.plugins.quantized.schema import Bits
+from headfold.plugins.quantized.schema import SMALLEST, Bits
 
 Array = NDArray[Any]
 
@@ -33,3 +33,16 @@ def quantized_matmul(x: Array, values: Array, scales: Array, bits: Bits, zeros: 
 def quantized_gather(values: Array, scales: Array, indices: Array, bits: Bits) -> Array:
     """W[indices], in the dtype of the scales."""
     return dequantized(values, scales, bits)[indices].astype(scales.dtype)
+
+
+def rounded_rows(x: Array) -> tuple[Array, Array]:
+    """u - 128 of each row, int64 [..., K], and m / 127, float64 [..., 1]."""
+    largest = np.maximum(np.abs(x).max(-1, keepdims=True), SMALLEST).astype(np.float64)
+    return np.rint(x / largest * 127).astype(np.int64), largest / 127
+
+
+def rounded_matmul(x: Array, values: Array, scales: Array) -> Array:
+    """The product of the rounded rows, in the dtype of x."""
+    numbers, steps = rounded_rows(x)
+    product: Array = (numbers @ values.astype(np.int64)) * scales.astype(np.float64) * steps
+    return product.astype(x.dtype)

@@ -4,7 +4,7 @@ Others are found again from the checkpoint by their rule, and compared bit for b
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import onnx_ir as ir
 import torch
@@ -32,11 +32,10 @@ class StoredRoundings(Mapping[str, Rounded]):
     def __init__(
         self,
         model: ir.Model,
-        names: Collection[str],
         bits: Mapping[str, Bits],
         shapes: Mapping[str, tuple[int, ...]],
     ) -> None:
-        self._names, self._bits, self._shapes = names, bits, shapes
+        self._bits, self._shapes = bits, shapes
         self._values = dict[str, tuple[ir.Value, int]]()  # of each part the initializer, and its first row there
         for value in model.graph.initializers.values():
             row = 0
@@ -46,17 +45,15 @@ class StoredRoundings(Mapping[str, Rounded]):
                 row += shapes[whole][0] if whole in shapes else 0
 
     def __getitem__(self, name: str) -> Rounded:
-        if name not in self._names:
-            raise KeyError(name)
         bits = self._bits[name]
         values, scales = (self._read(*part) for part in stored_shapes(name, Form(bits), *self._shapes[name]).items())
         return Rounded(bits, unpacked(values, bits), scales)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._bits)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._bits)
 
     def _read(self, part: str, shape: tuple[int, ...]) -> torch.Tensor:
         value, row = self._values.get(part, (None, 0))

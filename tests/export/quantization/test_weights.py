@@ -298,7 +298,7 @@ def test_a_record_that_is_wrong_is_one_line(damage, message, tmp_path) -> None:
     damage(content["tensors"])
     (tmp_path / "weights.json").write_text(json.dumps(content))
     with pytest.raises(BundleError, match=message):
-        read_record(tmp_path / "weights.json", original.shapes())
+        read_record(tmp_path / "weights.json", original)
 
 
 def test_a_record_that_is_missing_is_one_line(bundle, source, tmp_path) -> None:
