@@ -231,12 +231,15 @@ def main() -> None:
     parser.add_argument("--roads", action="store_true", help="instead: one checkpoint exported by both roads")
     parser.add_argument("--checkpoint", type=Path, default=GGUF, help="of --roads; by default SmolLM2's GGUF file")
     parser.add_argument("--speculation", action="store_true", help="instead: what guessing tokens saves and costs")
+    parser.add_argument(
+        "--peers", choices=["smollm2", "random-1b"], help="instead: small weights beside other engines', of this model"
+    )
     parser.add_argument("--worker", nargs=2, metavar=("KIND", "PATH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         worker(*options.worker, options.threads)
         return
-    if options.groups or options.experts or options.roads or options.speculation:
+    if options.groups or options.experts or options.roads or options.speculation or options.peers:
         sys.path.insert(0, str(Path(__file__).parent))
         from bench_experts import experts
         from bench_groups import groups
@@ -253,6 +256,11 @@ def main() -> None:
             from bench_speculation import speculation
 
             table = speculation(bundles / "speculation", GGUF, options.rounds, options.new, threads)
+        elif options.peers:
+            from bench_peers import peers
+
+            lengths = (32, 512, 2048)
+            table = peers(bundles / "peers", options.rounds, min(options.new, 32), threads, lengths, options.peers)
         else:
             table = groups(bundles / "groups", options.rounds, min(options.new, 16), threads, bandwidth)
         if options.json:

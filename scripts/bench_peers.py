@@ -1,0 +1,290 @@
+#!/usr/bin/env python3
+"""Small weights beside other engines': headfold, onnxruntime-genai's int4, llama.cpp's Q4_0 and Q8_0, OpenVINO GenAI reading Q4_0.
+
+Loading, prompts of several lengths, decoding, peak memory, and how far the next token's distribution is from float32's. Each is a
+process of its own, kept warm; rounds are interleaved and medians told. Called by `scripts/bench.py --peers`.
+"""
+
+import itertools
+import json
+import os
+import pydoc_data.topics
+import resource
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+ROOT = Path(__file__).resolve().parents[1]
+PEERS = ROOT / ".venv-peers" / "bin" / "python"
+SCHEMES = ("float32", "int8", "int4", "mixed", "w8a8")
+PREFIXES = 32  # of a text, whose next tokens' distributions are compared
+Logits = NDArray[np.float32]
+Timed = tuple[float, float]  # seconds of a prompt, up to its first token, and of all tokens behind it
+
+
+class Headfold:
+    """The runtime, greedy."""
+
+    def __init__(self, path: str, threads: int) -> None:
+        from headfold.runtime import load
+
+        self.backend = load(path, threads=threads).backend
+
+    def run(self, ids: list[int], new: int) -> Timed:
+        cache, active = self.backend.new_cache(1, len(ids) + new), np.ones(1, np.bool_)
+        start = time.perf_counter()
+        token = self.backend.prefill(cache, 0, np.array(ids)).argmax()
+        first = time.perf_counter()
+        for _ in range(new - 1):
+            token = self.backend.decode(cache, np.array([token]), active)[0].argmax()
+        return first - start, time.perf_counter() - first
+
+    def logits(self, ids: list[int]) -> Logits | None:
+        return np.asarray(self.backend.prefill(self.backend.new_cache(1, len(ids)), 0, np.array(ids)))
+
+
+class Genai:
+    """onnxruntime-genai."""
+
+    def __init__(self, path: str, threads: int) -> None:
+        import onnxruntime_genai as og
+
+        config = og.Config(path)
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+        self.og, self.model = og, og.Model(config)
+
+    def _generator(self, length: int) -> Any:
+        parameters = self.og.GeneratorParams(self.model)
+        parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
+        return self.og.Generator(self.model, parameters)
+
+    def run(self, ids: list[int], new: int) -> Timed:
+        generator = self._generator(len(ids) + new)
+        start = time.perf_counter()
+        generator.append_tokens(ids)
+        generator.generate_next_token()
+        first = time.perf_counter()
+        for _ in range(new - 1):
+            generator.generate_next_token()
+        return first - start, time.perf_counter() - first
+
+    def logits(self, ids: list[int]) -> Logits | None:
+        generator = self._generator(len(ids) + 1)
+        generator.append_tokens(ids)
+        return np.asarray(generator.get_logits(), np.float32).reshape(-1, self._vocabulary)[-1]
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(json.loads(Path(self.model_path, "genai_config.json").read_text())["model"]["vocab_size"])
+
+    model_path = ""
+
+
+class LlamaCpp:
+    """llama.cpp, as the package xllamacpp has it: wheels, built for AVX2."""
+
+    def __init__(self, path: str, threads: int) -> None:
+        import xllamacpp
+
+        parameters = xllamacpp.CommonParams()
+        parameters.model.path, parameters.n_ctx, parameters.n_parallel, parameters.warmup = path, 4096, 1, False
+        parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
+        self.server = xllamacpp.Server(parameters)
+
+    def _ask(self, ids: list[int], new: int, **more: Any) -> Any:
+        task = {"prompt": ids, "n_predict": new, "temperature": 0, "cache_prompt": False, "ignore_eos": True}
+        return self.server.handle_completions(task | more)
+
+    def run(self, ids: list[int], new: int) -> Timed:
+        took = self._ask(ids, new)["timings"]
+        return took["prompt_ms"] / 1000, took["predicted_ms"] / 1000
+
+    def logits(self, ids: list[int]) -> Logits | None:
+        found = self._ask(ids, 1, n_probs=1 << 20)["choices"][0]["logprobs"]
+        if found is None:  # of a token that is no whole character
+            return None
+        found = found["content"][0]["top_logprobs"]
+        logits = np.full(1 + max(entry["id"] for entry in found), -100.0, np.float32)
+        for entry in found:
+            logits[entry["id"]] = max(entry["logprob"], -100.0)
+        return logits
+
+
+class OpenVino:
+    """OpenVINO GenAI, which reads GGUF files itself. It gives no logits."""
+
+    def __init__(self, path: str, threads: int) -> None:
+        import openvino
+        import openvino_genai
+
+        self.openvino, self.genai = openvino, openvino_genai
+        self.pipeline = openvino_genai.LLMPipeline(path, "CPU", INFERENCE_NUM_THREADS=threads)
+
+    def run(self, ids: list[int], new: int) -> Timed:
+        config = self.genai.GenerationConfig(max_new_tokens=new, ignore_eos=True, do_sample=False)
+        tensors = (self.openvino.Tensor(x) for x in (np.array([ids]), np.ones((1, len(ids)), np.int64)))
+        took = self.pipeline.generate(self.genai.TokenizedInputs(*tensors), config).perf_metrics
+        return took.get_ttft().mean / 1000, took.get_tpot().mean / 1000 * (new - 1)
+
+    def logits(self, ids: list[int]) -> Logits | None:
+        return None
+
+
+ENGINES: dict[str, Callable[[str, int], Any]] = {
+    "headfold": Headfold,
+    "onnxruntime-genai": Genai,
+    "llama.cpp": LlamaCpp,
+    "openvino": OpenVino,
+}
+
+
+def worker(kind: str, path: str, threads: int) -> None:
+    """Serve tasks, a line of JSON each; what libraries print goes to standard error."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    Genai.model_path = path
+    imports = {"headfold": "headfold.runtime", "onnxruntime-genai": "onnxruntime_genai"}
+    __import__(imports.get(kind, {"llama.cpp": "xllamacpp", "openvino": "openvino_genai"}.get(kind, "")))
+    start = time.perf_counter()
+    engine = ENGINES[kind](path, threads)
+    print(json.dumps({"load": time.perf_counter() - start}), file=answers, flush=True)
+    for line in sys.stdin:
+        task = json.loads(line)
+        if "to" in task:
+            rows = [engine.logits(ids) for ids in task["prefixes"]]
+            given = [number for number, row in enumerate(rows) if row is not None]
+            np.save(task["to"], np.stack([rows[number] for number in given]) if given else np.empty((0, 0)))
+            answer: dict[str, Any] = {"given": given}
+        else:
+            prefill, decode = engine.run(task["ids"], task["new"])
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            answer = {"prefill": prefill, "decode": decode, "peak": peak}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+class Contender:
+    """A worker process, and what it measured."""
+
+    def __init__(self, kind: str, path: Path, threads: int) -> None:
+        command = [str(PEERS), __file__, kind, str(path), str(threads)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        self.loads = [self._read(kind)["load"]]
+        self.path, self.kind, self.peak = path, kind, 0.0
+        self.prefills: dict[int, list[float]] = {}
+        self.decodes: list[float] = []  # seconds a token
+
+    def run(self, ids: list[int], new: int, keep: bool) -> None:
+        result = self.ask({"ids": ids, "new": new})
+        self.peak = float(result["peak"])
+        if keep:
+            self.prefills.setdefault(len(ids), []).append(result["prefill"])
+            self.decodes.append(result["decode"] / (new - 1))
+
+    def ask(self, task: dict[str, Any]) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(task) + "\n")
+        self.process.stdin.flush()
+        return self._read(self.path.name)
+
+    def _read(self, name: str) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{name} ended")
+        return dict(json.loads(line))
+
+
+def peers(folder: Path, rounds: int, new: int, threads: int, prompts: Sequence[int], subject: str) -> dict[str, Any]:
+    """Make the models, measure, print the table, and return it."""
+    from bench_peers_models import CONTENDERS, models  # of the other environment: it needs torch
+
+    paths = models(folder / subject, subject)
+    contenders = {name: Contender(kind, paths[name], threads) for name, kind in CONTENDERS.items() if name in paths}
+    random = np.random.default_rng(0)
+    for number in range(rounds + 1):  # the first one warms up
+        for length in prompts:
+            ids = random.integers(100, 40000, length).tolist()  # new ones: some engines remember prompts
+            everyone = itertools.islice(itertools.cycle(contenders.values()), number, number + len(contenders))
+            for contender in everyone:
+                contender.run(ids, new, keep=number > 0)
+    costs = distances(contenders, prefixes(paths["headfold float32"]), folder)
+    cpu = next((x.split(": ")[1] for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "?")
+    load = os.getloadavg()[1]
+    print(f"{subject}, {cpu}, {threads} threads, medians of {rounds} rounds; load of the machine {load:.1f}")
+    heads = "".join(f"{f'prompt {length}':>13}" for length in prompts)
+    print(f"{'':28}{heads}{'decode':>9}{'load s':>8}{'peak MiB':>10}{'KL':>9}{'top-1':>7}")
+    table: dict[str, Any] = {"cpu": cpu, "threads": threads, "load": load}
+    for name, contender in contenders.items():
+        speeds = [length / statistics.median(contender.prefills[length]) for length in prompts]
+        decode, loading = 1 / statistics.median(contender.decodes), contender.loads[0]
+        kl, top1 = costs.get(name, (float("nan"), float("nan")))
+        cells = "".join(f"{speed:13.0f}" for speed in speeds)
+        print(
+            f"{name:28}{cells}{decode:9.1f}{loading:8.2f}{contender.peak / 2**20:10,.0f}{kl:9.4f}{top1:7.0%}",
+            flush=True,
+        )
+        table[name] = {
+            "prefill": dict(zip(map(str, prompts), speeds, strict=True)),
+            "decode": decode,
+            "load_seconds": loading,
+            "peak_bytes": contender.peak,
+            "kl": kl,
+            "top1": top1,
+        }
+        contender.process.kill()
+    return table
+
+
+def prefixes(bundle: Path) -> list[list[int]]:
+    """Of Python's documentation, which nothing was calibrated on; different lengths."""
+    from tokenizers import Tokenizer
+
+    text = " ".join(pydoc_data.topics.topics[name] for name in ("assignment", "class", "exceptions", "formatstrings"))
+    ids = Tokenizer.from_file(str(bundle / "tokenizer.json")).encode(text).ids
+    return [ids[100 * number : 100 * number + 32 + 2 * number] for number in range(min(PREFIXES, len(ids) // 100))]
+
+
+def distances(contenders: dict[str, Contender], texts: list[list[int]], folder: Path) -> dict[str, tuple[float, float]]:
+    """KL(float32 || each), nats, and the share of same likeliest tokens."""
+    found, file = dict[str, tuple[float, float]](), folder / "logits.npy"
+    exact = np.empty((0, 0))
+    for name, contender in contenders.items():
+        given = contender.ask({"prefixes": texts, "to": str(file)})["given"]
+        if not given:
+            continue
+        logits = np.load(file).astype(np.float64)
+        shifted = logits - logits.max(1, keepdims=True)
+        now = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+        if not found:
+            exact = now  # the first contender is float32
+        right = exact[given]
+        found[name] = (
+            float((np.exp(right) * (right - now)).sum(1).mean()),
+            float((right.argmax(1) == now.argmax(1)).mean()),
+        )
+    return found
+
+
+def genai_builder(source: Path, output: Path, cache: Path, precision: str) -> list[str]:
+    """The command that makes onnxruntime-genai's own model; torch and transformers are in this environment."""
+    code = (
+        f"import sys, runpy; sys.path.append({sysconfig.get_path('purelib')!r});"
+        f"sys.argv = ['builder', '-i', {str(source)!r}, '-o', {str(output)!r}, '-p', {precision!r}, '-e', 'cpu',"
+        f" '-c', {str(cache)!r}, '--extra_options', 'prune_lm_head=true', 'int4_accuracy_level=4'];"
+        "runpy.run_module('onnxruntime_genai.models.builder', run_name='__main__')"
+    )
+    return [str(PEERS), "-c", code]
+
+
+if __name__ == "__main__":
+    worker(sys.argv[1], sys.argv[2], int(sys.argv[3]))

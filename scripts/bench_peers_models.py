@@ -1,0 +1,152 @@
+"""The models of `scripts/bench.py --peers`, made once: SmolLM2, or a random llama of a billion parameters with its vocabulary."""
+
+import pydoc_data.topics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from bench_peers import SCHEMES, genai_builder
+from numpy.typing import NDArray
+
+from headfold.export.checkpoints.base import Checkpoint, MemoryCheckpoint
+from headfold.export.checkpoints.hf_writer import save_hf
+from headfold.export.checkpoints.opening import open_checkpoint
+from headfold.export.model.config import ModelConfig
+from headfold.export.model.initialize import new_decoder
+
+ROOT = Path(__file__).resolve().parents[1]
+SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+SUBJECTS = ("smollm2", "random-1b")
+CONTENDERS = {f"headfold {scheme}": "headfold" for scheme in SCHEMES} | {
+    "onnxruntime-genai int4": "onnxruntime-genai",
+    "llama.cpp Q4_0": "llama.cpp",
+    "llama.cpp Q8_0": "llama.cpp",
+    "OpenVINO GenAI Q4_0": "openvino",
+}
+_NAMES = {  # of a layer's tensors in a GGUF file
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def models(folder: Path, subject: str) -> dict[str, Path]:
+    """Those that are there already are kept. "mixed" is not made of the random one, in which no weight is worth more than another."""
+    folder.mkdir(parents=True, exist_ok=True)
+    source = folder / "hf"
+    if not source.exists():
+        save_source(source, subject)
+    schemes = SCHEMES if subject == "smollm2" else [scheme for scheme in SCHEMES if scheme != "mixed"]
+    paths = {f"headfold {scheme}": folder / scheme for scheme in schemes}
+    for scheme in schemes:
+        if not (folder / scheme).exists():
+            _run(_export(source, folder, scheme, subject))
+    genai = folder / "genai"
+    if not genai.exists():
+        _run(genai_builder(source, genai, folder / "cache", "int4"))
+    for kind in ("Q4_0", "Q8_0"):
+        paths[f"llama.cpp {kind}"] = path = folder / f"{kind}.gguf"
+        if not path.exists():
+            write_gguf(path, open_checkpoint(source), gguf.GGMLQuantizationType[kind])
+    return paths | {"onnxruntime-genai int4": genai, "OpenVINO GenAI Q4_0": folder / "Q4_0.gguf"}
+
+
+def save_source(path: Path, subject: str) -> None:
+    """A Hugging Face directory, in 16 bits if it is the random model's."""
+    original = open_checkpoint(SMOLLM2)
+    if subject == "smollm2":
+        save_hf(path, original, torch.float32)
+        return
+    config = ModelConfig(
+        model_type="llama",
+        vocab_size=original.config.vocab_size,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=4096,
+        bos_token_id=original.config.bos_token_id,
+        eos_token_id=original.config.eos_token_id,
+        tie_word_embeddings=True,
+    )
+    tensors = new_decoder(config, seed=0, capacity=1).state_dict()
+    save_hf(path, MemoryCheckpoint(path, config, tensors, original.tokenizer), torch.bfloat16)
+
+
+def _export(source: Path, folder: Path, scheme: str, subject: str) -> list[str]:
+    command = [str(Path(sys.executable).parent / "headfold"), "export", str(source), "-o", str(folder / scheme)]
+    command += ["--quiet", "--no-verify", "--capacity", "4096"]
+    if scheme == "float32":
+        return command
+    command += ["--weights", scheme, "--max-kl", "1000"]
+    if subject == "smollm2":
+        return command
+    text = folder / "text.txt"
+    text.write_text("\n".join(pydoc_data.topics.topics.values()))
+    return [*command, "--data", str(text), *(("--rounding", "nearest") if scheme == "int4" else ())]
+
+
+def write_gguf(path: Path, checkpoint: Checkpoint, kind: gguf.GGMLQuantizationType) -> None:
+    """A GGUF file of a llama with SmolLM2's vocabulary; embedding, which is the head, in Q8_0."""
+    config, reader = checkpoint.config, gguf.GGUFReader(SMOLLM2)
+    writer = gguf.GGUFWriter(path.with_suffix(".partial"), "llama")
+    for field in reader.fields.values():  # of the vocabulary; what says how large the model is follows
+        if field.name.startswith("tokenizer."):
+            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], inner)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope.rope_theta)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.name}"])
+    for name, values in _tensors(checkpoint):
+        wanted = gguf.GGMLQuantizationType.Q8_0 if name == "token_embd.weight" else kind
+        if values.ndim == 1:
+            writer.add_tensor(name, values)
+        else:
+            writer.add_tensor(name, gguf.quants.quantize(values, wanted), raw_dtype=wanted)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    path.with_suffix(".partial").rename(path)
+
+
+def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """By their names in GGUF, where rotation turns neighbours: rows of queries and keys are in that order."""
+    config = checkpoint.config
+    outer = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    for name in checkpoint:
+        values: Any = checkpoint.read(name).float()
+        if name in outer:
+            yield outer[name], values.numpy()
+            continue
+        _, _, layer, stem = name.removesuffix(".weight").split(".", 3)
+        if stem in {"self_attn.q_proj", "self_attn.k_proj"}:
+            rows = values.view(-1, 2, config.head_dim // 2, values.shape[1])  # [heads, halves, pairs, hidden]
+            values = rows.transpose(1, 2).reshape(values.shape)
+        yield f"blk.{layer}.{_NAMES[stem]}.weight", values.contiguous().numpy()
+
+
+def _run(command: list[str]) -> None:
+    if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
+        raise SystemExit(f"{' '.join(command[:3])} failed; its error is above")
