@@ -104,7 +104,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "link to another file": (link_elsewhere, r"tokenizer\.json: has \d+ bytes, not the"),
     "pipe": (pipe, r"tokenizer\.json: is missing, or no regular file"),
     "linked directory": (link_directory, r"more: is not listed in the manifest"),
-    "newer": (edit(format_version=6), "format version 6, this headfold reads up to 5. Upgrade headfold"),
+    "newer": (edit(format_version=7), "format version 7, this headfold reads up to 6. Upgrade headfold"),
     "no JSON": (lambda p: (p / "manifest.json").write_bytes(b"\xff{"), "manifest.json: is not JSON"),
     "no object": (lambda p: (p / "manifest.json").write_text("[]"), "manifest.json: is no JSON object"),
     "field missing": (drop_field, r"cache\.capacity: Field required"),
