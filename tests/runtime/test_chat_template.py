@@ -159,6 +159,20 @@ BOMBS = {
     "replace": "{{ ('x' * 99999).replace('', 'y' * 99999) }}",
     "indent": "{{ messages | tojson(indent=1000000000) }}",
     "wide output": "{% for a in range(99999) %}{{ 'x' * 999 }}{% endfor %}",
+    "wrapped words": "{{ ('x ' * 99999) | wordwrap(1, wrapstring='y' * 9999) }}",
+    "filled batch": "{{ range(9) | batch(10**9, 0) | list | length }}",
+    "many slices": "{{ range(9) | slice(10**8) | list | length }}",
+    "links": "{{ ('www.a.com ' * 20000) | urlize(rel='x' * 9999) }}",
+    "width of a format": "{{ '%*d' % (10**9, 1) }}",
+    "digits of a format": "{{ '%.999999999f' % 1.0 }}",
+    "justified": "{{ 'x'.ljust(10**9) }}",
+    "tabs": "{{ '\t'.expandtabs(10**9) }}",
+    "translated": "{{ ('a' * 9999).translate({97: 'b' * 99999}) }}",
+    "lorem ipsum": "{{ lipsum(n=10**6) }}",
+    "recursive loop": "{% for x in [1] recursive %}{{ loop([1]) }}{% endfor %}",
+    "calls in calls": "{% macro f() %}{{ caller() }}{% endmacro %}"
+    "{% macro g() %}{% call f() %}{{ g() }}{% endcall %}{% endmacro %}{{ g() }}",
+    "compared": DOUBLE + "[ns.x, ns.x] %}{% endfor %}{{ ns.x | pprint }}",
     "endless sums": "{% for i in range(9999) %}{{ range(99999) | sort | sum }}{% endfor %}",
 }
 

@@ -39,6 +39,11 @@ def headfold(
 COMMANDS = {
     "export": (["export", "CHECKPOINT", "-o", "OUT", "-q"], {"torch"}, "export"),
     "verify": (["verify", "BUNDLE", "--against", "CHECKPOINT", "-q"], {"polygraphy"}, "export"),
+    "serve": (["serve", "BUNDLE"], {"fastapi"}, "serve"),
+    "serve with": (["serve", "BUNDLE"], {"onnxruntime"}, "ort"),
+    "chat": (["chat", "BUNDLE"], {"onnxruntime"}, "ort"),
+    "study": (["study", "glu", "--data", "x.txt"], {"accelerate"}, "train"),
+    "families": (["families"], {"rich"}, "export"),
     "generate": (["generate", "BUNDLE", "hi"], {"onnxruntime"}, "ort"),
     "inspect a checkpoint": (["inspect", "CHECKPOINT"], {"torch"}, "export"),
     "build": (["build", "BUNDLE", "-q"], {"onnx_ir"}, "export"),
@@ -67,10 +72,13 @@ def test_a_package_that_is_missing_is_named_with_the_extra_that_brings_it(
     assert next(iter(lacking)) in lines[0]
 
 
-def test_serving_and_inspecting_a_bundle_need_no_extra_of_export(toy_bundle) -> None:
+def test_serving_inspecting_and_packaging_a_bundle_need_no_extra_of_export(toy_bundle, tmp_path) -> None:
     lacking = {"torch", "onnx", "onnx_ir", "onnxscript", "polygraphy", "safetensors", "gguf", "transformers"}
     assert headfold("generate", toy_bundle, "hi", "-n", "1", lacking=lacking).returncode == 0
     assert headfold("inspect", toy_bundle, lacking=lacking | {"onnxruntime"}).returncode == 0
+    package = ("package", toy_bundle, "--for", "kserve", "-o", tmp_path / "packages")
+    result = headfold(*package, lacking=lacking | {"onnxruntime", "rich", "fastapi"})
+    assert result.returncode == 0, result.stderr
 
 
 def test_every_module_imports_where_python_has_no_unix() -> None:

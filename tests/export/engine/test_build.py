@@ -4,21 +4,24 @@ import json
 import shutil
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from headfold.export.bundle.pipeline import ExportOptions, export_bundle
 from headfold.export.cli import main
 from headfold.export.engine import network_report as tensorrt_network
 from headfold.export.engine.build import build_engine
 from headfold.export.engine.options import BuildOptions, profiles
+from headfold.export.exportables.own import OwnModel
 from headfold.export.progress import Reporter
 from headfold.plugins.tensorrt_library import TensorRTMissing
-from headfold.runtime.errors import BundleError
+from headfold.runtime.errors import BuildError, BundleError
 from headfold.runtime.files.engine_file import HEADER_BYTES, check_engine, read_header
-from headfold.runtime.manifest import check_files, read_manifest, sha256
+from headfold.runtime.manifest import PluginEntry, check_files, read_manifest, sha256
 
 pytestmark = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx")
 ENGINE = "engines/tensorrt-rtx-native.engine"
@@ -121,6 +124,80 @@ def test_float32_attention_is_decomposed(tensorrt_toy) -> None:
     _, parsed = lowered_network(trt, toy.bundle, manifest, BuildOptions())
     inputs = [layer for layer in parsed.layers() if tensorrt_network.kind(layer) == "ATTENTION_INPUT"]
     assert [layer.attention.decomposable for layer in inputs] == [True, True]
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [
+        {"num_attention_heads": 1, "num_key_value_heads": 1},
+        {"num_attention_heads": 3, "num_key_value_heads": 1},
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 288},
+    ],
+    ids=["one head", "three heads", "heads of 288"],
+)
+def test_heads_that_no_fused_kernel_has_are_built_of_several(heads, config, memory_checkpoint, tmp_path) -> None:
+    model = memory_checkpoint(replace(config, model_type="headfold", num_hidden_layers=1, **heads))
+    options = ExportOptions(dtype="float16", capacity=16, verify=False)
+    export_bundle(OwnModel(model), tmp_path / "b", options, Reporter(quiet=True))
+    built = build_engine(tmp_path / "b", BuildOptions(compute_capabilities=(86,), max_input=8), Reporter(quiet=True))
+    assert built.entry.layers["ATTENTION"] == 1
+
+
+def kernels_of(stage: Path) -> PluginEntry:
+    (stage / "kernels").mkdir()
+    (stage / "kernels" / "kernels.json").write_text("{}")
+    return PluginEntry(
+        name="GroupedQueryAttention",
+        version="1",
+        namespace="headfold",
+        kernels="kernels",
+        kernels_sha256=sha256(stage / "kernels" / "kernels.json"),
+    )
+
+
+@pytest.fixture
+def build_at_once(built, tensorrt_toy, tmp_path, monkeypatch) -> Callable[[str, str], Path]:
+    """Build the first kind of attention into a fresh bundle; the second begins and ends while TensorRT works on the first."""
+    bundle = Path(shutil.copytree(tensorrt_toy("float16").bundle, tmp_path / "b"))
+
+    def build(attention: str) -> None:
+        options = BuildOptions(attention=attention, compute_capabilities=(86, 120), max_batch=2, max_input=8)
+        build_engine(bundle, options, Reporter(quiet=True))
+
+    def both(first: str, second: str) -> Path:
+        begun = []
+
+        def serialize(*_: object) -> bytes:
+            begun.append(1)
+            if len(begun) == 1:
+                build(second)
+            return (built / ENGINE).read_bytes()
+
+        monkeypatch.setattr("headfold.export.engine.build._serialize", serialize)
+        monkeypatch.setattr("headfold.export.engine.build._add_kernels", lambda stage, *_: kernels_of(stage))
+        build(first)
+        return bundle
+
+    return both
+
+
+@pytest.mark.parametrize(("first", "second"), [("native", "plugin"), ("plugin", "native")])
+def test_two_builds_at_once_keep_both_engines(first, second, build_at_once) -> None:
+    bundle = build_at_once(first, second)
+    manifest = read_manifest(bundle)
+    check_files(bundle, manifest)
+    assert [entry.attention for entry in manifest.engines] == [second, first]
+    assert {entry.file for entry in manifest.engines} | {"kernels/kernels.json"} <= set(manifest.files)
+
+
+@pytest.mark.parametrize("attention", ["native", "plugin"])
+def test_the_same_engine_built_twice_at_once_is_the_first_that_is_there(attention, build_at_once, tmp_path) -> None:
+    with pytest.raises(BuildError, match=f"has a tensorrt-rtx engine with {attention} attention already"):
+        build_at_once(attention, attention)
+    manifest = read_manifest(tmp_path / "b")
+    check_files(tmp_path / "b", manifest)
+    assert [entry.attention for entry in manifest.engines] == [attention]
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
 def test_profiles_hold_every_shape_that_serving_needs(tensorrt_toy) -> None:

@@ -123,6 +123,28 @@ def test_float16_stays_within_its_tolerance(config, memory_checkpoint, tmp_path)
     np.testing.assert_allclose(actual, expected, atol=TOLERANCE[torch.float16])
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"head_dim": 24},
+        {"rope": RopeConfig(partial_rotary_factor=0.5)},  # 8 of 16
+        {"head_dim": 40, "rope": RopeConfig(partial_rotary_factor=0.4)},  # 16 of 40
+    ],
+    ids=["heads of 24", "8 of 16 rotated", "16 of 40 rotated"],
+)
+def test_sizes_that_onnxruntimes_kernel_has_not_get_the_standard_body(
+    sizes, config, memory_checkpoint, tmp_path
+) -> None:
+    checkpoint = memory_checkpoint(replace(config, num_hidden_layers=1, **sizes))
+    path = save(checkpoint, tmp_path)
+    assert {opset.domain for opset in onnx.load(path, load_external_data=False).opset_import} == {"", "headfold"}
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 9))
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)} | empty_cache(checkpoint.config, 2)
+    actual = open_session(path).run(None, feeds)[0]
+    expected = load_decoder(checkpoint)(torch.from_numpy(ids)).logits.numpy()
+    np.testing.assert_allclose(actual, expected, atol=TOLERANCE[torch.float32])
+
+
 def test_onnx_reference_runs_the_standard_body(config, memory_checkpoint, tmp_path) -> None:
     checkpoint = memory_checkpoint(replace(config, num_hidden_layers=1))
     path = save(checkpoint, tmp_path, standard=True)
