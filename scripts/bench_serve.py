@@ -129,7 +129,7 @@ def main() -> None:
         one, many = median[f"{name} 1"], median[f"{name} {CLIENTS}"]
         print(f"{name}: {one:.1f} tokens/s for one client, {many:.1f} for {CLIENTS}: {many / one:.2f} times")
     print(
-        f"first token of a short prompt: {median['short']:.3f} s alone, {median['beside']:.3f} s beside one of {options.long:,} tokens, "
+        f"first token of a short one: {median['short']:.3f} s alone, {median['beside']:.3f} s beside one of {options.long:,} tokens, "
         f"{median['beside'] / median['chunk']:.2f} chunks of {CHUNK} tokens ({median['chunk']:.3f} s each)"
     )
     print(
