@@ -11,10 +11,11 @@ from headfold.export.model.config import MOST_FLOAT, MOST_LAYERS, MOST_POSITIONS
 from headfold.runtime.errors import ConfigError
 
 _MOST_ITEMS = 1 << 16  # of a list
-_COUNTS = {
-    "layer|expert": MOST_LAYERS,
+_COUNTS = {  # by the end of a name; lists and tables are made as long, before anybody can look
+    "layers?$": MOST_LAYERS,
+    "experts$": 1 << 14,
     "position": MOST_POSITIONS,
-}  # lists and tables are made as long, before anybody can look
+}
 _ENDLESS = "time_step_limit"  # [0, Infinity] in models with a state, which are refused as such
 
 

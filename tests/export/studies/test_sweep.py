@@ -145,7 +145,6 @@ def test_its_checkpoints_are_the_uptrained_ones(swept, toys):
     ("changes", "message"),
     [
         (("--kv-heads", "3"), "3 key/value heads cannot be made of 4. Choose among its divisors: 1, 2, 4"),
-        (("--kv-heads", "4", "--no-control"), "its own 4 key/value heads are nothing to sweep"),
         (("--kv-heads", "1;2"), "Give whole numbers with commas"),
         (("--contexts", "64"), "are not within the model's 64 positions"),
         (("--memory", "much"), "--memory is 'much'"),
@@ -163,6 +162,15 @@ def test_what_can_go_wrong(swept, tmp_path, changes, message):
     assert done.stderr.startswith("headfold: error: ")
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_the_original_count_alone_is_nothing_to_sweep(swept, tmp_path):
+    _, output, arguments = swept
+    again = [str(argument) for argument in (*arguments, "--kv-heads", "4", "--no-control") if argument != "--baseline"]
+    again[again.index(str(output))] = str(tmp_path / "other")
+    done = CliRunner().invoke(main, again)
+    assert done.exit_code == 2
+    assert "its own 4 key/value heads are nothing to sweep" in done.stderr
 
 
 class References(HTMLParser):
