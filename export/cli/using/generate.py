@@ -8,6 +8,7 @@ import rich_click as click
 
 from headfold.export.cli.shared import BUNDLE, JSON, Command, options, print_json, refuse_idle
 from headfold.export.cli.using.opening import ENGINE, Engine, open_bundle
+from headfold.plugins.attention.schema import Attention
 from headfold.runtime.errors import InputError
 from headfold.runtime.files.json_file import SETTINGS_BYTES, check_size, read_object
 
@@ -41,11 +42,12 @@ def _load(
     bundle: Path,
     backend: Engine,
     provider: str,
+    attention: Attention | None,
     threads: int | None,
     temperature: float | None,
 ) -> "Model":
     """The bundle at work; what has no effect on it is refused."""
-    model = open_bundle(bundle, backend, provider, threads)
+    model = open_bundle(bundle, backend, provider, attention, threads)
     refuse_idle(
         (model.temperature if temperature is None else temperature) == 0,
         *("top_k", "top_p", "min_p", "seed"),
@@ -82,6 +84,7 @@ def generate(
     grammar: Path | None,
     backend: Engine,
     provider: str,
+    attention: Attention | None,
     threads: int | None,
     as_json: bool,
     **sampling: Any,
@@ -94,7 +97,7 @@ def generate(
 
     `headfold generate smol --chat "Why is the sky blue?" --temperature 0.7 --seed 1`
     """
-    model = _load(bundle, backend, provider, threads, sampling["temperature"])
+    model = _load(bundle, backend, provider, attention, threads, sampling["temperature"])
     texts = [_standard_input() if text == "-" else text for text in prompts or ("-",)]
     if any(not text for text in texts):
         raise InputError("the prompt is empty", fix="Give some text.")
@@ -129,6 +132,7 @@ def chat(
     system: str | None,
     backend: Engine,
     provider: str,
+    attention: Attention | None,
     threads: int | None,
     **sampling: Any,
 ) -> None:
@@ -136,7 +140,7 @@ def chat(
 
     **Example**: `headfold chat smol --system "Answer in one sentence." --temperature 0.7`
     """
-    model = _load(bundle, backend, provider, threads, sampling["temperature"])
+    model = _load(bundle, backend, provider, attention, threads, sampling["temperature"])
     messages = [{"role": "system", "content": system}] if system else []
     while True:
         try:

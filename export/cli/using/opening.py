@@ -1,11 +1,12 @@
-"""What the commands that run a bundle share: on which engine, and opening it."""
+"""What the commands that run a bundle, or have it run, share: on which engine, and opening it."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import rich_click as click
 
-from headfold.export.cli.shared import refuse_idle
+from headfold.export.cli.shared import Command, options, refuse_idle
+from headfold.plugins.attention.schema import Attention
 from headfold.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,12 +24,41 @@ ENGINE = (
     click.option(
         "--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Of ONNX Runtime."
     ),
+    click.option(
+        "--attention", type=click.Choice(get_args(Attention)), help="Which TensorRT engine. [default: the first]"
+    ),
     click.option("--threads", type=click.IntRange(1), help="[default: physical cores]"),
 )
 
 
-def open_bundle(bundle: Path, backend: Engine, provider: str, threads: int | None) -> "Model":
-    """The bundle at work; what has no effect on it is refused."""
+def engine_options(command: Command) -> Command:
+    """The command with these."""
+    return options(command, *ENGINE)
+
+
+def refuse_idle_engine(backend: Engine) -> None:
+    """Refuse options of the engine that is not asked for. Raises InputError."""
+    refuse_idle(
+        backend == "tensorrt",
+        "provider",
+        "threads",
+        why="is of ONNX Runtime",
+        fix="Leave it out, or --backend onnxruntime.",
+    )
+    refuse_idle(
+        backend != "tensorrt", "attention", why="chooses a TensorRT engine", fix="Leave it out, or --backend tensorrt."
+    )
+
+
+def open_bundle(
+    bundle: Path,
+    backend: Engine,
+    provider: str,
+    attention: Attention | None,
+    threads: int | None,
+    **scheduling: Any,
+) -> "Model":
+    """The bundle at work, with `Scheduling` of the runtime; what has no effect on it is refused."""
     from headfold.export.checkpoints.side_files import CONFIG
     from headfold.runtime import load
     from headfold.runtime.manifest import MANIFEST
@@ -37,11 +67,5 @@ def open_bundle(bundle: Path, backend: Engine, provider: str, threads: int | Non
         raise InputError(
             "is a checkpoint, not a bundle", where=bundle, fix=f"Export it first: headfold export {bundle} -o BUNDLE."
         )
-    refuse_idle(
-        backend == "tensorrt",
-        "provider",
-        "threads",
-        why="is of ONNX Runtime",
-        fix="Leave it out, or --backend onnxruntime.",
-    )
-    return load(bundle, backend=backend, provider=provider, threads=threads)
+    refuse_idle_engine(backend)
+    return load(bundle, backend=backend, provider=provider, attention=attention, threads=threads, **scheduling)

@@ -7,17 +7,14 @@ from typing import TYPE_CHECKING
 
 import rich_click as click
 
-from headfold.export.cli.shared import BUNDLE, JSON, Command, options, print_json
-from headfold.export.cli.using.opening import ENGINE, Engine, open_bundle
+from headfold.export.cli.shared import BUNDLE, JSON, print_json
+from headfold.export.cli.using.opening import Engine, engine_options, open_bundle
+from headfold.plugins.attention.schema import Attention
 
 if TYPE_CHECKING:
     from headfold.runtime import Model
 
 _CONTEXT = 2048  # tokens of a window, unless the bundle's capacity is less
-
-
-def _engine(command: Command) -> Command:
-    return options(command, *ENGINE)
 
 
 @click.command()
@@ -26,7 +23,7 @@ def _engine(command: Command) -> Command:
 @click.option("--field", default="text", show_default=True, help="Column of the text.")
 @click.option("--context", type=click.IntRange(2), help="Tokens of a window. [default: 2048, or the capacity]")
 @click.option("--tokens", type=click.IntRange(1), help="Predict that many tokens at most. [default: all]")
-@_engine
+@engine_options
 @JSON
 def score(
     bundle: Path,
@@ -36,6 +33,7 @@ def score(
     tokens: int | None,
     backend: Engine,
     provider: str,
+    attention: Attention | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -45,7 +43,7 @@ def score(
     """
     from headfold.runtime.measuring.scoring import perplexity
 
-    model = open_bundle(bundle, backend, provider, threads)
+    model = open_bundle(bundle, backend, provider, attention, threads)
     window = min(_CONTEXT, model.capacity) if context is None else context
     found = perplexity(model.score, _documents(model, data, field), window, tokens)
     if as_json:

@@ -3,11 +3,12 @@
 from contextlib import ExitStack
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import rich_click as click
 
 from headfold.export.cli.shared import refuse_idle
+from headfold.export.cli.using.opening import Engine, engine_options, open_bundle
 from headfold.plugins.attention.schema import Attention
 from headfold.runtime.errors import InputError
 
@@ -42,18 +43,7 @@ _WAITING = 64  # by default: whoever waits longer than for so many others had ra
     show_default=True,
     help="For answers on their way when it ends.",
 )
-@click.option(
-    "--backend",
-    type=click.Choice(["onnxruntime", "tensorrt"]),
-    default="onnxruntime",
-    show_default=True,
-    help="TensorRT runs an engine of each bundle.",
-)
-@click.option(
-    "--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Of ONNX Runtime."
-)
-@click.option("--attention", type=click.Choice(get_args(Attention)), help="Which TensorRT engine. [default: the first]")
-@click.option("--threads", type=click.IntRange(1), help="[default: physical cores]")
+@engine_options
 def serve(
     bundles: tuple[Path, ...],
     host: str,
@@ -69,7 +59,7 @@ def serve(
     max_seconds: float,
     max_body: int,
     drain_seconds: int,
-    backend: Literal["onnxruntime", "tensorrt"],
+    backend: Engine,
     provider: str,
     attention: Attention | None,
     threads: int | None,
@@ -84,7 +74,6 @@ def serve(
 
     SIGTERM and Ctrl-C end it once what is being answered is complete; a second one at once.
     """
-    from headfold.runtime import load
     from headfold.runtime.server.app import make_app
     from headfold.runtime.server.running import listen, run
     from headfold.runtime.server.served import names_of
@@ -93,14 +82,12 @@ def serve(
     local = _is_loopback(host)
     _check_access(local, host, api_key, no_auth)
     refuse_idle(no_reuse, "keep_bytes", why="is of prompts that are kept", fix="Leave out --no-reuse.")
-    refuse_idle(backend == "tensorrt", "provider", "threads", why="is of ONNX Runtime", fix="Leave it out.")
-    refuse_idle(backend != "tensorrt", "attention", why="chooses a TensorRT engine", fix="Add --backend tensorrt.")
     given = {"slots": slots, "waiting": _WAITING if waiting is None else waiting, "keep_bytes": keep_bytes}
     scheduling: Any = {name: value for name, value in given.items() if value is not None}
     models = {}
     with listen(host, port) as opened, ExitStack() as loaded:
         for name, bundle in zip(names_of(list(bundles), list(names)), bundles, strict=True):
-            model = load(bundle, backend=backend, provider=provider, attention=attention, threads=threads, **scheduling)
+            model = open_bundle(bundle, backend, provider, attention, threads, **scheduling)
             models[name] = loaded.enter_context(model)
         settings = Settings(
             key=api_key,
