@@ -228,9 +228,7 @@ class Model:
         """Logits [s, V] after the tokens from `first` on, part by part, each with the place of its first."""
         cache = self._scheduler.run(lambda: self.backend.new_cache(1, len(row)))
         part = _PART if self.backend.gives_all_logits else _PART // 32
-        for start in range(0, first, _PART):
-            ids = row[start : min(start + _PART, first)]
-            self._scheduler.run(partial(self.backend.prefill, cache, 0, ids))
+        self._scheduler.compute(cache, row[:first])
         for start in range(first, len(row), part):
             ids = row[start : start + part]
             yield start, self._scheduler.run(partial(self.backend.prefill, cache, 0, ids, all_logits=True))

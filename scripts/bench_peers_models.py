@@ -5,7 +5,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -19,6 +18,10 @@ from headfold.export.checkpoints.opening import open_checkpoint
 from headfold.export.model.config import ModelConfig
 from headfold.export.model.initialize import new_decoder
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "fakes"))
+from gguf_of_decoder import gguf_name, interleave
+from gguf_of_transformers import add_sizes
+
 ROOT = Path(__file__).resolve().parents[1]
 SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 SUBJECTS = ("smollm2", "random-1b")
@@ -27,17 +30,6 @@ CONTENDERS = {f"headfold {scheme}": "headfold" for scheme in SCHEMES} | {
     "llama.cpp Q4_0": "llama.cpp",
     "llama.cpp Q8_0": "llama.cpp",
     "OpenVINO GenAI Q4_0": "openvino",
-}
-_NAMES = {  # of a layer's tensors in a GGUF file
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
 }
 
 
@@ -108,12 +100,7 @@ def write_gguf(path: Path, checkpoint: Checkpoint, kind: gguf.GGMLQuantizationTy
             inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(field.name, field.contents(), field.types[0], inner)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    add_sizes(writer, config)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope.rope_theta)
     writer.add_layer_norm_rms_eps(config.norm_eps)
@@ -134,17 +121,11 @@ def write_gguf(path: Path, checkpoint: Checkpoint, kind: gguf.GGMLQuantizationTy
 def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """By their names in GGUF, where rotation turns neighbours: rows of queries and keys are in that order."""
     config = checkpoint.config
-    outer = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name in checkpoint:
-        values: Any = checkpoint.read(name).float()
-        if name in outer:
-            yield outer[name], values.numpy()
-            continue
-        _, _, layer, stem = name.removesuffix(".weight").split(".", 3)
-        if stem in {"self_attn.q_proj", "self_attn.k_proj"}:
-            rows = values.view(-1, 2, config.head_dim // 2, values.shape[1])  # [heads, halves, pairs, hidden]
-            values = rows.transpose(1, 2).reshape(values.shape)
-        yield f"blk.{layer}.{_NAMES[stem]}.weight", values.contiguous().numpy()
+        values = checkpoint.read(name).float().numpy()
+        reordered = heads.get(name.split(".")[-2])
+        yield gguf_name(name), interleave(values, reordered) if reordered is not None else values
 
 
 def _run(command: list[str]) -> None:

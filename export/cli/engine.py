@@ -1,11 +1,11 @@
-"""`headfold build`: an engine into a bundle; and its options, which `headfold export --target` has, too."""
+"""The engine options that `headfold build` and `headfold export --target` share, and what both do with them."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import rich_click as click
 
-from headfold.export.cli.shared import BUNDLE, JSON, QUIET, Command, options, print_json, reporter_for
+from headfold.export.cli.shared import Command, options
 from headfold.plugins.attention.schema import Attention
 from headfold.plugins.tensorrt_library import Flavour
 
@@ -86,34 +86,3 @@ def build_and_tell(bundle: Path, options: "BuildOptions", reporter: "Reporter") 
         "engine": result.entry.model_dump(),
         "attention": [vars(layer) for layer in result.layers],
     }
-
-
-@click.command()
-@BUNDLE
-@click.option(
-    "--target",
-    type=click.Choice(TARGETS),
-    default="tensorrt-rtx",
-    show_default=True,
-    help="TensorRT-RTX builds for many GPUs anywhere, TensorRT for the one it runs on.",
-)
-@engine_options
-@click.option("--capacity", type=int, help="Positions of the engine's KV cache. [default: the bundle's]")
-@click.option("--force", is_flag=True, help="Replace an engine of the same kind.")
-@JSON
-@QUIET
-def build(bundle: Path, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Build a TensorRT engine from BUNDLE and put it there. TensorRT-RTX needs no GPU for that.
-
-    **Examples**
-
-    `headfold build smol-fp16 --sm 86,89,120`
-
-    `headfold build smol-fp16 --sm 86,89,120 --attention plugin --max-batch 8 --capacity 4096`
-    """
-    facts = build_and_tell(bundle, make_options(**options), reporter_for(quiet))
-    if as_json:
-        print_json(facts)
-        return
-    entry = facts["engine"]
-    click.echo(f"wrote {bundle / entry['file']} for SM {', '.join(map(str, entry['compute_capabilities']))}")

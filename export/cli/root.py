@@ -13,8 +13,8 @@ from typing import Any
 import rich_click as click
 from click.exceptions import Abort, ClickException, Exit, UsageError
 
+from headfold.export.cli.build import build
 from headfold.export.cli.convert import convert
-from headfold.export.cli.engine import build
 from headfold.export.cli.export import export
 from headfold.export.cli.inspect import families, inspect
 from headfold.export.cli.train import study, sweep, uptrain

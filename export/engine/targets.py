@@ -27,6 +27,7 @@ from headfold.export.graph.trace import export_graph
 from headfold.export.graph.weights import attach_weights
 from headfold.plugins.attention.schema import Attention
 from headfold.runtime.errors import HeadfoldError
+from headfold.runtime.manifest import WeightsScheme
 
 T = TypeVar("T")
 _CAPACITY = 4096  # of the graph, at most: larger tables make no other one
@@ -85,7 +86,7 @@ def _storage(exportable: Exportable) -> Iterator[Target]:
     cached, why = _tried(lambda: outline(exportable).master(torch.float32, 1, False, "int8"))
     yield Target("--kv-cache", cached is not None, why or "int8, float8_e4m3fn")
     rounded, why = _tried(lambda: rounded_checkpoint(exportable, "int8"))
-    yield Target("--weights", rounded is not None, why or "int8, int4, mixed")
+    yield Target("--weights", rounded is not None, why or ", ".join(get_args(WeightsScheme)))
 
 
 def _changes(exportable: Exportable, base: Path | None) -> Iterator[Target]:

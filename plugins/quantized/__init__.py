@@ -1,1 +1,1 @@
-"""The custom operators headfold::for matrices of few bits, defined once: schema, numpy reference, ONNX bodies."""
+"""The custom operators of headfold for matrices of few bits, defined once: schema, numpy reference, ONNX bodies."""

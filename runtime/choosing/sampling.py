@@ -135,7 +135,7 @@ class Sampler:
         if self._forbidden is not None:
             logits = logits.copy()
             logits[self._forbidden.tokens()] = -np.inf
-        if logits.max() == -np.inf:
+        if (self._form is not None or self._forbidden is not None) and logits.max() == -np.inf:
             raise InputError(
                 "the bundle's generation_config.json forbids every token that may come",
                 fix="Export it with another one, or ask for another grammar.",

@@ -6,6 +6,7 @@ The header of a file that is read must be, byte for byte, the one that would be 
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class CacheFile:
         for part in parts:
             digest.update(part.data)
         header = self._header(len(ids), digest.hexdigest())
-        stage = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        stage = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
         try:
             with stage.open("wb") as file:
                 file.write(len(header).to_bytes(_LENGTH_BYTES, "little") + header)

@@ -5,7 +5,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from headfold.runtime.backend import CHUNK, Backend
+from headfold.runtime.backend import Backend
 from headfold.runtime.errors import InputError
 from headfold.runtime.files.cache_file import CacheFile
 from headfold.runtime.manifest import Manifest
@@ -33,9 +33,7 @@ class CacheState:
         cache = self._scheduler.run(lambda: self._backend.new_cache(1, len(ids)))
         if cache.host is None:
             raise InputError("the cache is in the GPU's memory", fix="Save it with provider 'cpu'.")
-        for begin in range(0, len(ids), CHUNK):
-            part = ids[begin : begin + CHUNK]
-            self._scheduler.run(lambda part=part: self._backend.prefill(cache, 0, part))  # type: ignore[misc]
+        self._scheduler.compute(cache, ids)
         self._file.write(Path(path), ids, cache.host.read(0, len(ids)))
         return len(ids)
 

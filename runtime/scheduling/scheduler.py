@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -99,6 +100,11 @@ class Scheduler:
             self._jobs.append(fulfil)
             self._start()
         return future.result()
+
+    def compute(self, cache: Any, ids: Ids) -> None:
+        """Append tokens to the first row of a cache of one's own; others have their turns between its parts."""
+        for begin in range(0, len(ids), CHUNK):
+            self.run(partial(self._backend.prefill, cache, 0, ids[begin : begin + CHUNK]))
 
     def keep(self, ids: Ids, arrays: Sequence[NDArray[Any]]) -> None:
         """Remember tokens for calls that begin with them; see Slots.keep."""

@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
+import block_models
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -14,23 +16,10 @@ from torch import Tensor
 
 from headfold.export.checkpoints.base import MemoryCheckpoint
 from headfold.export.checkpoints.hf_writer import save_hf
-from headfold.export.model.config import ModelConfig
 from headfold.export.model.decoder import Decoder
 
 Store = Callable[[Tensor], Stored]
-CONFIG = ModelConfig(
-    model_type="llama",
-    vocab_size=160,
-    hidden_size=256,
-    intermediate_size=512,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
-    max_position_embeddings=64,
-    eos_token_id=(0,),
-    tie_word_embeddings=True,
-)
+CONFIG = replace(block_models.CONFIG, hidden_size=256, intermediate_size=512, num_hidden_layers=1, head_dim=32)
 KINDS = {  # as the mixtures of llama.cpp have them: keys and values are not alike
     "embed_tokens": Kind.Q4_1,
     "q_proj": Kind.Q5_0,

@@ -1,9 +1,11 @@
 """Weights of four and eight bits in TensorRT: the lowered graph has the same numbers, the parsed network computes with them."""
 
 import shutil
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import block_models
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -23,26 +25,13 @@ from headfold.export.engine.options import BuildOptions
 from headfold.export.engine.preflight import preflight
 from headfold.export.exportables.own import OwnModel
 from headfold.export.exportables.rounded import RoundedCheckpoint
-from headfold.export.model.config import ModelConfig
 from headfold.export.model.decoder import Decoder
 from headfold.export.parity.verify import verify_bundle
 from headfold.export.progress import Reporter
 from headfold.runtime.errors import BuildError
 from headfold.runtime.manifest import read_manifest
 
-CONFIG = ModelConfig(
-    model_type="llama",
-    vocab_size=96,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=48,
-    eos_token_id=(0,),
-    tie_word_embeddings=True,
-)
+CONFIG = replace(block_models.CONFIG, vocab_size=96, max_position_embeddings=48)
 installed = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx")
 
 

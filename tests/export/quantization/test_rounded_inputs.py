@@ -5,17 +5,17 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import block_models
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from click.testing import CliRunner
+from block_models import run
 
 from headfold.export.checkpoints.base import MemoryCheckpoint
 from headfold.export.checkpoints.hf_writer import save_hf
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
-from headfold.export.cli import main
 from headfold.export.engine.lowering import lower
 from headfold.export.exportables.own import OwnModel
 from headfold.export.exportables.rounding_record import read_record
@@ -30,26 +30,8 @@ from headfold.runtime import load
 from headfold.runtime.errors import BuildError, BundleError
 from headfold.runtime.manifest import read_manifest
 
-CONFIG = ModelConfig(
-    model_type="llama",
-    vocab_size=160,
-    hidden_size=64,
-    intermediate_size=80,  # no whole blocks, and none are needed
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=64,
-    eos_token_id=(0,),
-    tie_word_embeddings=True,
-)
+CONFIG = replace(block_models.CONFIG, intermediate_size=80)  # no whole blocks, and none are needed
 UP = "model.layers.1.mlp.up_proj.weight"
-
-
-def run(*arguments: object) -> tuple[int, str]:
-    """Exit code, and what is on standard error and output."""
-    result = CliRunner().invoke(main, list(map(str, arguments)))
-    return result.exit_code, result.output
 
 
 def save_source(path: Path, config: ModelConfig = CONFIG) -> Path:

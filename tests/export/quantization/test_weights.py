@@ -11,12 +11,11 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from click.testing import CliRunner
+from block_models import CONFIG, run
 
 from headfold.export.checkpoints.base import MemoryCheckpoint
 from headfold.export.checkpoints.hf_writer import save_hf
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
-from headfold.export.cli import main
 from headfold.export.exportables.own import OwnModel
 from headfold.export.exportables.rounded import RoundedCheckpoint
 from headfold.export.exportables.rounding_record import read_record, record_of, record_to_json
@@ -32,26 +31,6 @@ from headfold.export.quantization.products import set_level_in_file
 from headfold.runtime import load
 from headfold.runtime.errors import BundleError, VerificationError
 from headfold.runtime.manifest import read_manifest
-
-CONFIG = ModelConfig(
-    model_type="llama",
-    vocab_size=160,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=64,
-    eos_token_id=(0,),
-    tie_word_embeddings=True,
-)
-
-
-def run(*arguments: object) -> tuple[int, str]:
-    """Exit code, and what is on standard error and output."""
-    result = CliRunner().invoke(main, list(map(str, arguments)))
-    return result.exit_code, result.output
 
 
 def checkpoint(config: ModelConfig, outlier: float = 1.0) -> MemoryCheckpoint:
