@@ -159,6 +159,12 @@ def export_bundle(source: Exportable, output: Path, options: ExportOptions, repo
         report = None
         if options.verify:
             report = verify_bundle(stage, source, manifest, options.decode_steps, reporter)
+            if not report.finite and not options.allow_nan:
+                raise CheckpointError(
+                    "its logits are NaN or infinite in PyTorch, too, though all its weights are finite",
+                    where=source.path,
+                    fix="Training diverged, or a weight is far too large; --allow-nan exports it all the same.",
+                )
             if not report.passed:
                 raise VerificationError(
                     report.failure(), where=source.path, fix="No bundle was written; --no-verify publishes it anyway."

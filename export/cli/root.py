@@ -31,7 +31,8 @@ click.rich_click.MAX_WIDTH = 100
 
 
 _INTERRUPTED, _BROKEN_PIPE, _OURS = 130, 141, 3  # exit codes: 128 and the signal, as shells have it; a bug of ours
-_EXTRAS = {  # of pyproject.toml: what a package that is missing belongs to
+_EXTRAS = {  # of pyproject.toml: what a package that is missing belongs to; to headfold itself where there is none
+    "": ("jinja2", "numpy", "psutil", "pydantic", "tokenizers"),
     "ort": ("onnxruntime",),
     "export": ("torch", "onnx", "onnx_ir", "onnxscript", "polygraphy", "safetensors", "gguf", "ml_dtypes", "rich"),
     "train": ("accelerate", "datasets", "matplotlib", "pyarrow"),
@@ -105,7 +106,8 @@ def explain(error: Exception) -> tuple[str, int]:
         package = error.name.partition(".")[0]
         extra = next((extra for extra, packages in _EXTRAS.items() if package in packages), None)
         if extra is not None:
-            return f'error: {package} is not installed. Install it: pip install "headfold[{extra}]".', 2
+            wanted = f'"headfold[{extra}]"' if extra else "headfold"
+            return f"error: {package} is not installed. Install it: pip install {wanted}.", 2
     reason = printable(f"{type(error).__name__}: {error}")
     return f"internal error: {reason}. Please report it with the traceback that `headfold --debug` shows.", _OURS
 

@@ -246,9 +246,14 @@ def _report(
     if narrow is not None:
         loose = _whole_checks(subject.precision, asked, subject, narrow, doubts.narrow if doubts is not None else None)
         checks += [dataclasses.replace(check, name=f"{check.name}, in float16") for check in loose]
-    tokens = len(asked.rows[0]) - asked.prompt
     return ParityReport(
-        subject.precision if layers is not None else precision, asked.name, checks, results, tokens, divergent
+        precision=subject.precision if layers is not None else precision,
+        oracle=asked.name,
+        checks=checks,
+        layers=results,
+        greedy_tokens=len(asked.rows[0]) - asked.prompt,
+        first_divergent_token=divergent,
+        finite=all(bool(np.isfinite(answer.logits).all()) for answer in asked.answers),
     )
 
 

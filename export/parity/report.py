@@ -54,6 +54,7 @@ class ParityReport:
     layers: Sequence[LayerResult]
     greedy_tokens: int
     first_divergent_token: int | None
+    finite: bool  # whether the oracle's own logits are numbers, all of them
 
     @property
     def passed(self) -> bool:
@@ -96,10 +97,13 @@ class ParityReport:
 
 
 def agreed(expected: Array, actual: Array) -> tuple[Array, Array]:
-    """Both with zeros where they are the same NaN or infinity, as weights make them that --allow-nan exports."""
+    """Both with zeros where neither is a number, as weights make it that --allow-nan exports.
+
+    Which of NaN and the two infinities a sum that overflows becomes depends on its order.
+    """
     if np.isfinite(expected).all():
         return expected, actual
-    same = (np.isnan(expected) & np.isnan(actual)) | (np.isinf(expected) & (expected == actual))
+    same = ~np.isfinite(expected) & ~np.isfinite(actual)
     return np.where(same, 0, expected), np.where(same, 0, actual)
 
 

@@ -267,6 +267,16 @@ def test_nan_that_is_allowed_is_proven_to_be_where_the_checkpoint_has_it(name, d
     fails(["generate", str(tmp_path / "b"), "the fox", "-n", "2"], "the logits of token 1 of answer 0 are NaN")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_finite_weights_that_overflow_are_no_model(dtype, checkpoint, tmp_path) -> None:
+    tensors(lambda t: [t[f"model.layers.0.mlp.{part}_proj.weight"].fill_(1e38) for part in ("up", "down")])(checkpoint)
+    arguments = ["export", str(checkpoint), "-o", str(tmp_path / "b"), "--dtype", dtype, "-q"]
+    fails(arguments, "its logits are NaN or infinite in PyTorch, too")
+    assert not (tmp_path / "b").exists()
+    result = CliRunner().invoke(main, [*arguments, "--allow-nan"])
+    assert result.exit_code == 0, result.output
+
+
 @pytest.mark.parametrize("data", [[], ["--data", "DATA"]])
 def test_a_quantized_cache_of_nan_is_refused(data, checkpoint, tmp_path) -> None:
     tensors(lambda t: t["model.embed_tokens.weight"][:, 3].fill_(float("nan")))(checkpoint)

@@ -46,6 +46,7 @@ COMMANDS = {
     "families": (["families"], {"rich"}, "export"),
     "generate": (["generate", "BUNDLE", "hi"], {"onnxruntime"}, "ort"),
     "inspect a checkpoint": (["inspect", "CHECKPOINT"], {"torch"}, "export"),
+    "run": (["generate", "BUNDLE", "hi"], {"tokenizers"}, ""),
     "build": (["build", "BUNDLE", "-q"], {"onnx_ir"}, "export"),
     "convert": (["convert", "CHECKPOINT", "-o", "OUT", "--kv-heads", "1", "-q"], {"safetensors"}, "export"),
     "uptrain": (["uptrain", "CHECKPOINT", "-o", "OUT", "--data", "x.txt", "--tokens", "99"], {"accelerate"}, "train"),
@@ -68,7 +69,7 @@ def test_a_package_that_is_missing_is_named_with_the_extra_that_brings_it(
     lines = result.stderr.decode().splitlines()
     assert result.returncode == 2, result.stderr
     assert len(lines) == 1
-    assert f'pip install "headfold[{extra}]"' in lines[0]
+    assert (f'pip install "headfold[{extra}]"' if extra else "pip install headfold.") in lines[0]
     assert next(iter(lacking)) in lines[0]
 
 
