@@ -64,6 +64,11 @@ class Oracle(Protocol):
         """What it is, for the report."""
         ...
 
+    @property
+    def module(self) -> nn.Module:
+        """What computes, with the weights; its own, to do with as one likes."""
+        ...
+
     def answer(
         self,
         tokens: Tokens,
@@ -88,7 +93,7 @@ class DecoderOracle:
     name = "headfold's own decoder in PyTorch"
 
     def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
+        self.module = decoder
 
     @torch.inference_mode()
     def answer(
@@ -99,7 +104,7 @@ class DecoderOracle:
         cache: QuantizedCache | None = None,
     ) -> Answer:
         """See Oracle."""
-        decoder, start = self._decoder, 0 if past is None else past.length
+        decoder, start = self.module, 0 if past is None else past.length
         if cache is not None:
             decoder.quantize_cache(getattr(torch, cache.dtype), cache.scales)
         else:
@@ -141,3 +146,12 @@ def handed_on(layers: Iterable[nn.Module], given: Sequence[Array] | None) -> Ite
 def as_array(x: Tensor) -> Array:
     """In float32, or float64 as it is."""
     return (x if x.dtype == torch.float64 else x.float()).numpy()
+
+
+def nudge(module: nn.Module, seed: int) -> None:
+    """Change each weight by less than float32 can tell: by a random part of eps of itself, 1.2e-7 at most, up or down."""
+    random = torch.Generator().manual_seed(seed)
+    eps = torch.finfo(torch.float32).eps
+    for parameter in module.parameters():
+        change = torch.rand(parameter.shape, generator=random, dtype=parameter.dtype) * 2 - 1
+        parameter.data = parameter.data * (1 + eps * change)  # not in place: others may hold the same numbers

@@ -18,6 +18,7 @@ from polygraphy.comparator import Comparator
 from headfold.export.exportables.facts import Facts
 from headfold.export.exportables.oracle import Answer, Array, Oracle, Past, QuantizedCache, Tokens
 from headfold.export.graph.passes import cut_layers, keep_new_rows
+from headfold.export.parity.doubts import Doubt, Doubts, find_doubts
 from headfold.export.parity.layers import Finding, ask, judge, layer_checks, layer_feed, layer_results, unsure
 from headfold.export.parity.probes import Feed, Pasts, Place, Step, make_places, make_rows, make_steps
 from headfold.export.parity.report import CheckResult, LayerResult, ParityReport, agreed, compare_logits
@@ -26,9 +27,6 @@ from headfold.export.parity.tolerances import MARGIN, Precision
 from headfold.export.progress import Reporter, quiet_polygraphy
 from headfold.plugins.names import PARTS, cache_output, hidden_state, is_cache_output
 from headfold.runtime.errors import BundleError
-
-# The same answers in two dtypes: their difference is what the narrower loses
-Doubt = tuple[Sequence[Answer], Sequence[Answer]]
 
 
 @dataclass(frozen=True)
@@ -87,15 +85,6 @@ class _Outputs:
     whole: Sequence[Outputs]
     layers: Sequence[Outputs] | None
     narrow: Sequence[Outputs] | None
-
-
-@dataclass(frozen=True)
-class _Doubts:
-    """How exact PyTorch is on this model: whole, each layer alone at each place, and in float16."""
-
-    whole: Doubt
-    alone: Sequence[Doubt]
-    narrow: Doubt | None
 
 
 def verify_graph(
@@ -192,19 +181,13 @@ def _greedy(oracle: Oracle, prompt: Tokens, count: int, cache: QuantizedCache | 
     return np.array(tokens, np.int64)
 
 
-def _doubts(subject: Subject, asked: _Questions) -> _Doubts:
-    """What the reference says in each dtype: of the rows, and at the places, each layer fed with what the oracle's handed on."""
-    rows, places = {}, {}
-    for dtype in (torch.float32, torch.float64):
-        reference = subject.reference(dtype)
-        rows[dtype] = [reference.answer(row, cache=subject.cache) for row in asked.rows]
-        places[dtype] = ask(reference, asked.places, asked.pasts, subject.cache, asked.alone)
-    narrow = None
-    if subject.precision.dtype == "float16":
-        reference = subject.reference(torch.float16)
-        narrow = [reference.answer(row, cache=subject.cache) for row in asked.rows], rows[torch.float32]
-    alone = list(zip(places[torch.float32], places[torch.float64], strict=True))
-    return _Doubts((rows[torch.float32], rows[torch.float64]), alone, narrow)
+def _doubts(subject: Subject, asked: _Questions) -> Doubts:
+    return find_doubts(
+        subject.reference,
+        lambda reference: [reference.answer(row, cache=subject.cache) for row in asked.rows],
+        lambda reference: ask(reference, asked.places, asked.pasts, subject.cache, asked.alone),
+        subject.precision.dtype == "float16",
+    )
 
 
 def _run(runner: Any, feeds: Iterable[Feed]) -> list[Outputs]:
@@ -225,7 +208,7 @@ def _report(
     asked: _Questions,
     subject: Subject,
     outputs: _Outputs,
-    doubts: _Doubts | None = None,
+    doubts: Doubts | None = None,
 ) -> ParityReport:
     """Compare everything that was run."""
     actual, layers, narrow = outputs.whole, outputs.layers, outputs.narrow
@@ -312,8 +295,9 @@ def _unsure(step: Step, doubt: Doubt | None, all_logits: bool) -> dict[str, floa
     """How far float32 may be off in each output of a step."""
     if doubt is None:
         return {}
-    narrow, wide = (expected_outputs(step, answers, all_logits) for answers in doubt)
-    return {name: MARGIN * float(np.abs(narrow[name] - wide[name]).max(initial=0)) for name in narrow}
+    others = [expected_outputs(step, answers, all_logits) for answers in doubt.others]
+    right = expected_outputs(step, doubt.right, all_logits)
+    return {x: MARGIN * max(float(np.abs(other[x] - right[x]).max(initial=0)) for other in others) for x in right}
 
 
 def _errors(
@@ -354,7 +338,8 @@ def _greedy_check(
     lost[chosen == wanted] = 0  # of NaN, too
     allowed = precision.tolerance.limit("logits", first)
     if doubt is not None:
-        allowed = max(allowed, MARGIN * float(np.abs(doubt[0][0].logits - doubt[1][0].logits).max()))
+        right = doubt.right[0].logits
+        allowed = max(allowed, *(MARGIN * float(np.abs(other[0].logits - right).max()) for other in doubt.others))
     different = np.flatnonzero(chosen != wanted)
     divergent = int(different[0]) if len(different) else None
     same = float((chosen == wanted).mean()) if len(wanted) else 1.0

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from headfold.export.exportables.oracle import Answer, Array, Oracle, QuantizedCache
+from headfold.export.parity.doubts import Answers, Doubt
 from headfold.export.parity.probes import Feed, Pasts, Place, feed
 from headfold.export.parity.report import CheckResult, LayerResult, agreed
 from headfold.export.parity.runners import Outputs
 from headfold.export.parity.tolerances import MARGIN, Precision
 from headfold.plugins.names import PARTS, cache_input, cache_output, hidden_state, is_cache_output, layer_input
-
-Answers = Sequence[Answer]  # of a place's rows
 
 
 @dataclass(frozen=True)
@@ -82,18 +81,18 @@ def layer_feed(place: Place, pasts: Pasts, answers: Answers) -> Feed:
     return feeds
 
 
-def unsure(doubts: Sequence[tuple[Answers, Answers]]) -> dict[str, float]:
+def unsure(doubts: Sequence[Doubt]) -> dict[str, float]:
     """How far float32 may be off in each tensor, over the largest number there, as `Precision.layer_tolerance` has it.
 
-    `doubts` are, for each place, its answers computed in float32 and in float64. What float32 loses in a tensor shows best where it
-    loses most: a place of a few tokens may be lucky.
+    `doubts` are of the places. What float32 loses in a tensor shows best where it loses most: a place of a few tokens may be lucky.
     """
     found: dict[str, float] = {}
-    for narrow, wide in doubts:
-        for (name, right, scale), (_, actual, _) in zip(_tensors(wide), _tensors(narrow), strict=True):
-            error = float((np.abs(right - actual) - _carried(name, right)).max(initial=0))
-            if scale and np.isfinite(error):
-                found[name] = max(found.get(name, 0.0), MARGIN * error / scale)
+    for doubt in doubts:
+        for other in doubt.others:
+            for (name, right, scale), (_, actual, _) in zip(_tensors(doubt.right), _tensors(other), strict=True):
+                error = float((np.abs(right - actual) - _carried(name, right)).max(initial=0))
+                if scale and np.isfinite(error):
+                    found[name] = max(found.get(name, 0.0), MARGIN * error / scale)
     return found
 
 

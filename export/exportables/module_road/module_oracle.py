@@ -20,7 +20,7 @@ class ModuleOracle:
     """
 
     def __init__(self, module: nn.Module, layers: Sequence[str]) -> None:
-        self._module, self._layers = module, [module.get_submodule(name) for name in layers]
+        self.module, self._layers = module, [module.get_submodule(name) for name in layers]
         self.name = f"{type(module).__name__} itself, attention written out"
 
     @torch.inference_mode()
@@ -37,12 +37,12 @@ class ModuleOracle:
         positions = torch.arange(start, start + len(tokens))
         try:
             with handed_on(self._layers, given) as heard:
-                logits = self._module(torch.from_numpy(tokens)[None], positions[None], attending)[0]
+                logits = self.module(torch.from_numpy(tokens)[None], positions[None], attending)[0]
         except RuntimeError as error:  # of torch
-            dtype = str(next(self._module.parameters()).dtype).removeprefix("torch.")
+            dtype = str(next(self.module.parameters()).dtype).removeprefix("torch.")
             raise ConfigError(
                 f"does not run in {dtype}: {error}",
-                where=type(self._module).__name__,
+                where=type(self.module).__name__,
                 fix="Let it follow the dtype of its parameters.",
             ) from error
         return Answer.of(logits, heard, (attending.new[layer] for layer in range(len(self._layers))))

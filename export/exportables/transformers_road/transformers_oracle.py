@@ -102,7 +102,7 @@ class TransformersOracle:
     """
 
     def __init__(self, model: PreTrainedModel, stored: torch.dtype | None = None, made: str = "") -> None:
-        self._model = model.eval().requires_grad_(False)
+        self.module = model.eval().requires_grad_(False)
         self._layers = decoder_layers(model, model.config.get_text_config().num_hidden_layers)
         self.name = f"{type(model).__name__} of transformers {transformers.__version__}, eager attention"
         self.name += f", weights {made} by headfold" if made else ""
@@ -111,9 +111,9 @@ class TransformersOracle:
             return tuple(table.to(stored).to(table.dtype) for table in tables)
 
         if stored not in {None, torch.float32}:
-            for parameter in self._model.parameters():
+            for parameter in self.module.parameters():
                 parameter.data = parameter.data.to(stored).float()
-            for name, module in self._model.named_modules():
+            for name, module in self.module.named_modules():
                 if name.endswith("rotary_emb"):
                     module.register_forward_hook(rounded)
 
@@ -126,12 +126,12 @@ class TransformersOracle:
         cache: QuantizedCache | None = None,
     ) -> Answer:
         """See Oracle."""
-        dtype = next(self._model.parameters()).dtype
+        dtype = next(self.module.parameters()).dtype
         before = past.layers if past is not None else [None] * len(self._layers)
         kept = [_KeepsNew(pair, cache, i, dtype) for i, pair in enumerate(before)]
         ids = torch.from_numpy(tokens)[None]
         with handed_on(self._layers, given) as heard:
-            logits = self._model(ids, past_key_values=Cache(layers=kept), use_cache=True).logits[0]
+            logits = self.module(ids, past_key_values=Cache(layers=kept), use_cache=True).logits[0]
         return Answer.of(logits, heard, ((layer.new[0][0], layer.new[1][0]) for layer in kept))
 
 
