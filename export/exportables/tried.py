@@ -92,6 +92,7 @@ TRIED: tuple[Tried, ...] = (
     Tried("afmoe", _WINDOWS | _EXPERTS | {"num_dense_layers": 1, "num_shared_experts": 1}),
     Tried("apertus"),
     Tried("arcee"),
+    Tried("aria_text", {"moe_num_experts": 6, "moe_topk": 2, "moe_num_shared_experts": 1}),
     Tried("biogpt"),
     Tried("bitnet", _SQUARE),
     Tried("bloom", refused=_NO_INTERFACE),  # ALiBi
@@ -139,6 +140,8 @@ TRIED: tuple[Tried, ...] = (
     Tried("hunyuan_v1_moe", {"num_experts": 6, "moe_topk": 2}),
     Tried("hy_v3", _EXPERTS),
     Tried("hyperclovax"),
+    Tried("internlm3"),
+    Tried("iquestcoder"),
     Tried("jais2"),
     Tried("jetmoe", refused="does not run with headfold's cache, on tensors without numbers"),
     Tried("kolibri1", _WINDOWS | _EXPERTS | {"shared_expert_intermediate_size": 56}),
@@ -155,6 +158,7 @@ TRIED: tuple[Tried, ...] = (
     Tried("ministral3", {"sliding_window": 9}),
     Tried("mistral", {"sliding_window": 9}),
     Tried("mixtral", _LOCAL_EXPERTS),
+    Tried("modernbert-decoder", _SQUARE | {"local_attention": 9}),
     Tried("mpt", refused=_NO_INTERFACE),  # ALiBi
     Tried("nanochat"),
     Tried("nemotron"),

@@ -233,7 +233,8 @@ def _facts(model: PreTrainedModel, path: Path) -> Facts:
     if getattr(type(model), "_is_stateful", False):
         raise ConfigError(f"{config.model_type} has a state beside keys and values", where=path, fix=ROAD)
     master, pad = TransformersMaster(model, count, all_logits=True), text.pad_token_id
-    text.pad_token_id = None  # models look for it among the tokens, which are no numbers yet, only to warn
+    # Models look for it among the tokens, which are no numbers yet, only to warn; some configurations let no one set it to None
+    vars(text)["pad_token_id"] = None
     with torch.device("meta"):
         ids = torch.zeros(1, 3, dtype=torch.long)
         try:
