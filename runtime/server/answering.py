@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 import uuid
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -34,9 +35,12 @@ class ClientGone(Exception):
 class Call:
     """One request's answers while they come."""
 
-    def __init__(self, kind: str, served: Served, body: Generating, answers: AsyncAnswers, count: int) -> None:
-        """`count` answers of each prompt."""
+    def __init__(
+        self, kind: str, served: Served, body: Generating, answers: AsyncAnswers, count: int, announces: bool
+    ) -> None:
+        """`count` answers of each prompt; `announces`: see Settings."""
         self.served, self.body, self.answers, self.count = served, body, answers, count
+        self._announces = announces
         self.id, self.created = f"{kind}-{uuid.uuid4().hex}", int(time.time())
         self._new_tokens = 0
         self._meter = served.meters.call(served.name, len(answers.requests))
@@ -76,7 +80,7 @@ class Call:
             reuse=settings.reuse,
             **options,
         )
-        return cls(kind, served, body, answers, count)
+        return cls(kind, served, body, answers, count, settings.announces)
 
     async def deltas(self) -> AsyncIterator[Delta]:
         """Those of all answers, as they come."""
@@ -127,12 +131,14 @@ class Call:
             return event(head | {"choices": [choice]} | ({"usage": None} if wants_usage else {}))
 
         async def events() -> AsyncIterator[bytes]:
-            for choice in opening:
-                yield chunk(choice)
+            due = deque(opening)
+            while due and self._announces:
+                yield chunk(due.popleft())
             try:
                 async for delta in self.deltas():
-                    for choice in choices(delta):
-                        yield chunk(choice)
+                    due.extend(choices(delta))
+                    while due:
+                        yield chunk(due.popleft())
             except (
                 Exception
             ) as error:  # 200 was said: the error is an event of its own, and the stream ends without [DONE]

@@ -49,9 +49,9 @@ def make_app(models: Mapping[str, Model], settings: Settings) -> FastAPI:
     """OpenAI's interface over models, by their names."""
     served = Models(models)
     app = FastAPI(title="headfold", docs_url=None, redoc_url=None, responses=_REFUSALS)
-    app.state.draining = False
+    app.state.draining, app.state.meters = False, served.meters
     app.add_middleware(Guards, settings=settings, requests=served.meters.requests)
-    _tell_errors(app)
+    tell_errors(app)
 
     @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=_EVENTS)
     async def chat_completions(body: ChatRequest, request: Request) -> Any:
@@ -93,7 +93,9 @@ def make_app(models: Mapping[str, Model], settings: Settings) -> FastAPI:
     return app
 
 
-def _tell_errors(app: FastAPI) -> None:
+def tell_errors(app: FastAPI) -> None:
+    """Whatever is raised becomes an answer in OpenAI's shape."""
+
     @app.exception_handler(RequestValidationError)
     async def of_validation(request: Request, error: RequestValidationError) -> Response:
         return invalid(error.errors()).response()

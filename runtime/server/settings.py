@@ -2,6 +2,11 @@
 
 from dataclasses import dataclass
 
+from headfold.runtime.errors import InputError
+
+KEY = "HEADFOLD_API_KEY"  # in the environment: other users see arguments
+WAITING = 64  # answers that may wait by default: whoever waits longer than for so many others had rather be told
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -22,3 +27,10 @@ class Settings:
     hosts: frozenset[str] | None = None
     limits: Limits = Limits()
     reuse: bool = True  # of the cache among requests: see Options in headfold.runtime.generate
+    announces: bool = True  # whether a stream says that it begins, before its first token
+
+    def __post_init__(self) -> None:
+        """Raises InputError: no client could send this key."""
+        key = self.key
+        if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
+            raise InputError("the API key is empty, or not of ASCII", fix="Take one as of: openssl rand -hex 24")

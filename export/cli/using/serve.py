@@ -11,16 +11,14 @@ from headfold.export.cli.shared import refuse_idle
 from headfold.export.cli.using.opening import Engine, engine_options, open_bundle
 from headfold.plugins.attention.schema import Attention
 from headfold.runtime.errors import InputError
-
-_KEY = "HEADFOLD_API_KEY"
-_WAITING = 64  # by default: whoever waits longer than for so many others had rather be told
+from headfold.runtime.server.settings import KEY, WAITING, Limits, Settings
 
 
 @click.command()
 @click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE...", type=click.Path(path_type=Path))
 @click.option("--host", default="127.0.0.1", show_default=True, help="Any other address needs --api-key, or --no-auth.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
-@click.option("--api-key", envvar=_KEY, help=f"What clients must send. Better in {_KEY}: other users see arguments.")
+@click.option("--api-key", envvar=KEY, help=f"What clients must send. Better in {KEY}: other users see arguments.")
 @click.option("--no-auth", is_flag=True, help="Let everybody ask who reaches --host.")
 @click.option("--name", "names", multiple=True, help="Of each bundle, in order. [default: its directory's]")
 @click.option("--slots", type=click.IntRange(1), help="Answers that are written together. [default: 16]")
@@ -70,31 +68,30 @@ def serve(
 
     `headfold serve smol` and then `OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="-")`
 
-    `HEADFOLD_API_KEY=$(openssl rand -hex 24) headfold serve smol qwen --host 0.0.0.0`
+    `HEADFOLD_APIKEY=$(openssl rand -hex 24) headfold serve smol qwen --host 0.0.0.0`
 
     SIGTERM and Ctrl-C end it once what is being answered is complete; a second one at once.
     """
     from headfold.runtime.server.app import make_app
     from headfold.runtime.server.running import listen, run
     from headfold.runtime.server.served import names_of
-    from headfold.runtime.server.settings import Limits, Settings
 
     local = _is_loopback(host)
     _check_access(local, host, api_key, no_auth)
     refuse_idle(no_reuse, "keep_bytes", why="is of prompts that are kept", fix="Leave out --no-reuse.")
-    given = {"slots": slots, "waiting": _WAITING if waiting is None else waiting, "keep_bytes": keep_bytes}
+    given = {"slots": slots, "waiting": WAITING if waiting is None else waiting, "keep_bytes": keep_bytes}
     scheduling: Any = {name: value for name, value in given.items() if value is not None}
+    settings = Settings(
+        key=api_key,
+        hosts=frozenset({"localhost", "127.0.0.1", "::1", host}) if local and not (api_key or no_auth) else None,
+        limits=Limits(body_bytes=max_body, new_tokens=max_new_tokens, seconds=max_seconds),
+        reuse=not no_reuse,
+    )
     models = {}
     with listen(host, port) as opened, ExitStack() as loaded:
         for name, bundle in zip(names_of(list(bundles), list(names)), bundles, strict=True):
             model = open_bundle(bundle, backend, provider, attention, threads, **scheduling)
             models[name] = loaded.enter_context(model)
-        settings = Settings(
-            key=api_key,
-            hosts=frozenset({"localhost", "127.0.0.1", "::1", host}) if local and not (api_key or no_auth) else None,
-            limits=Limits(body_bytes=max_body, new_tokens=max_new_tokens, seconds=max_seconds),
-            reuse=not no_reuse,
-        )
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{opened.getsockname()[1]}/"
 
@@ -117,11 +114,9 @@ def _check_access(local: bool, host: str, api_key: str | None, no_auth: bool) ->
     """Nobody opens a server to others without saying so."""
     if api_key is not None and no_auth:
         raise InputError("--api-key and --no-auth contradict each other", fix="Give one of them.")
-    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
-        raise InputError("the API key is empty, or not of ASCII", fix="Take one as of: openssl rand -hex 24")
     if not local and api_key is None and not no_auth:
         raise InputError(
             "others can reach this address",
             where=f"--host {host}",
-            fix=f"Set {_KEY}, which they must send, or --no-auth to let everybody in.",
+            fix=f"Set {KEY}, which they must send, or --no-auth to let everybody in.",
         )
