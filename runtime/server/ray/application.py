@@ -52,7 +52,7 @@ def _application(given: Arguments) -> Application:
     servers = serve.deployment(
         ModelServer,
         num_replicas=None if given.autoscaling_config is not None else given.replicas,
-        autoscaling_config=given.autoscaling_config,
+        autoscaling_config=given.autoscaling,
         max_ongoing_requests=at_once,
         max_queued_requests=given.waiting,
         graceful_shutdown_timeout_s=given.drain_seconds,

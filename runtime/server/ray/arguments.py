@@ -97,6 +97,14 @@ class Arguments(BaseModel):
         return self.backend == "tensorrt" or self.provider == "cuda"
 
     @property
+    def autoscaling(self) -> AutoscalingConfig | None:
+        """By default a replica is added where those there are have more to do than their slots."""
+        asked = self.autoscaling_config
+        if asked is None or "target_ongoing_requests" in asked.model_fields_set:
+            return asked
+        return asked.model_copy(update={"target_ongoing_requests": float(self.slots)})
+
+    @property
     def most_replicas(self) -> int:
         """That there can be."""
         return self.replicas if self.autoscaling_config is None else self.autoscaling_config.max_replicas

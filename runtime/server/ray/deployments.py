@@ -80,7 +80,9 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """See ray.serve.ingress."""
         registry = CollectorRegistry()
-        requests = Counter("headfold_ingress_requests", "By status.", ["route", "status"], registry=registry)
+        requests = Counter(
+            "headfold_ingress_requests", "By route of the ingress.", ["route", "status"], registry=registry
+        )
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         app.add_middleware(Guards, settings=self._settings, requests=requests)
         tell_errors(app)
