@@ -6,12 +6,17 @@ from pathlib import Path
 from shutil import copytree
 
 import pytest
+import yaml
 from click.testing import CliRunner
+from ray.serve.schema import ServeDeploySchema
+from ray.serve.scripts import cli as ray_cli
 
 from headfold.export.cli import main
+from headfold.runtime.server.ray import app as ray_app
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+RAY = "headfold.runtime.server.ray:app"
 STAYS = "# runs until it is stopped"
 FROM = "# from "  # a piece of a file, as it stands there
 
@@ -22,6 +27,11 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 def run(line: str) -> None:
     words = shlex.split(line, comments=True)
+    if words[0] == "serve":  # Ray's command
+        context = ray_cli.commands[words[1]].make_context(words[1], words[2:])
+        assert context.params["config_or_import_path"] == RAY
+        ray_app(dict(argument.split("=", 1) for argument in context.params["arguments"]))
+        return
     assert words.pop(0) == "headfold", line
     if line.endswith(STAYS):  # its options are understood
         command = main.get_command(None, words[0])
@@ -36,6 +46,7 @@ def place(tmp_path, monkeypatch, toy_checkpoint) -> Path:
     copytree(toy_checkpoint, tmp_path / "my-model")
     (tmp_path / "corpus.txt").write_text("the quick brown fox jumps over the lazy dog\n\n" * 400)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HEADFOLD_API_KEY", "k")
     return tmp_path
 
 
@@ -48,6 +59,10 @@ def test_a_page_s_examples_run(page, place, make_bundle) -> None:
         if kind == "sh":
             for line in text.splitlines():
                 run(line)
+        elif kind == "yaml":
+            (deployed,) = ServeDeploySchema.model_validate(yaml.safe_load(text)).applications
+            assert deployed.import_path == RAY
+            ray_app(deployed.args)
         elif text.startswith(FROM):
             name, _, piece = text.removeprefix(FROM).partition("\n")
             assert piece in (ROOT / name).read_text()

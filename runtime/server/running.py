@@ -63,6 +63,8 @@ def run(app: FastAPI, opened: socket.socket, drain_seconds: int, started: Callab
     """Serve until a signal; then at most so many seconds for the answers that are on their way. `started` is called once it listens."""
     config = uvicorn.Config(
         app,
+        http="h11",  # whatever else is installed: what was tested is what runs
+        loop="asyncio",
         log_config=None,
         access_log=False,
         server_header=False,

@@ -17,7 +17,7 @@ from headfold.runtime.server.settings import Settings
 def serving(models: dict[str, Model], settings: Settings | None = None) -> Iterator[str]:
     """The address of a server with these models."""
     app = make_app(models, settings or Settings())
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(app, http="h11", loop="asyncio", log_level="error", lifespan="off"))
     with socket.create_server(("127.0.0.1", 0)) as opened:
         port = opened.getsockname()[1]
         thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]})
