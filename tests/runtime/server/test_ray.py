@@ -28,6 +28,8 @@ pytest.importorskip("ray.serve")
 import ray
 from ray import serve
 from ray.exceptions import ActorDiedError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.scripts import cli
 
 from headfold.runtime import load
@@ -37,7 +39,7 @@ from headfold.runtime.server.ray import app
 from headfold.runtime.server.ray.arguments import Arguments
 from headfold.runtime.server.ray.deployments import REPLICA, Ingress, ModelServer
 from headfold.runtime.server.ray.routing import Affinity, beginnings
-from headfold.runtime.server.settings import Settings
+from headfold.runtime.server.settings import Limits, Settings
 
 LARGEST, SLOTS = 4096, 4
 CLIENTS, EACH = 8, 8
@@ -157,8 +159,8 @@ class Servers:
         return Stream()
 
 
-def ask(servers: Servers, gone: bool = False) -> tuple[int, bytes]:
-    """Status and body of what the ingress answers; `gone`: the client does not wait for it."""
+def ask(servers: Servers, gone: bool = False, seconds: float = 60) -> tuple[int, bytes]:
+    """Status and body of what the ingress answers in so many seconds; `gone`: the client does not wait for it."""
     came = [{"type": "http.request", "body": b"{}", "more_body": False}]
     came += [{"type": "http.disconnect"}] if gone else []
     sent: list[Any] = []
@@ -170,7 +172,7 @@ def ask(servers: Servers, gone: bool = False) -> tuple[int, bytes]:
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": []}
-    ingress = Ingress(servers, Settings())
+    ingress = Ingress(servers, Settings(limits=Limits(seconds=seconds)))
     asyncio.run(ingress.__serve_build_asgi_app__()(scope, receive, send))
     return sent[0]["status"], b"".join(message.get("body", b"") for message in sent)
 
@@ -192,6 +194,14 @@ def test_another_replica_is_asked_as_long_as_nothing_was_sent() -> None:
     assert content.startswith(b"data: 1\n\ndata: {")
     assert b"has ended" in content
     assert b"[DONE]" not in content
+
+
+def test_what_no_replica_can_answer_is_told_in_openai_s_shape() -> None:
+    full = BackPressureError(num_queued_requests=3, max_queued_requests=2)
+    failed = DeploymentUnavailableError(DeploymentID("ModelServer", "default"))
+    for answer, status, seconds in (([full], 429, 60), ([failed], 503, 60), ([None], 504, 0.05)):
+        got, content = ask(Servers(answer), seconds=seconds)
+        assert (got, json.loads(content).keys()) == (status, {"error"})
 
 
 def test_a_client_that_goes_away_ends_its_answer() -> None:
@@ -302,11 +312,20 @@ def test_a_killed_replica_takes_no_request_with_it(address, toy) -> None:
     assert len(replicas) == 2
     answered, warm = threading.Semaphore(0), CLIENTS * EACH // 4
 
-    def ask_often(index: int) -> list[str]:
+    def ask_often(index: int) -> list[tuple[str, str]]:
         found = []
+        options: Any = {"model": "toy", "prompt": prompts[index], "max_tokens": 40, "extra_body": {"ignore_eos": True}}
         for _ in range(EACH):
-            options: Any = {"max_tokens": 40, "extra_body": {"ignore_eos": True}}
-            found.append(client.completions.create(model="toy", prompt=prompts[index], **options).choices[0].text)
+            text, end = "", ""
+            try:
+                if index % 2:
+                    for part in client.completions.create(stream=True, **options):
+                        text += part.choices[0].text
+                else:
+                    text = client.completions.create(**options).choices[0].text
+            except openai.APIError as error:
+                end = error.message
+            found.append((text, end))
             answered.release()
         return found
 
@@ -321,4 +340,8 @@ def test_a_killed_replica_takes_no_request_with_it(address, toy) -> None:
         os.kill(replicas[0].pid, signal.SIGKILL)
         found = [answer.result(timeout=60) for answer in answers]
     assert waiting > 0
-    assert found == [[text] * EACH for text in right]
+    for index, (given, text) in enumerate(zip(found, right, strict=True)):
+        broken = [(begun, end) for begun, end in given if end]
+        assert len(broken) <= index % 2  # a client has one stream at a time
+        assert all(begun and text.startswith(begun) and "has ended" in end for begun, end in broken)
+        assert [whole for whole, end in given if not end] == [text] * (EACH - len(broken))
