@@ -51,8 +51,8 @@ class Answer:
 
     @staticmethod
     def of(logits: Tensor, hidden_states: Iterable[Tensor], cache: Iterable[tuple[Tensor, Tensor]]) -> "Answer":
-        """The same as tensors, which become arrays of float32, or float64 as they are."""
-        pairs = [(as_array(keys), as_array(values)) for keys, values in cache]
+        """The same as tensors, which become arrays of float32, or float64 as they are; those of a cache keep nothing else of it."""
+        pairs = [(as_array(keys.clone()), as_array(values.clone())) for keys, values in cache]
         return Answer(as_array(logits), [as_array(x) for x in hidden_states], pairs)
 
 
