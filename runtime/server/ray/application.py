@@ -42,12 +42,8 @@ class _Told(click.ClickException):
 def _application(given: Arguments) -> Application:
     check_files(given.bundle, read_manifest(given.bundle))
     name, settings = given.name or given.bundle.resolve().name, given.settings
-    alike = max(
-        1, given.slots // 2
-    )  # a batch half as full again answers the later, so much that computing anew is no worse
-    at_once = (
-        2 * given.slots
-    )  # per replica: beside those that are written, some whose turn comes without being sent for
+    slack = max(1, given.slots // 2)  # requests more than another replica has, for a beginning that is computed
+    at_once = 2 * given.slots  # of a replica: beside those that are written, some that need not be sent for
     resources = {"num_cpus": given.threads, "num_gpus": int(given.on_gpu)}
     servers = serve.deployment(
         ModelServer,
@@ -58,13 +54,13 @@ def _application(given: Arguments) -> Application:
         graceful_shutdown_timeout_s=given.drain_seconds,
         ray_actor_options=resources,
         request_router_config=RequestRouterConfig(
-            request_router_class=_ROUTER, request_router_kwargs={"slack": alike}, max_backoff_s=0.1
+            request_router_class=_ROUTER, request_router_kwargs={"slack": slack}, max_backoff_s=0.1
         ),
     )
     ingress = serve.deployment(
         serve.ingress()(Ingress),
         num_replicas=given.ingresses,
-        max_ongoing_requests=2 * (given.most_replicas * at_once + given.waiting),  # never what refuses: the router does
+        max_ongoing_requests=2 * (given.most_replicas * at_once + given.waiting),  # the router refuses, not this
         graceful_shutdown_timeout_s=given.drain_seconds,
         ray_actor_options={"num_cpus": 0},
     )

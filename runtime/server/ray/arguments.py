@@ -46,9 +46,7 @@ class Arguments(BaseModel):
     bundle: Path  # on every node
     name: str | None = None  # of the model; by default the directory's
     replicas: PositiveInt = 1
-    autoscaling_config: Annotated[AutoscalingConfig | None, BeforeValidator(_parsed)] = (
-        None  # Ray's, in place of replicas
-    )
+    autoscaling_config: Annotated[AutoscalingConfig | None, BeforeValidator(_parsed)] = None  # in place of replicas
     ingresses: PositiveInt = 1  # replicas of what takes the requests
     backend: Literal["onnxruntime", "tensorrt"] = "onnxruntime"
     provider: Literal["cpu", "cuda"] = "cpu"  # of ONNX Runtime

@@ -32,6 +32,7 @@ from headfold.runtime.server.ray.routing import beginnings
 from headfold.runtime.server.settings import Settings
 
 _ATTEMPTS = 3  # replicas that one request may be given to: what ends them all is the request
+_METRICS_SECONDS = 10
 _TARGET = ("scheme", "method", "path", "raw_path", "root_path", "query_string")
 _PASSED_ON = ("type", "asgi", "http_version", *_TARGET, "headers", "client", "server")  # of ASGI's scope
 REPLICA = "x-headfold-replica"  # header: who answers
@@ -80,9 +81,8 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """See ray.serve.ingress."""
         registry = CollectorRegistry()
-        requests = Counter(
-            "headfold_ingress_requests", "By route of the ingress.", ["route", "status"], registry=registry
-        )
+        labels = ["route", "status"]
+        requests = Counter("headfold_ingress_requests", "By route of the ingress.", labels, registry=registry)
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         app.add_middleware(Guards, settings=self._settings, requests=requests)
         tell_errors(app)
@@ -93,8 +93,15 @@ class Ingress:
 
         @app.get("/metrics", response_class=PlainTextResponse)
         async def metrics() -> Response:
-            told = await self._servers.broadcast("metrics").results_async()
-            return Response(merged(dict(told), registry), media_type=CONTENT_TYPE)
+            asked = self._servers.broadcast("metrics")
+            try:
+                told = await asked.results_async(timeout_s=_METRICS_SECONDS, return_exceptions=True)
+            except DeploymentUnavailableError:  # there is no replica now
+                told = []
+            except TimeoutError as error:
+                raise Refused(504, "A replica does not tell its metrics.") from error
+            texts = dict(one for one in told if not isinstance(one, RayActorError))  # who has ended has none
+            return Response(merged(texts, registry), media_type=CONTENT_TYPE)
 
         app.mount("/", self._pass_on)
         return app
@@ -130,7 +137,7 @@ class _Answer:
     def __init__(self, send: Send, seconds: float) -> None:
         """The first piece comes within so many seconds; how long the others may take, the replica knows."""
         self.began = False
-        self._send, self._seconds, self._streams = send, seconds, False
+        self._send, self._seconds, self._streams, self._complete = send, seconds, False, False
 
     async def send_all(self, messages: DeploymentResponseGenerator) -> None:
         """Raises RayActorError: the replica ended before that, `began` or not."""
@@ -147,11 +154,14 @@ class _Answer:
                         await self._send(head)
                         head = None
                     await self._send(message)
+                    self._complete = not message.get("more_body", False)
         finally:
             messages.cancel()  # of what is over, this is nothing
 
     async def break_off(self) -> None:
         """The replica ended. A stream's client is told; whoever waits for a length of bytes sees that they do not come."""
+        if self._complete:
+            return
         if not self._streams:
             raise Refused(503, "The replica that answered has ended.")
         error = event(Refused(503, "The replica that answered has ended: ask again.").body())

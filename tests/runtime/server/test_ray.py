@@ -188,6 +188,7 @@ def piece(content: bytes, more: bool = False) -> dict[str, Any]:
 def test_another_replica_is_asked_as_long_as_nothing_was_sent() -> None:
     died = ActorDiedError()
     assert ask(Servers([died], [head(), died], [head(), piece(b"yes")])) == (200, b"yes")
+    assert ask(Servers([head(), piece(b"yes"), died])) == (200, b"yes")
     status, content = ask(Servers([died], [died], [died]))
     assert (status, b"3 replicas ended" in content) == (503, True)
     status, content = ask(Servers([head("text/event-stream"), piece(b"data: 1\n\n", more=True), died]))
