@@ -74,7 +74,8 @@ def load(
         provider: of ONNX Runtime: "cpu" or "cuda".
         threads: of the CPU provider; by default one per physical core.
         attention: which TensorRT engine; by default the first that is for this GPU.
-        check: compare every file with its SHA-256 first. Leave it on, unless you just did.
+        check: compare every file with its SHA-256 first. Leave it on, unless you just did. A large file's is remembered, in
+            `$XDG_CACHE_HOME/headfold/sha256`, until it is touched: only the first time is slow.
         scheduling: see `Scheduling`.
 
     Raises:
@@ -83,7 +84,10 @@ def load(
         EngineError: the bundle has no engine for this GPU or this TensorRT, or it or its plugin is damaged or missing.
         InputError: less than one thread, or an unknown backend.
     """
-    from headfold.runtime.generate import Model  # here, so that a command line that only prints help is quick
+    from headfold.runtime.files.known_files import (
+        known_files,
+    )  # here, so that a command line that only prints help is quick
+    from headfold.runtime.generate import Model
     from headfold.runtime.manifest import check_files, read_manifest
 
     if backend not in ("onnxruntime", "tensorrt"):
@@ -91,7 +95,8 @@ def load(
     bundle = Path(path)
     manifest = read_manifest(bundle)
     if check:
-        check_files(bundle, manifest)
+        with known_files(bundle) as digest:
+            check_files(bundle, manifest, digest)
     if backend == "tensorrt":
         from headfold.runtime.tensorrt_session import TensorRTSession
 
