@@ -89,6 +89,7 @@ def load(
     )  # here, so that a command line that only prints help is quick
     from headfold.runtime.generate import Model
     from headfold.runtime.manifest import check_files, read_manifest
+    from headfold.runtime.text import Text
 
     if backend not in ("onnxruntime", "tensorrt"):
         raise InputError(f"backend {backend!r} is unknown", fix="headfold knows onnxruntime, tensorrt.")
@@ -97,17 +98,18 @@ def load(
     if check:
         with known_files(bundle) as digest:
             check_files(bundle, manifest, digest)
+    text = Text(bundle)  # first: what a tokenizer takes while it is read, the session takes again
     if backend == "tensorrt":
         from headfold.runtime.tensorrt_session import TensorRTSession
 
-        return Model(bundle, manifest, TensorRTSession(bundle, manifest, attention), **scheduling)
+        return Model(text, manifest, TensorRTSession(bundle, manifest, attention), **scheduling)
     try:
         from headfold.runtime.session import OrtSession
     except ModuleNotFoundError as error:
         if error.name != "onnxruntime":
             raise
         raise ProviderError("onnxruntime is not installed", fix='Install it: pip install "headfold[ort]".') from error
-    return Model(bundle, manifest, OrtSession(bundle, manifest, provider, threads), **scheduling)
+    return Model(text, manifest, OrtSession(bundle, manifest, provider, threads), **scheduling)
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,6 @@ import queue
 import weakref
 from collections.abc import Coroutine, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, Self, Unpack, overload
 
 import numpy as np
@@ -45,14 +44,14 @@ class Model:
     Threads and event loops may share it: what they ask for at the same time is decoded together.
     """
 
-    def __init__(self, bundle: Path, manifest: Manifest, backend: Backend[Any], **scheduling: int) -> None:
+    def __init__(self, text: Text, manifest: Manifest, backend: Backend[Any], **scheduling: int) -> None:
         """`scheduling`: see Scheduler."""
-        self.bundle, self.manifest, self.backend = bundle, manifest, backend
+        self.bundle, self.manifest, self.backend = text.bundle, manifest, backend
         self.session = backend.session
         self._scheduler = Scheduler(backend, **scheduling)
         weakref.finalize(self, self._scheduler.close)  # at the interpreter's end, too
-        self._text = Text(bundle)
-        self._settings = read_generation_settings(bundle)
+        self._text = text
+        self._settings = read_generation_settings(self.bundle)
         ends = self._settings.eos_token_ids
         self.eos_token_ids = frozenset(_config_ends(manifest.config) if ends is None else ends)
         all_logits = backend.gives_all_logits
@@ -60,7 +59,7 @@ class Model:
         self.cache_state = CacheState(self._scheduler, backend, manifest, self._calls.prompts.encode)
         if ignored := self._settings.ignored:
             names = printable(", ".join(ignored))
-            _logger.warning("%s: headfold does not do what these ask for: %s.", bundle / FILE, names)
+            _logger.warning("%s: headfold does not do what these ask for: %s.", self.bundle / FILE, names)
 
     def __enter__(self) -> Self:
         return self

@@ -20,9 +20,9 @@ from headfold.runtime.backend import CHUNK, decode_window, prefill_chunks, widen
 from headfold.runtime.cpu import physical_cores
 from headfold.runtime.errors import BundleError, CapacityError, InputError, ProviderError
 from headfold.runtime.files.graph_file import check_capacity
-from headfold.runtime.huge_pages import huge_pages
 from headfold.runtime.manifest import MODEL, Manifest
 from headfold.runtime.scheduling.host_rows import HostRows, lazy_zeros
+from headfold.runtime.weight_pages import give_back_mapped, huge_pages
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _SILENT, _WARNING = 4, 2  # severities of ONNX Runtime's logger; its errors come as exceptions, too
@@ -72,6 +72,7 @@ class OrtSession:
         self.manifest, self.device = manifest, provider
         with huge_pages() if provider == "cpu" else nullcontext():
             self.session = _open(bundle, manifest, provider, threads or physical_cores())
+        give_back_mapped(bundle / f"{MODEL}.data")
         self._path = bundle / MODEL
         _check_graph(self.session, self._path, manifest)
         self._dtype, self._cache_type = DTYPES[manifest.dtype], DTYPES[manifest.cache_dtype].onnx

@@ -19,9 +19,8 @@ from pydantic import TypeAdapter, ValidationError
 from headfold.runtime.manifest import Sha256, sha256
 
 _LARGE = 4 << 20  # bytes; below, hashing takes milliseconds
-_SETTLED = (
-    2 * 10**9
-)  # nanoseconds: a clock's tick on the coarsest file system. A change within one tick leaves no trace
+# Nanoseconds: a tick of the coarsest file system's clock. Of two changes within one, the second leaves no trace.
+_SETTLED = 2 * 10**9
 _MOST_BYTES = 1 << 20  # of what is remembered of one bundle
 _Facts = tuple[int, int, int, int, int]  # device, inode, size, last write, last change
 _RECORDS = TypeAdapter(dict[str, tuple[_Facts, Sha256]])

@@ -22,6 +22,7 @@ from headfold.runtime import load
 from headfold.runtime.generate import Model
 from headfold.runtime.manifest import read_manifest
 from headfold.runtime.session import OrtSession
+from headfold.runtime.text import Text
 
 Files = Mapping[str, bytes]  # what is to be written over a valid directory
 MESSAGES: list[dict[str, Any]] = [
@@ -239,7 +240,7 @@ def _chat(bundle: Path) -> None:
 
 
 def _model(bundle: Path) -> Model:
-    return Model(bundle, read_manifest(bundle), _session(bundle))
+    return Model(Text(bundle), read_manifest(bundle), _session(bundle))
 
 
 @lru_cache(maxsize=1)

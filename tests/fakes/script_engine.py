@@ -11,6 +11,7 @@ from toy_tokenizer import toy_tokenizer
 
 from headfold.export.bundle.writer import manifest_of, write_json
 from headfold.runtime.generate import Model
+from headfold.runtime.text import Text
 
 TEMPLATE = (
     "{% if tools %}<|im_start|>system\nAnswer, or call: <tool_call>{}</tool_call> with {{ tools | tojson }}<|im_end|>\n{% endif %}"
@@ -58,4 +59,4 @@ def script_model(directory: Path, answer: Callable[[str], str], template: str = 
     write_json(
         directory / "manifest.json", manifest_of(directory, **manifest.model_dump(exclude={"files"})).model_dump()
     )
-    return Model(directory, manifest, engine, **scheduling)
+    return Model(Text(directory), manifest, engine, **scheduling)

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from headfold.export.progress import Reporter
 from headfold.plugins import tensorrt_library
-from headfold.runtime import cpu, huge_pages
+from headfold.runtime import cpu, weight_pages
 
 LACKING = """
 import sys
@@ -106,8 +106,8 @@ def test_proc_may_be_hidden(tmp_path, monkeypatch) -> None:
     from headfold.export.bundle import pipeline
 
     nowhere = tmp_path / "nowhere"
-    monkeypatch.setattr(huge_pages, "_MAPPINGS", nowhere)
-    with huge_pages.huge_pages():
+    monkeypatch.setattr(weight_pages, "_MAPPINGS", nowhere)
+    with weight_pages.huge_pages():
         pass
     monkeypatch.setattr(tensorrt_library, "_MAPS", nowhere)
     assert not tensorrt_library._is_loaded("no_such_module")

@@ -1,14 +1,15 @@
-"""Memory that a block fills moves to huge pages and keeps its contents; what was there before is left alone."""
+"""Memory that a block fills moves to huge pages and keeps its contents; what was there before is left alone. So does a mapped file."""
 
 import ctypes
 import mmap
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from headfold.runtime.huge_pages import huge_pages
+from headfold.runtime.weight_pages import MOVER, give_back_mapped, huge_pages
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
 SIZE = 32 << 20  # bytes
@@ -24,6 +25,20 @@ def filled() -> mmap.mmap:
 def all_huge_bytes() -> int:
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("AnonHugePages:"))
+
+
+def moved() -> None:
+    """Wait for the thread that moves."""
+    for thread in threading.enumerate():
+        if thread.name == MOVER:
+            thread.join()
+
+
+def mapped_bytes(path: Path) -> int:
+    """Of a file's pages, in this process's memory."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    at = next(number for number, line in enumerate(lines) if line.endswith(str(path)))
+    return next(int(line.split()[1]) << 10 for line in lines[at:] if line.startswith("Rss:"))
 
 
 @pytest.fixture
@@ -44,6 +59,7 @@ def test_new_memory_moves_and_old_memory_stays() -> None:
     before = all_huge_bytes()
     with huge_pages():
         new = filled()
+    moved()
     gained = (
         all_huge_bytes() - before
     )  # of twice SIZE; the ends may not be aligned, and the kernel gives pages by itself, too
@@ -56,6 +72,7 @@ def test_memory_that_is_not_in_use_is_not_filled() -> None:
     before = all_huge_bytes()
     with huge_pages():
         empty = mmap.mmap(-1, SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    moved()
     assert all_huge_bytes() == before
     del empty
 
@@ -63,3 +80,23 @@ def test_memory_that_is_not_in_use_is_not_filled() -> None:
 def test_an_error_in_the_block_comes_through() -> None:
     with pytest.raises(ValueError, match="inside"), huge_pages():
         raise ValueError("inside")
+
+
+@pytest.mark.parametrize("access", [mmap.ACCESS_READ, mmap.ACCESS_COPY])
+def test_a_files_pages_are_given_back_where_nothing_is_lost(access: int, tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    content = np.arange(1 << 17)  # 1 MiB
+    path.write_bytes(content.tobytes())
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    with path.open("rb") as file:
+        memory = mmap.mmap(file.fileno(), 0, access=access)
+    if access == mmap.ACCESS_COPY:
+        memory[:8] = content[:8].tobytes()[::-1][:8]
+    seen = bytes(memory)
+    held = mapped_bytes(path)
+    assert held >= content.nbytes
+    give_back_mapped(link)
+    assert mapped_bytes(path) == (0 if access == mmap.ACCESS_READ else held)
+    assert bytes(memory) == seen
+    give_back_mapped(tmp_path / "nothing of this name is mapped")
