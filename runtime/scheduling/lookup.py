@@ -3,17 +3,19 @@
 A guess is never an answer: the scheduler has the model compute what really comes after each guessed token, all in one pass, and
 picks from that as it would without guesses. Sources: Saxena 2023 (prompt lookup decoding); Leviathan et al. 2023, whose acceptance rule
 for a guess that is no distribution is just this: draw from the model, go on while it drew the guess.
+
+What a guess is worth is learned for each length of match apart, and where it is worth too little, for nothing: it is only compared with
+what comes anyway.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
-_GRAMS = (4, 3, 2)  # tokens that must be the same, the longest that are first
-_MOST = 10  # tokens of a guess
-_LEAST = 3
-_HOPE = 1.0  # guessed tokens that a pass is expected to give, before anything is known
-_GAIN, _SECONDS = 0.5, 0.2  # weights of the last pass in what one is expected to give, and to take
-_FIRST_PAUSE, _LONGEST_PAUSE = 16, 256  # tokens without guesses once they did not pay
-_MARGIN = 1.03
+_GRAMS = (6, 4, 3, 2)  # tokens that must be the same, the longest that are first
+_HOPES = (3.0, 2.0, 1.0, 0.5)  # guessed tokens that are expected to come after each, before anything is known
+_LEAST, _MOST = 3, 12  # tokens of a guess
+_GAIN, _SECONDS = 0.4, 0.2  # weights of the last guess in what one is expected to give, and to take
+_MARGIN = 1.05
 
 
 class Timing:
@@ -36,50 +38,73 @@ class Timing:
         return self._pass / self._step if self._pass and self._step else 1.0
 
 
+@dataclass
+class _Match:
+    """The context ends in an n-gram that ended before, behind which `place` is; `gram` is its number in `_GRAMS`."""
+
+    gram: int
+    place: int
+
+
 class Lookup:
     """Guesses for one sequence, which begins as `prompt`."""
 
     def __init__(self, prompt: Iterable[int]) -> None:
         self._tokens: list[int] = []
         self._after: list[dict[tuple[int, ...], int]] = [{} for _ in _GRAMS]  # by n-gram: the place behind its last one
-        self._gain, self._pause, self._silent = _HOPE, _FIRST_PAUSE, 0
-        self._trials = (
-            2  # so many guesses are made whatever is expected of them: an answer often begins with words of its own
-        )
-        self._behind: list[int] = []  # of each n-gram that the context ends in, where it ended before; longest first
+        self._gains = list(_HOPES)
+        self._longest: _Match | None = None  # of the context's end
+        self._guessed = 0  # the n-gram of the last guess
+        self._watched: _Match | None = None  # a guess that was not worth a pass; its place goes on with the context
+        self._right = 0  # tokens of it that came
         for token in prompt:
             self.push(int(token))
 
     def push(self, token: int) -> None:
         """A token came."""
         self._tokens.append(token)
-        self._silent = max(0, self._silent - 1)
-        self._behind, end = [], len(self._tokens)
-        for size, after in zip(_GRAMS, self._after, strict=True):
+        self._watch(token)
+        self._longest, end = None, len(self._tokens)
+        for number, (size, after) in enumerate(zip(_GRAMS, self._after, strict=True)):
             if end >= size:
                 gram = tuple(self._tokens[-size:])
-                if gram in after:
-                    self._behind.append(after[gram])
+                if self._longest is None and gram in after:
+                    self._longest = _Match(number, after[gram])
                 after[gram] = end
 
     def guess(self, most: int, cost: float) -> list[int]:
         """What may come next, at most `most` tokens; nothing where that is not worth the `cost` of a pass, in steps."""
-        if self._silent or not self._behind:
+        match = self._longest
+        if match is None:
             return []
-        if 1 + self._gain < _MARGIN * cost and not self._trials:
-            self._silent, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
-            self._trials = 1
+        gain = self._gains[match.gram]
+        if 1 + gain < _MARGIN * cost:
+            if self._watched is None:
+                self._watched, self._right = match, 0
             return []
-        size = min(most, max(_LEAST, min(_MOST, 2 + round(2 * self._gain))))
-        said = self._tokens[self._behind[0] :]
+        self._guessed, self._watched = match.gram, None
+        size = min(most, max(_LEAST, min(_MOST, 2 + round(2 * gain))))
+        said = self._tokens[match.place :]
         return [said[place % len(said)] for place in range(size)]  # what the context ends in may be what it repeats
 
     def saw(self, accepted: int) -> None:
         """So many tokens of the last guess came."""
-        self._trials = max(0, self._trials - 1)
-        self._gain += _GAIN * (accepted - self._gain)
-        if accepted:
-            self._pause = _FIRST_PAUSE
+        self._learn(self._guessed, accepted)
+
+    def _watch(self, token: int) -> None:
+        """Whether the watched guess is right in this token, too; once it is wrong, or long enough, what it was worth is known."""
+        watched = self._watched
+        if watched is None:
+            return
+        right = self._tokens[watched.place] == token
+        self._right += right
+        watched.place += 1
+        if not right or self._right == _MOST:
+            self._watched = None
+            self._learn(watched.gram, self._right)
+
+    def _learn(self, gram: int, accepted: int) -> None:
+        self._gains[gram] += _GAIN * (accepted - self._gains[gram])
 
 
 def _blend(known: float, seen: float) -> float:

@@ -138,19 +138,30 @@ def test_guesses_are_what_followed_the_longest_match_last() -> None:
     assert again.guess(4, 1.0) == [5, 6, 5, 6]
 
 
-def test_guessing_pauses_where_it_does_not_pay_and_tries_again() -> None:
-    lookup, tried = Lookup([1, 2] * 8), []
-    for place in range(1000):
-        if lookup.guess(8, cost=2.0):
+def answered(lookup: Lookup, answer: list[int], cost: float) -> list[int]:
+    """The places of an answer where a guess was made, as the scheduler has them checked."""
+    tried, place = [], 0
+    while place < len(answer):
+        guess = lookup.guess(8, cost)
+        right = 0
+        while right < len(guess) and answer[place + right : place + right + 1] == [guess[right]]:
+            right += 1
+        for token in answer[place : place + right + 1]:
+            lookup.push(token)
+        if guess:
             tried.append(place)
-            lookup.saw(0)
-        lookup.push(1 + place % 2)
-    assert 4 < len(tried) < 16
-    good = Lookup([1, 2] * 8)
-    for place in range(100):
-        assert good.guess(8, cost=2.0)
-        good.saw(6)
-        good.push(1 + place % 2)
+            lookup.saw(right)
+        place += right + 1
+    return tried
+
+
+def test_guessing_stops_where_it_does_not_pay_and_begins_again_where_it_would() -> None:
+    noise = np.random.default_rng(2).integers(0, 6, 1000).tolist()  # what came before two tokens tells nothing
+    lookup = Lookup([7])
+    assert len(answered(lookup, noise, cost=2.0)) < 20
+    again = answered(lookup, [*range(10, 30)] * 8, cost=2.0)
+    assert 10 < len(again) < 30
+    assert again[0] < 60
 
 
 def test_a_bundle_that_cannot_check_says_so(make_toy) -> None:
