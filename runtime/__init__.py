@@ -27,7 +27,10 @@ from headfold.runtime.errors import (
 )
 
 if TYPE_CHECKING:
+    from headfold.runtime.backend import Backend
     from headfold.runtime.generate import Delta, Generation, Model
+    from headfold.runtime.manifest import Manifest
+    from headfold.runtime.text import Text
 
 __all__ = [
     "BundleError",
@@ -64,6 +67,7 @@ def load(
     threads: int | None = None,
     attention: Attention | None = None,
     check: bool = True,
+    draft: str | PathLike[str] | None = None,
     **scheduling: Unpack[Scheduling],
 ) -> "Model":
     """Open a bundle.
@@ -76,24 +80,33 @@ def load(
         attention: which TensorRT engine; by default the first that is for this GPU.
         check: compare every file with its SHA-256 first. Leave it on, unless you just did. A large file's is remembered, in
             `$XDG_CACHE_HOME/headfold/sha256`, until it is touched: only the first time is slow.
+        draft: a smaller bundle with the same tokenizer, opened likewise: it guesses tokens, which the model checks several at
+            once, where that pays. Answers are the same. The model's own bundle must be one of --all-logits.
         scheduling: see `Scheduling`.
 
     Raises:
         BundleError: the bundle is incomplete, altered, of a newer format, or cannot be loaded.
         ProviderError: onnxruntime or its provider is not available, or cannot run the bundle. There is no silent fallback to the CPU.
         EngineError: the bundle has no engine for this GPU or this TensorRT, or it or its plugin is damaged or missing.
-        InputError: less than one thread, or an unknown backend.
+        InputError: less than one thread, an unknown backend, or a draft of other tokens, or for a bundle that cannot check its guesses.
     """
-    from headfold.runtime.files.known_files import (
-        known_files,
-    )  # here, so that a command line that only prints help is quick
-    from headfold.runtime.generate import Model
+    from headfold.runtime.generate import Model  # here, so that a command line that only prints help is quick
+
+    opened = _open(Path(path), backend, provider, threads, attention, check)
+    drafting = None if draft is None else _open(Path(draft), backend, provider, threads, attention, check)
+    return Model(*opened, draft=drafting, **scheduling)
+
+
+def _open(
+    bundle: Path, backend: str, provider: str, threads: int | None, attention: Attention | None, check: bool
+) -> "tuple[Text, Manifest, Backend[Any]]":
+    """The bundle's texts, its manifest and its engine; see `load`."""
+    from headfold.runtime.files.known_files import known_files
     from headfold.runtime.manifest import check_files, read_manifest
     from headfold.runtime.text import Text
 
     if backend not in ("onnxruntime", "tensorrt"):
         raise InputError(f"backend {backend!r} is unknown", fix="headfold knows onnxruntime, tensorrt.")
-    bundle = Path(path)
     manifest = read_manifest(bundle)
     if check:
         with known_files(bundle) as digest:
@@ -102,14 +115,14 @@ def load(
     if backend == "tensorrt":
         from headfold.runtime.tensorrt_session import TensorRTSession
 
-        return Model(text, manifest, TensorRTSession(bundle, manifest, attention), **scheduling)
+        return text, manifest, TensorRTSession(bundle, manifest, attention)
     try:
         from headfold.runtime.session import OrtSession
     except ModuleNotFoundError as error:
         if error.name != "onnxruntime":
             raise
         raise ProviderError("onnxruntime is not installed", fix='Install it: pip install "headfold[ort]".') from error
-    return Model(text, manifest, OrtSession(bundle, manifest, provider, threads), **scheduling)
+    return text, manifest, OrtSession(bundle, manifest, provider, threads)
 
 
 def __getattr__(name: str) -> Any:

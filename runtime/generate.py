@@ -28,6 +28,7 @@ from headfold.runtime.scheduling.answers import (
     deliver_in_loop,
 )
 from headfold.runtime.scheduling.cache_state import CacheState
+from headfold.runtime.scheduling.drafting import Draft
 from headfold.runtime.scheduling.request import Delta, Ids
 from headfold.runtime.scheduling.scheduler import Scheduler, Status
 from headfold.runtime.templates.chat_template import Messages
@@ -44,18 +45,33 @@ class Model:
     Threads and event loops may share it: what they ask for at the same time is decoded together.
     """
 
-    def __init__(self, text: Text, manifest: Manifest, backend: Backend[Any], **scheduling: int) -> None:
-        """`scheduling`: see Scheduler."""
+    def __init__(
+        self,
+        text: Text,
+        manifest: Manifest,
+        backend: Backend[Any],
+        draft: tuple[Text, Manifest, Backend[Any]] | None = None,
+        **scheduling: int,
+    ) -> None:
+        """`draft`: a smaller bundle of the same tokens; InputError where it is not. `scheduling`: see Scheduler."""
         self.bundle, self.manifest, self.backend = text.bundle, manifest, backend
         self.session = backend.session
-        self._scheduler = Scheduler(backend, **scheduling)
-        weakref.finalize(self, self._scheduler.close)  # at the interpreter's end, too
         self._text = text
+        drafting = None if draft is None else self._draft(*draft)
+        self._scheduler = Scheduler(backend, draft=drafting, **scheduling)
+        weakref.finalize(self, self._scheduler.close)  # at the interpreter's end, too
         self._settings = read_generation_settings(self.bundle)
         ends = self._settings.eos_token_ids
         self.eos_token_ids = frozenset(_config_ends(manifest.config) if ends is None else ends)
-        all_logits = backend.gives_all_logits
-        self._calls = Calls(self._text, manifest, self._settings, self.eos_token_ids, self.capacity, all_logits)
+        self._calls = Calls(
+            self._text,
+            manifest,
+            self._settings,
+            self.eos_token_ids,
+            self.capacity,
+            checks_guesses=backend.gives_all_logits,
+            speculates=draft is not None,
+        )
         self.cache_state = CacheState(self._scheduler, backend, manifest, self._calls.prompts.encode)
         if ignored := self._settings.ignored:
             names = printable(", ".join(ignored))
@@ -213,6 +229,16 @@ class Model:
         self._check_fits(len(row) - 1)
         parts = self._logits(row[:-1], start - 1)
         return TokenScores.joined(TokenScores.of(logits, row[at + 1 : at + 1 + len(logits)]) for at, logits in parts)
+
+    def _draft(self, text: Text, manifest: Manifest, backend: Backend[Any]) -> Draft:
+        if not self.backend.gives_all_logits:
+            raise InputError(
+                "computes the last token's logits only, so what a draft guesses cannot be checked",
+                where=self.bundle,
+                fix="Export it with --all-logits, or leave the draft out.",
+            )
+        self._text.check_same_tokens(text)
+        return Draft(backend, min(manifest.vocab_size, self.manifest.vocab_size))
 
     def _check_fits(self, length: int) -> None:
         over = length - self.capacity

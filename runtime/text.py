@@ -51,6 +51,16 @@ class Text:
         token = self._special_tokens().get(name)
         return None if token is None or self._tokenizer is None else self._tokenizer.token_to_id(token)
 
+    def check_same_tokens(self, other: "Text") -> None:
+        """Raise InputError if another bundle's tokens are not these. Only vocabularies count: guesses are of tokens."""
+        own, others = (None if text._tokenizer is None else text._tokenizer.get_vocab() for text in (self, other))
+        if own != others:
+            raise InputError(
+                f"its tokenizer has not the tokens of {self.bundle}",
+                where=other.bundle,
+                fix="Give a draft that was trained with the same tokenizer.",
+            )
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a plain prompt. tokenizer.json says which special tokens go around it, as in transformers 5."""
         return self._encode(text, add_special_tokens=True)

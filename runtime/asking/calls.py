@@ -34,7 +34,8 @@ Shape = Callable[[list[Generation]], Any]  # gives the generations of a call the
 class Calls:
     """Makes requests for one bundle.
 
-    `capacity` are the tokens that a prompt and its answer can have together; `checks_guesses`: see Backend.gives_all_logits.
+    `capacity` are the tokens that a prompt and its answer can have together; `checks_guesses`: see Backend.gives_all_logits;
+    `speculates`: what calls do that do not say.
     """
 
     def __init__(
@@ -45,10 +46,12 @@ class Calls:
         ends: frozenset[int],
         capacity: int,
         checks_guesses: bool,
+        speculates: bool,
     ) -> None:
         self.prompts = Prompts(text, manifest.vocab_size)
         self._text, self._vocab_size, self._settings = text, manifest.vocab_size, settings
-        self._ends, self._capacity, self._checks_guesses = ends, capacity, checks_guesses
+        self._ends, self._capacity = ends, capacity
+        self._checks_guesses, self._speculates = checks_guesses, speculates
 
     def requests(
         self,
@@ -69,7 +72,7 @@ class Calls:
         top_logprobs: int | None = None,
         timeout: float | None = None,
         reuse: bool = False,
-        speculate: bool = False,
+        speculate: bool | None = None,
         **sampling: float | None,
     ) -> tuple[list[Request], Shape]:
         """The requests of all answers, and what shapes their generations. See `Options`, and `Model.generate` for what it raises."""
@@ -108,7 +111,7 @@ class Calls:
                     reuse=reuse or count > 1,  # of one prompt, which is computed once
                     top=top,
                     deadline=deadline,
-                    speculate=speculate,
+                    speculate=self._speculates if speculate is None else speculate,
                 )
             )
 

@@ -37,8 +37,8 @@ class Options(TypedDict, total=False):
     )  # tell each token's probability, and those of so many likeliest (0 to 20); see TokenLogprob
     timeout: float | None  # seconds until all answers must be there: DeadlineError otherwise
     speculate: (
-        bool  # guess from what the text said before, check several tokens at once: the same answers, sooner or as soon
-    )
+        bool | None
+    )  # guess (the draft, or what the text said before), check several tokens at once; by default with a draft
     reuse: bool  # start from tokens that earlier calls left in the cache, and leave this one's; see `cached_tokens`
 
 

@@ -11,6 +11,9 @@ what comes anyway.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 _GRAMS = (6, 4, 3, 2)  # tokens that must be the same, the longest that are first
 _HOPES = (3.0, 2.0, 1.0, 0.5)  # guessed tokens that are expected to come after each, before anything is known
 _LEAST, _MOST = 3, 12  # tokens of a guess
@@ -19,10 +22,10 @@ _MARGIN = 1.05
 
 
 class Timing:
-    """What a step and a pass over a guess take, in seconds; one for an engine. Until both are known a pass counts as a step."""
+    """What a step, a pass over a guess and a token of a draft take, in seconds; one for an engine. Not known yet counts as little."""
 
     def __init__(self) -> None:
-        self._step = self._pass = 0.0
+        self._step = self._pass = self._drafted = 0.0
 
     def saw_step(self, seconds: float) -> None:
         """One row decoded a token."""
@@ -32,10 +35,19 @@ class Timing:
         """One row had a guess checked."""
         self._pass = _blend(self._pass, seconds)
 
+    def saw_draft(self, seconds: float, tokens: int) -> None:
+        """A draft guessed so many tokens."""
+        self._drafted = _blend(self._drafted, seconds / tokens)
+
     @property
     def cost(self) -> float:
         """Of a pass, in steps."""
         return self._pass / self._step if self._pass and self._step else 1.0
+
+    @property
+    def drafted(self) -> float:
+        """What a token that a draft guesses costs, in steps."""
+        return self._drafted / self._step if self._step else 0.0
 
 
 @dataclass
@@ -50,7 +62,7 @@ class Lookup:
     """Guesses for one sequence, which begins as `prompt`."""
 
     def __init__(self, prompt: Iterable[int]) -> None:
-        self._tokens: list[int] = []
+        self.tokens: list[int] = []  # so far
         self._after: list[dict[tuple[int, ...], int]] = [{} for _ in _GRAMS]  # by n-gram: the place behind its last one
         self._gains = list(_HOPES)
         self._longest: _Match | None = None  # of the context's end
@@ -62,12 +74,12 @@ class Lookup:
 
     def push(self, token: int) -> None:
         """A token came."""
-        self._tokens.append(token)
+        self.tokens.append(token)
         self._watch(token)
-        self._longest, end = None, len(self._tokens)
+        self._longest, end = None, len(self.tokens)
         for number, (size, after) in enumerate(zip(_GRAMS, self._after, strict=True)):
             if end >= size:
-                gram = tuple(self._tokens[-size:])
+                gram = tuple(self.tokens[-size:])
                 if self._longest is None and gram in after:
                     self._longest = _Match(number, after[gram])
                 after[gram] = end
@@ -84,7 +96,7 @@ class Lookup:
             return []
         self._guessed, self._watched = match.gram, None
         size = min(most, max(_LEAST, min(_MOST, 2 + round(2 * gain))))
-        said = self._tokens[match.place :]
+        said = self.tokens[match.place :]
         return [said[place % len(said)] for place in range(size)]  # what the context ends in may be what it repeats
 
     def saw(self, accepted: int) -> None:
@@ -96,7 +108,7 @@ class Lookup:
         watched = self._watched
         if watched is None:
             return
-        right = self._tokens[watched.place] == token
+        right = self.tokens[watched.place] == token
         self._right += right
         watched.place += 1
         if not right or self._right == _MOST:
@@ -105,6 +117,13 @@ class Lookup:
 
     def _learn(self, gram: int, accepted: int) -> None:
         self._gains[gram] += _GAIN * (accepted - self._gains[gram])
+
+
+def alike(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
+    """How many tokens two sequences have in common from their beginning."""
+    most = min(len(one), len(other))
+    same = one[:most] == other[:most]
+    return most if same.all() else int(same.argmin())
 
 
 def _blend(known: float, seen: float) -> float:

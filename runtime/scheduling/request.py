@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from headfold.runtime.choosing.sampling import Sampler
 from headfold.runtime.errors import BundleError, DeadlineError, HeadfoldError
-from headfold.runtime.scheduling.lookup import Lookup
+from headfold.runtime.scheduling.drafting import Draft, Trust
+from headfold.runtime.scheduling.lookup import Lookup, Timing
 from headfold.runtime.text import Detokenizer
 
 FinishReason = Literal["stop", "length"]
@@ -89,19 +90,33 @@ class Request:
         self.cancelled = False
         self._sampler, self._writer, self._deliver, self._top = sampler, writer, deliver, top
         self._deadline = deadline
-        self._lookup = Lookup(ids) if speculate else None
+        self._lookup, self._trust, self._drafted = Lookup(ids) if speculate else None, Trust(), False
 
     @property
     def left(self) -> int:
         """New tokens that may still come."""
         return self.budget - self.new_tokens
 
-    def guess(self, most: int, cost: float) -> list[int]:
-        """Tokens that may come next, where guessing pays: at most `most`, and none beyond the answer's end. See Lookup."""
-        return [] if self._lookup is None else self._lookup.guess(min(most, self.left - 1), cost)
+    def guess(self, most: int, timing: Timing, draft: Draft | None) -> list[int]:
+        """Tokens that may come next, where guessing pays: at most `most`, and none beyond the answer's end.
+
+        What the text said before comes first, for it costs nothing to look up.
+        """
+        if self._lookup is None:
+            return []
+        most = min(most, self.left - 1)
+        found = self._lookup.guess(most, timing.cost)
+        self._drafted = not found
+        if found or draft is None or not (size := self._trust.size(most, timing)):
+            return found
+        begin = time.perf_counter()
+        found = draft.guess(self._lookup.tokens, size, self, self.reuse)
+        if found:
+            timing.saw_draft(time.perf_counter() - begin, len(found))
+        return found
 
     def push_checked(self, logits: NDArray[np.float32], guess: list[int]) -> int:
-        """Pick tokens from logits [S, V] after the last token and each of a guess [S - 1], as long as they are those guessed.
+        """Pick tokens from logits [S, V] after the last token and each of the last guess [S - 1], as long as they are those guessed.
 
         Returns:
             How many were picked.
@@ -110,7 +125,9 @@ class Request:
             self.push(row)
             if self.finished or place == len(guess) or self.token != guess[place]:
                 break
-        if self._lookup is not None:
+        if self._drafted:
+            self._trust.saw(len(guess), place)
+        elif self._lookup is not None:
             self._lookup.saw(place)
         return place + 1
 

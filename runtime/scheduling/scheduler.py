@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from headfold.runtime.backend import CHUNK, Backend
 from headfold.runtime.errors import CapacityError, InputError
+from headfold.runtime.scheduling.drafting import Draft
 from headfold.runtime.scheduling.lookup import Timing
 from headfold.runtime.scheduling.request import Ids, Request
 from headfold.runtime.scheduling.slots import Slot, Slots
@@ -47,10 +48,16 @@ class Status:
 
 
 class Scheduler:
-    """Runs requests on `backend`, `slots` at a time; each has at most `capacity` tokens."""
+    """Runs requests on `backend`, `slots` at a time; each has at most `capacity` tokens. A `draft` guesses for who speculates."""
 
     def __init__(
-        self, backend: Backend[Any], *, slots: int = SLOTS, waiting: int = MOST_WAITING, keep_bytes: int = KEEP_BYTES
+        self,
+        backend: Backend[Any],
+        *,
+        slots: int = SLOTS,
+        waiting: int = MOST_WAITING,
+        keep_bytes: int = KEEP_BYTES,
+        draft: Draft | None = None,
     ) -> None:
         for name, value, least in (("slots", slots, 1), ("waiting", waiting, 1), ("keep_bytes", keep_bytes, 0)):
             if value < least:
@@ -65,7 +72,7 @@ class Scheduler:
         self._slots: Slots | None = None  # the thread's own, as are the counts
         self._prompt_tokens = self._cached_tokens = self._new_tokens = self._steps = 0
         self._guessed_tokens = self._accepted_tokens = 0
-        self._timing = Timing()
+        self._timing, self._draft = Timing(), draft
 
     def submit(self, call: Sequence[Request]) -> None:
         """Queue the requests of one call; returns at once.
@@ -131,7 +138,7 @@ class Scheduler:
             self._closed, thread = True, self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
-        self._slots = None
+        self._free()
 
     def _check_caller(self) -> None:
         if os.getpid() != self._process:
@@ -160,7 +167,7 @@ class Scheduler:
                 idle = job is None and not len(self._waiting) and (self._slots is None or not self._slots.live)
                 if closed or idle:
                     if self._slots is not None and not self._slots.has_kept:
-                        self._slots = None
+                        self._free()
                     self._thread = None
                     return
             if job is not None:
@@ -222,8 +229,8 @@ class Scheduler:
 
     def _check_guess(self, slots: Slots, slot: Slot) -> bool:
         """Compute a lone row's next token and some guessed ones in one pass. False: there is no guess worth it."""
-        request = slot.request
-        if request is None or not (guess := request.guess(slots.room(slot) - 1, self._timing.cost)):
+        request, most = slot.request, slots.room(slot) - 1
+        if request is None or not (guess := request.guess(most, self._timing, self._draft)):
             return False
         ids = [request.token, *guess]
         begin = time.perf_counter()
@@ -274,6 +281,12 @@ class Scheduler:
                 slot.request.fail(error)
         self._slots.forget(live)
 
+    def _free(self) -> None:
+        """Give the memory of all caches back."""
+        self._slots = None
+        if self._draft is not None:
+            self._draft.free()
+
     def _stop(self) -> None:
         """End everything; the lock is held."""
         error = InputError("the model was closed before the answer was complete", fix="Close it later.")
@@ -281,6 +294,6 @@ class Scheduler:
         for slot in self._slots.live if self._slots is not None else ():
             if slot.request is not None:
                 slot.request.fail(error)
-        self._slots = None
+        self._free()
         while self._jobs:
             self._jobs.popleft()()

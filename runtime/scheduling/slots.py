@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from headfold.runtime.backend import Cache
 from headfold.runtime.errors import BusyError, CapacityError, InputError
+from headfold.runtime.scheduling.lookup import alike
 from headfold.runtime.scheduling.request import Ids, Request
 
 _WORTH_WAITING = 64  # tokens: for so many more that another prompt just computes, a prompt waits until it has them
@@ -182,12 +183,12 @@ class Slots:
 
         Nor a full row's last token, which a window may have overwritten: a prompt is shorter than a row.
         """
-        return _alike(self._tokens[slot.row, : self._length(slot)], request.ids[:-1])
+        return alike(self._tokens[slot.row, : self._length(slot)], request.ids[:-1])
 
     def _soon(self, request: Request) -> int:
         """Tokens of the prompt that another slot will have once its own prompt is computed."""
         prompts = [slot.request.ids for slot in self.prefilling if slot.request is not None]
-        return max((_alike(ids, request.ids[:-1]) for ids in prompts), default=0)
+        return max((alike(ids, request.ids[:-1]) for ids in prompts), default=0)
 
     def _trim(self) -> None:
         """Forget what was used least recently, until the rest fits; what was used last stays only if it fits alone."""
@@ -207,10 +208,3 @@ class Slots:
     def _touch(self, slot: Slot) -> None:
         self._clock += 1
         slot.used = self._clock
-
-
-def _alike(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
-    """How many tokens two sequences have in common from their beginning."""
-    most = min(len(one), len(other))
-    same = one[:most] == other[:most]
-    return most if same.all() else int(same.argmin())

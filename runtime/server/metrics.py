@@ -22,7 +22,9 @@ _COUNTS = {
     "prompt_tokens": "Tokens of prompts that were computed.",
     "cached_tokens": "Tokens of prompts that the cache had.",
     "new_tokens": "Tokens of answers; their rate is tokens per second.",
-    "steps": "Steps of decoding, each of a token for every answer.",
+    "steps": "Steps of decoding, each of a token for every answer, or of several for one.",
+    "guessed_tokens": "Tokens that a draft or the text so far guessed, and a step checked.",
+    "accepted_tokens": "Guessed tokens that came.",
 }
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from headfold.export.cli.shared import BUNDLE, JSON, Command, options, print_json, refuse_idle
-from headfold.export.cli.using.opening import ENGINE, Engine, open_bundle
+from headfold.export.cli.using.opening import DRAFT, ENGINE, Engine, open_bundle
 from headfold.plugins.attention.schema import Attention
 from headfold.runtime.errors import InputError
 from headfold.runtime.files.json_file import SETTINGS_BYTES, check_size, read_object
@@ -32,8 +32,12 @@ def _sampling(command: Command) -> Command:
         click.option("--repetition-penalty", type=float, help="Above 1: tokens that were there become less likely."),
         click.option("--seed", type=int, help="Makes sampling repeatable."),
         click.option(
-            "--speculate", is_flag=True, help="Guess from the text so far; needs --all-logits. Same answers, sooner."
+            "--speculate",
+            is_flag=True,
+            default=None,
+            help="Guess from the text so far; needs --all-logits. Same answers, sooner.",
         ),
+        DRAFT,
         *ENGINE,
     )
 
@@ -45,9 +49,10 @@ def _load(
     attention: Attention | None,
     threads: int | None,
     temperature: float | None,
+    draft: Path | None,
 ) -> "Model":
     """The bundle at work; what has no effect on it is refused."""
-    model = open_bundle(bundle, backend, provider, attention, threads)
+    model = open_bundle(bundle, backend, provider, attention, threads, draft=draft)
     refuse_idle(
         (model.temperature if temperature is None else temperature) == 0,
         *("top_k", "top_p", "min_p", "seed"),
@@ -86,6 +91,7 @@ def generate(
     provider: str,
     attention: Attention | None,
     threads: int | None,
+    draft: Path | None,
     as_json: bool,
     **sampling: Any,
 ) -> None:
@@ -97,7 +103,7 @@ def generate(
 
     `headfold generate smol --chat "Why is the sky blue?" --temperature 0.7 --seed 1`
     """
-    model = _load(bundle, backend, provider, attention, threads, sampling["temperature"])
+    model = _load(bundle, backend, provider, attention, threads, sampling["temperature"], draft)
     texts = [_standard_input() if text == "-" else text for text in prompts or ("-",)]
     if any(not text for text in texts):
         raise InputError("the prompt is empty", fix="Give some text.")
@@ -134,13 +140,14 @@ def chat(
     provider: str,
     attention: Attention | None,
     threads: int | None,
+    draft: Path | None,
     **sampling: Any,
 ) -> None:
     """Talk with the model; an empty line or Ctrl-D ends it.
 
     **Example**: `headfold chat smol --system "Answer in one sentence." --temperature 0.7`
     """
-    model = _load(bundle, backend, provider, attention, threads, sampling["temperature"])
+    model = _load(bundle, backend, provider, attention, threads, sampling["temperature"], draft)
     messages = [{"role": "system", "content": system}] if system else []
     while True:
         try:

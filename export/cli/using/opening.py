@@ -29,6 +29,11 @@ ENGINE = (
     ),
     click.option("--threads", type=click.IntRange(1), help="[default: physical cores]"),
 )
+DRAFT = click.option(
+    "--draft",
+    type=click.Path(path_type=Path),
+    help="A smaller bundle with the same tokenizer, whose guesses are checked; needs --all-logits. Same answers, sooner.",
+)
 
 
 def engine_options(command: Command) -> Command:
@@ -56,9 +61,9 @@ def open_bundle(
     provider: str,
     attention: Attention | None,
     threads: int | None,
-    **scheduling: Any,
+    **options: Any,
 ) -> "Model":
-    """The bundle at work, with `Scheduling` of the runtime; what has no effect on it is refused."""
+    """The bundle at work, with other options of the runtime's `load`; what has no effect on it is refused."""
     from headfold.export.checkpoints.side_files import CONFIG
     from headfold.runtime import load
     from headfold.runtime.manifest import MANIFEST
@@ -68,4 +73,4 @@ def open_bundle(
             "is a checkpoint, not a bundle", where=bundle, fix=f"Export it first: headfold export {bundle} -o BUNDLE."
         )
     refuse_idle_engine(backend)
-    return load(bundle, backend=backend, provider=provider, attention=attention, threads=threads, **scheduling)
+    return load(bundle, backend=backend, provider=provider, attention=attention, threads=threads, **options)
