@@ -1,9 +1,10 @@
 """Names of a graph's inputs and outputs, as the ecosystem spells them. Plain text; nothing here needs anything.
 
-`input_ids`, `attention_mask`, `past_key_values.{i}.key|value` → `logits`, `present.{i}.key|value`.
+`input_ids`, `attention_mask`, `past_key_values.{i}.key|value` → `logits`, `present.{i}.key|value`, and `hidden_states` if asked for.
 """
 
 PARTS = ("key", "value")  # of a layer's cache
+HIDDEN_STATES = "hidden_states"  # the output of what the head is given: the residual stream after the last norm
 _PAST, _PRESENT = "past_key_values", "present"
 
 

@@ -41,6 +41,11 @@ class Backend(Protocol[AnyCache]):
         """Whether `prefill` has the logits of all its tokens in one step; otherwise they take a step each."""
         ...
 
+    @property
+    def gives_hidden_states(self) -> bool:
+        """Whether `hidden_states` can be asked for."""
+        ...
+
     def largest_cache(self, rows: int) -> tuple[int, int]:
         """Rows, at most so many, and tokens in each, of the largest cache that may be asked for."""
         ...
@@ -53,6 +58,10 @@ class Backend(Protocol[AnyCache]):
         self, cache: AnyCache, row: int, ids: NDArray[np.int64], all_logits: bool = False
     ) -> NDArray[np.float32]:
         """Append the tokens `ids` [S], S >= 1, to a row; logits [V] of the last, or [S, V] of all."""
+        ...
+
+    def hidden_states(self, cache: AnyCache, row: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Append the tokens as `prefill` does; what the head is given of each, [S, hidden]. Raises InputError where it cannot."""
         ...
 
     def decode(self, cache: AnyCache, tokens: NDArray[np.int64], active: NDArray[np.bool_]) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""A loaded bundle and what people do with it: generate, chat, score."""
+"""A loaded bundle and what people do with it: generate, chat, score, embed."""
 
 import asyncio
 import logging
@@ -19,6 +19,7 @@ from headfold.runtime.backend import Backend
 from headfold.runtime.choosing.generation_settings import FILE, read_generation_settings
 from headfold.runtime.errors import CapacityError, InputError, printable
 from headfold.runtime.manifest import Manifest
+from headfold.runtime.measuring.embedding import Pooling, check_pooling, pooled
 from headfold.runtime.measuring.scoring import TokenScores
 from headfold.runtime.scheduling.answers import (
     Answers,
@@ -229,6 +230,43 @@ class Model:
         self._check_fits(len(row) - 1)
         parts = self._logits(row[:-1], start - 1)
         return TokenScores.joined(TokenScores.of(logits, row[at + 1 : at + 1 + len(logits)]) for at, logits in parts)
+
+    def embed(self, texts: Any, *, pooling: Pooling = "mean", normalize: bool = False) -> NDArray[np.float32]:
+        """A vector for a prompt of any kind, float32 [hidden]; of a list of them [N, hidden]. The bundle is one of --hidden-states.
+
+        It is what the head is given, pooled over the prompt's own tokens; with `normalize` its length is 1.
+
+        Raises:
+            InputError: the prompt cannot be used, there is no such pooling, or the bundle gives no hidden states.
+            CapacityError: more tokens than the cache holds.
+            BundleError: the model computes NaN.
+        """
+        size = self.check_embeds()
+        check_pooling(pooling)
+        prompts, single = self._calls.prompts.read(texts, None, None)
+        for ids in prompts:
+            self._check_fits(len(ids))
+        result = np.empty((len(prompts), size), np.float32)
+        for vector, ids in zip(result, prompts, strict=True):
+            vector[:] = pooled(self._hidden_states(ids), pooling, normalize)
+        return result[0] if single else result
+
+    def check_embeds(self) -> int:
+        """The size of embeddings; InputError where the bundle or its engine gives none."""
+        size = self.manifest.hidden_size
+        if size is None or not self.backend.gives_hidden_states:
+            raise InputError(
+                "it gives no hidden states, and so no embeddings",
+                where=self.bundle,
+                fix="Export it with --hidden-states, and use ONNX Runtime.",
+            )
+        return size
+
+    def _hidden_states(self, row: Ids) -> Iterator[NDArray[np.float32]]:
+        """[s, hidden], part by part; others have their turns between them."""
+        cache = self._scheduler.run(lambda: self.backend.new_cache(1, len(row)))
+        for start in range(0, len(row), _PART):
+            yield self._scheduler.run(partial(self.backend.hidden_states, cache, 0, row[start : start + _PART]))
 
     def _draft(self, text: Text, manifest: Manifest, backend: Backend[Any]) -> Draft:
         if not self.backend.gives_all_logits:

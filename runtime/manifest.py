@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from headfold.plugins.attention.kernel_contract import MANIFEST as KERNELS  # in the directory of a plugin's kernels
 from headfold.plugins.attention.schema import Attention
 from headfold.plugins.dtypes import DType, Quantized
-from headfold.plugins.names import PARTS, caches, is_cache_input, is_cache_output
+from headfold.plugins.names import HIDDEN_STATES, PARTS, caches, is_cache_input, is_cache_output
 from headfold.plugins.tensorrt_library import Flavour
 from headfold.runtime.errors import BundleError
 from headfold.runtime.files.json_file import MANIFEST_BYTES, read_object
@@ -229,6 +229,12 @@ class Manifest(_Strict):
     weights: WeightsSpec | None = None  # of four or eight bits; None for all in `dtype`
 
     @property
+    def hidden_size(self) -> int | None:
+        """Of the output `hidden_states`, what the head is given of every token; None where there is none."""
+        found = (spec.shape[-1] for spec in self.outputs if spec.name == HIDDEN_STATES and spec.shape)
+        return next((size for size in found if isinstance(size, int)), None)
+
+    @property
     def cache_dtype(self) -> str:
         """What the cache holds: `dtype`, or a narrower one."""
         return self.cache.quantization.dtype if self.cache.quantization is not None else self.dtype
@@ -278,6 +284,8 @@ def _contradiction(manifest: Manifest) -> str | None:
     for specs, of_cache in ((manifest.inputs, is_cache_input), (manifest.outputs, is_cache_output)):
         if sum(of_cache(spec.name) for spec in specs) != 2 * manifest.cache.num_hidden_layers:
             return f"its cache has no two tensors for each of {manifest.cache.num_hidden_layers} layers"
+    if any(spec.name == HIDDEN_STATES for spec in manifest.outputs) and not (manifest.hidden_size or 0) > 0:
+        return f"the output {HIDDEN_STATES} has no size"
     return None
 
 

@@ -16,6 +16,7 @@ import psutil
 from numpy.typing import NDArray
 
 from headfold.plugins.dtypes import DTYPES
+from headfold.plugins.names import HIDDEN_STATES
 from headfold.runtime.backend import CHUNK, decode_window, prefill_chunks, widened
 from headfold.runtime.cpu import physical_cores
 from headfold.runtime.errors import BundleError, CapacityError, InputError, ProviderError
@@ -83,6 +84,11 @@ class OrtSession:
         """See Backend."""
         return self._all
 
+    @property
+    def gives_hidden_states(self) -> bool:
+        """See Backend."""
+        return self.manifest.hidden_size is not None
+
     def largest_cache(self, rows: int) -> tuple[int, int]:
         """See Backend. On a CPU all rows at their longest take at most half of the free memory; one row is always allowed."""
         capacity = self.manifest.cache.capacity
@@ -132,6 +138,25 @@ class OrtSession:
             self._bind_logits(binding, target[None])
             self._run(binding, step.ids, step.mask)
         return widened(logits if all_logits else logits[computed - 1].copy(), self.manifest.dtype)
+
+    def hidden_states(self, cache: OrtCache, row: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See Backend.
+
+        Raises:
+            InputError: the bundle has no such output.
+            CapacityError: the tokens do not fit the cache.
+        """
+        size = self.manifest.hidden_size
+        if size is None:
+            raise InputError("gives no hidden states", where=self._path, fix="Export it with --hidden-states.")
+        states = np.empty((len(ids), size), self._dtype.numpy)
+        binding = self.session.io_binding()
+        self._bind_cache(binding, cache, row, row + 1)
+        for step in prefill_chunks(cache, row, ids, CHUNK):
+            target = states[None, step.begin : step.end]  # [1, s, hidden]
+            binding.bind_output(HIDDEN_STATES, "cpu", 0, self._dtype.onnx, target.shape, target.ctypes.data)
+            self._run(binding, step.ids, step.mask)
+        return widened(states, self.manifest.dtype)
 
     def decode(self, cache: OrtCache, tokens: NDArray[np.int64], active: NDArray[np.bool_]) -> NDArray[np.float32]:
         """See Backend.
@@ -234,6 +259,8 @@ def _check_graph(session: Any, path: Path, manifest: Manifest) -> None:
         for names, (heads, head_dim) in cache.tensors.items()
         for name in names
     }
+    if manifest.hidden_size is not None:
+        facts[HIDDEN_STATES] = (manifest.dtype, {2: manifest.hidden_size})
     graph = {value.name: value for value in (*inputs, *outputs)}
     for name, (dtype, sizes) in facts.items():
         value = graph.get(name)

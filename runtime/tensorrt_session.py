@@ -20,7 +20,7 @@ from headfold.plugins.names import caches
 from headfold.plugins.tensorrt_library import TensorRTMissing, open_tensorrt
 from headfold.runtime.backend import decode_window, prefill_chunks, widened
 from headfold.runtime.device import Device, Graph
-from headfold.runtime.errors import BundleError, CapacityError, EngineError, ProviderError
+from headfold.runtime.errors import BundleError, CapacityError, EngineError, InputError, ProviderError
 from headfold.runtime.files.engine_file import REBUILD, check_engine
 from headfold.runtime.manifest import EngineEntry, Manifest
 from headfold.runtime.scheduling.host_rows import HostRows
@@ -124,6 +124,11 @@ class TensorRTSession:
         """See Backend."""
         return self.manifest.logits == "all"
 
+    @property
+    def gives_hidden_states(self) -> bool:
+        """See Backend: engines have no such output."""
+        return False
+
     def largest_cache(self, rows: int) -> tuple[int, int]:
         """See Backend."""
         return min(rows, self.entry.max_batch), self.entry.capacity
@@ -172,6 +177,10 @@ class TensorRTSession:
                 ) * result.nbytes  # the last row of [s, V], or the only one
                 self.device.download(cache.device_logits.address + behind, result)
         return widened(result if all_logits else result[0], self.entry.dtype)
+
+    def hidden_states(self, cache: TensorRTCache, row: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See Backend."""
+        raise InputError("a TensorRT engine gives no hidden states", fix="Use --backend onnxruntime.")
 
     def decode(self, cache: TensorRTCache, tokens: NDArray[np.int64], active: NDArray[np.bool_]) -> NDArray[np.float32]:
         """See Backend. Runs the rows from the first to the last active one.

@@ -89,6 +89,7 @@ def _bundle(path: Path) -> Facts:
         "bundle_bytes": sum(entry.size for entry in manifest.files.values()),
         "capacity": manifest.cache.capacity,
         "logits": manifest.logits,
+        "hidden_states": manifest.hidden_size is not None,
         "targets": ["onnxruntime", *map(_engine, manifest.engines)],
         "parity": manifest.parity,
         "tools": manifest.tools,

@@ -70,6 +70,7 @@ class ExportOptions:
     dtype: DType = "float32"
     capacity: int | None = None
     all_logits: bool = False
+    hidden_states: bool = False  # an output of what the head is given, of every token
     allow_nan: bool = False
     verify: bool = True
     decode_steps: int = 16
@@ -120,7 +121,8 @@ def export_bundle(source: Exportable, output: Path, options: ExportOptions, repo
             tensors = source.tensors(dtype)
         with reporter.step("trace the graph"):
             stored = options.cache.dtype if options.cache else None
-            model = export_graph(source, tensors, dtype, capacity, options.all_logits, stored)
+            asked = (options.all_logits, stored, options.hidden_states)
+            model = export_graph(source, tensors, dtype, capacity, *asked)
             if prepared is not None:
                 round_weights(model, prepared.checkpoint)
             tables = {**source.tables(dtype, capacity), **cache_scales_by_name(scales)}

@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     help="Most tokens of a sequence. [default: what the model was made for]",
 )
 @click.option("--all-logits", is_flag=True, help="Logits of every token, for scoring; not only of the last one.")
+@click.option("--hidden-states", is_flag=True, help="Of every token, for embeddings: what the head is given.")
 @click.option("--allow-nan", is_flag=True, help="Export weights that hold NaN or infinity.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare with PyTorch before publishing.")
 @STEPS
@@ -94,6 +95,7 @@ def export(
     calibration_tokens: int | None,
     capacity: int | None,
     all_logits: bool,
+    hidden_states: bool,
     allow_nan: bool,
     verify: bool,
     decode_steps: int,
@@ -164,6 +166,7 @@ def export(
         dtype=dtype,
         capacity=capacity,
         all_logits=all_logits,
+        hidden_states=hidden_states,
         allow_nan=allow_nan,
         verify=verify,
         decode_steps=decode_steps,

@@ -18,7 +18,7 @@ from headfold.export.graph.experts import experts_nodes
 from headfold.export.graph.passes import attention_nodes
 from headfold.export.graph.recipes import remove_unread
 from headfold.plugins.attention.schema import DOMAIN, OP_TYPE, Attention, AttentionInputs
-from headfold.plugins.names import is_cache_input, is_cache_output
+from headfold.plugins.names import HIDDEN_STATES, is_cache_input, is_cache_output
 from headfold.plugins.quantized.schema import GATHER, GATHER_INPUTS, MATMUL, MATMUL_INPUTS
 from headfold.runtime.errors import BuildError, BundleError
 
@@ -55,6 +55,7 @@ def lower_model(model: ir.Model, path: Path, attention: Attention, capacity: int
     ):
         if present:
             raise BuildError(f"the model has {what}, which headfold has not in TensorRT", where=path, fix=_ELSEWHERE)
+    drop_hidden_states(model)
     fix_capacity(model, capacity)
     spell_out_quantized(model, path)
     if attention == "native":
@@ -73,6 +74,12 @@ def lower_model(model: ir.Model, path: Path, attention: Attention, capacity: int
         common_passes.RemoveUnusedOpsetsPass(),
     )(model)
     return model
+
+
+def drop_hidden_states(model: ir.Model) -> None:
+    """An engine gives logits and caches only."""
+    for output in [value for value in model.graph.outputs if value.name == HIDDEN_STATES]:
+        model.graph.outputs.remove(output)
 
 
 def fix_capacity(model: ir.Model, capacity: int) -> None:

@@ -41,9 +41,11 @@ class Master(nn.Module):
 
     `forward(input_ids [B, S], attention_mask [B, T], caches)` gives logits [B, 1 or S, V], the caches with the new tokens in them, and
     the residual stream after each layer [B, S, hidden]. T - S columns of the mask are past; padding may be on either side.
+    With `hidden_states` set, the last of these is followed by what the head is given of all tokens, in their order.
     """
 
     decoder: nn.Module
+    hidden_states = False
 
 
 def no_quantized_cache(path: Path) -> ConfigError:

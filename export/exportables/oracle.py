@@ -48,12 +48,19 @@ class Answer:
     logits: Array  # [S, V]
     hidden_states: list[Array]  # the residual stream after each layer, [S, hidden]
     cache: list[tuple[Array, Array]]  # what each layer's cache stores of them, [Hkv, S, D]
+    normed: Array | None = None  # what the head is given, [S, hidden]; None of a model without a head of its own
 
     @staticmethod
-    def of(logits: Tensor, hidden_states: Iterable[Tensor], cache: Iterable[tuple[Tensor, Tensor]]) -> "Answer":
+    def of(
+        logits: Tensor,
+        hidden_states: Iterable[Tensor],
+        cache: Iterable[tuple[Tensor, Tensor]],
+        normed: Tensor | None,
+    ) -> "Answer":
         """The same as tensors, which become arrays of float32, or float64 as they are; those of a cache keep nothing else of it."""
         pairs = [(as_array(keys.clone()), as_array(values.clone())) for keys, values in cache]
-        return Answer(as_array(logits), [as_array(x) for x in hidden_states], pairs)
+        streams = [as_array(x) for x in hidden_states]
+        return Answer(as_array(logits), streams, pairs, None if normed is None else as_array(normed))
 
 
 class Oracle(Protocol):
@@ -115,8 +122,9 @@ class DecoderOracle:
                 all_tokens[0, :, :start] = old.to(all_tokens.dtype)
         mask = torch.ones(1, start + len(tokens), dtype=torch.long)
         with handed_on(decoder.model.layers, given) as heard:
-            logits = decoder(torch.from_numpy(tokens)[None], mask, caches).logits[0]
-        return Answer.of(logits, heard, ((keys[0, :, start:], values[0, :, start:]) for keys, values in caches))
+            output = decoder(torch.from_numpy(tokens)[None], mask, caches, normed=True)
+        new = ((keys[0, :, start:], values[0, :, start:]) for keys, values in caches)
+        return Answer.of(output.logits[0], heard, new, output.normed[0])
 
 
 @contextmanager
@@ -141,6 +149,20 @@ def handed_on(layers: Iterable[nn.Module], given: Sequence[Array] | None) -> Ite
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def given_to(head: nn.Module | None) -> Iterator[list[Tensor]]:
+    """What a model's head is given inside the block, [S, hidden], for one sequence."""
+    heard: list[Tensor] = []
+    if head is None:
+        yield heard
+        return
+    handle = head.register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0][0]))
+    try:
+        yield heard
+    finally:
+        handle.remove()
 
 
 def as_array(x: Tensor) -> Array:

@@ -86,8 +86,8 @@ class OwnMaster(Master):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, cache: Cache) -> tuple[Tensor, Cache, list[Tensor]]:
         """See Master."""
-        output = self.decoder(input_ids, attention_mask, cache, last_only=not self.all_logits)
-        return output.logits, output.cache, output.hidden_states
+        output = self.decoder(input_ids, attention_mask, cache, not self.all_logits, self.hidden_states)
+        return output.logits, output.cache, [*output.hidden_states, *([] if output.normed is None else [output.normed])]
 
 
 def facts_of(config: ModelConfig) -> Facts:

@@ -32,7 +32,7 @@ from headfold.plugins.attention.schema import ALL_INPUTS, DOMAIN, LAST_INDEX, OP
 from headfold.plugins.dtypes import Quantized
 from headfold.plugins.experts import onnx_functions as experts_body
 from headfold.plugins.experts import schema as experts_schema
-from headfold.plugins.names import caches, hidden_state
+from headfold.plugins.names import HIDDEN_STATES, caches, hidden_state
 from headfold.plugins.onnx_body import OPSET
 from headfold.runtime.errors import ConfigError, HeadfoldError
 
@@ -46,13 +46,15 @@ def export_graph(
     capacity: int,
     all_logits: bool = False,
     cache: Quantized | None = None,
+    hidden_states: bool = False,
 ) -> ir.Model:
     """Trace a model into the master graph.
 
     Inputs: `input_ids` int64 [batch, sequence]; `attention_mask` int64 [batch, total], 1 for tokens and 0 for padding on either
     side, its last columns belong to `input_ids`; `past_key_values.{i}.key|value` [batch, Hkv, capacity, D]. Outputs: `logits`
     [batch, 1, vocab] of each row's last real token (with `all_logits` [batch, sequence, vocab]) and `present.{i}.key|value`,
-    which alias the inputs where the runtime can. The residual stream after layer i is the value `hidden_states.{i}`.
+    which alias the inputs where the runtime can; with `hidden_states` also `hidden_states` [batch, sequence, hidden], what the head is
+    given of every token. The residual stream after layer i is the value `hidden_states.{i}`.
 
     Args:
         exportable: the model.
@@ -61,12 +63,14 @@ def export_graph(
         capacity: positions the rotary tables cover; the size of the cache itself is dynamic.
         all_logits: see above.
         cache: dtype of a quantized cache; None for `dtype`. Its scales are initializers as the weights are.
+        hidden_states: see above.
 
     Raises:
         ConfigError: the model cannot be traced, or cannot have that cache.
     """
     stored = getattr(torch, cache) if cache is not None else dtype
     master = exportable.master(dtype, capacity, all_logits, cache)
+    master.hidden_states = hidden_states
     shapes = exportable.facts.cache_shapes
     with torch.device("meta"):  # sizes to trace with, all different
         pasts = [
@@ -88,7 +92,12 @@ def export_graph(
             optimize=False,
             verbose=False,
             input_names=["input_ids", "attention_mask", *kv],
-            output_names=["logits", *kv.values(), *map(hidden_state, layers)],
+            output_names=[
+                "logits",
+                *kv.values(),
+                *map(hidden_state, layers),
+                *([HIDDEN_STATES] if hidden_states else []),
+            ],
             dynamic_shapes=(
                 {0: batch, 1: sequence},
                 {0: batch, 1: total},
@@ -104,7 +113,8 @@ def export_graph(
     model = program.model
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = "headfold", ""
-    del model.graph.outputs[-len(shapes) :]  # the residual stream: named values, not outputs
+    streams = 1 + len(kv)
+    del model.graph.outputs[streams : streams + len(shapes)]  # the residual stream: named values, not outputs
     name_weights(model, prefix="decoder.", tied=_tied(master.decoder))
     fold_transposes(model)
     split_at_once(model)

@@ -194,6 +194,7 @@ class Output:
     logits: Tensor  # [B, S, V], or [B, 1, V] of each row's last real token
     cache: Cache  # the caches passed in, updated in place (in an export: new values)
     hidden_states: list[Tensor]  # residual stream after each layer, [B, S, hidden], leading padding moved to the end
+    normed: Tensor | None = None  # that after the final norm, in the order of input_ids, if asked for
 
 
 class Decoder(nn.Module):
@@ -244,6 +245,7 @@ class Decoder(nn.Module):
         attention_mask: Tensor | None = None,
         cache: Cache | None = None,
         last_only: bool = False,
+        normed: bool = False,
     ) -> Output:
         """Next-token logits.
 
@@ -252,6 +254,7 @@ class Decoder(nn.Module):
             attention_mask: int64 [B, T] over the past and the new tokens, 1 for tokens, 0 for padding, either side; default ones.
             cache: from `new_cache`, with the past in it; None for no past. Updated in place.
             last_only: compute logits for each row's last real token only.
+            normed: also give what the head is given, of all tokens.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -268,9 +271,17 @@ class Decoder(nn.Module):
             hidden_states.append(x)
             if kv is not None:
                 present.append(kv)
-        wanted = layout.wanted(length, last_only)  # [B, 1 or S], back in the order of input_ids
-        x = x.gather(1, wanted[:, :, None].expand(-1, -1, x.shape[2]))  # [B, 1 or S, hidden]
-        x = self.model.norm(x)
+        every: Tensor | None = None
+        if normed:
+            x = self.model.norm(x)
+            every = rows_of(x, layout.wanted(length, False))
+        x = rows_of(x, layout.wanted(length, last_only))  # [B, 1 or S, hidden], back in the order of input_ids
+        x = x if normed else self.model.norm(x)
         head = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight  # [V, hidden]
         logits = F.linear(x.flatten(0, 1), head).view(x.shape[0], x.shape[1], head.shape[0])
-        return Output(logits, present, hidden_states)
+        return Output(logits, present, hidden_states, every)
+
+
+def rows_of(x: Tensor, wanted: Tensor) -> Tensor:
+    """Of [B, S, hidden] the tokens `wanted` [B, n] of each row."""
+    return x.gather(1, wanted[:, :, None].expand(-1, -1, x.shape[2]))

@@ -25,7 +25,7 @@ from headfold.export.parity.report import CheckResult, LayerResult, ParityReport
 from headfold.export.parity.runners import CachedRunner, LayersRunner, OrtRunner, Outputs, prepared
 from headfold.export.parity.tolerances import MARGIN, Precision
 from headfold.export.progress import Reporter, quiet_polygraphy
-from headfold.plugins.names import PARTS, cache_output, hidden_state, is_cache_output
+from headfold.plugins.names import HIDDEN_STATES, PARTS, cache_output, hidden_state, is_cache_output
 from headfold.runtime.errors import BundleError
 
 
@@ -40,6 +40,7 @@ class Subject:
     facts: Facts
     precision: Precision  # of the graph
     all_logits: bool  # whether it has logits for all new tokens
+    hidden_states: bool  # whether it has what the head is given
     capacity: int  # positions that its caches may have
     cache: QuantizedCache | None
     oracle: Callable[[], Oracle]  # in float32, with the weights of the graph
@@ -247,28 +248,34 @@ def _whole_checks(
     checks = []
     for name in dict.fromkeys(step.check for step in asked.steps):
         pairs = [(step, outputs) for step, outputs in zip(asked.steps, actual, strict=True) if step.check == name]
-        logits, caches, agreements = [], [], []
+        errors: dict[str, list[CheckResult]] = {"": [], ", hidden states": [], ", cache": []}
+        agreements = []
         for number, (step, outputs) in enumerate(pairs):
-            expected = expected_outputs(step, asked.answers, subject.all_logits)
-            unsure = _unsure(step, doubt, subject.all_logits)
-            names = ["logits", *(filter(is_cache_output, expected) if number == len(pairs) - 1 else ())]
+            expected = expected_outputs(step, asked.answers, subject.all_logits, subject.hidden_states)
+            unsure = _unsure(step, doubt, subject)
+            last = number == len(pairs) - 1
+            names = [name for name in expected if last or not is_cache_output(name)]
             both = {x: agreed(expected[x], outputs[x]) for x in names}
             expected, found = ({x: pair[side] for x, pair in both.items()} for side in (0, 1))
             limits = {x: max(precision.tolerance.limit(x, expected[x]), unsure.get(x, 0)) for x in names}
-            results = _errors(name, expected, found, limits)
-            logits += results[:1]
-            caches += results[1:]
+            for result in _errors(name, expected, found, limits):
+                errors[_kind(result.worst)].append(result)
             agreements.append(compare_logits(expected["logits"], found["logits"]))
         cosine, kl, top1 = zip(*agreements, strict=True)
         agreement = {"cosine": min(cosine), "kl": max(kl), "top1": float(np.mean(top1))}
-        checks += [
-            dataclasses.replace(_worst(logits), **agreement),
-            dataclasses.replace(_worst(caches), name=f"{name}, cache"),
-        ]
+        checks.append(dataclasses.replace(_worst(errors.pop("")), **agreement))
+        checks += [dataclasses.replace(_worst(found), name=f"{name}{kind}") for kind, found in errors.items() if found]
     return checks
 
 
-def expected_outputs(step: Step, answers: Sequence[Answer], all_logits: bool) -> dict[str, Array]:
+def _kind(output: str) -> str:
+    """Which check of a step an output belongs to."""
+    return ", cache" if is_cache_output(output) else ", hidden states" if output == HIDDEN_STATES else ""
+
+
+def expected_outputs(
+    step: Step, answers: Sequence[Answer], all_logits: bool, hidden_states: bool = False
+) -> dict[str, Array]:
     """What the oracle says of a step, as the graph should give it; zeros where nothing is defined."""
     ids, mask = step.feed["input_ids"], step.feed["attention_mask"]
     batch, length = ids.shape
@@ -281,6 +288,11 @@ def expected_outputs(step: Step, answers: Sequence[Answer], all_logits: bool) ->
         else:
             logits[row] = answer.logits[end - 1 : end]
     expected: dict[str, Array] = {"logits": logits}
+    if hidden_states:
+        given = [answer.normed for answer in told if answer.normed is not None]
+        expected[HIDDEN_STATES] = np.zeros((batch, length, given[0].shape[1]), logits.dtype)
+        for row, (state, (begin, end)) in enumerate(zip(given, step.spans, strict=True)):
+            expected[HIDDEN_STATES][row][mask[row, -length:] == 1] = state[begin:end]
     for layer in range(len(told[0].cache)):
         for part, name in enumerate(PARTS):
             heads, _, size = told[0].cache[layer][part].shape
@@ -291,12 +303,13 @@ def expected_outputs(step: Step, answers: Sequence[Answer], all_logits: bool) ->
     return expected
 
 
-def _unsure(step: Step, doubt: Doubt | None, all_logits: bool) -> dict[str, float]:
+def _unsure(step: Step, doubt: Doubt | None, subject: Subject) -> dict[str, float]:
     """How far float32 may be off in each output of a step."""
     if doubt is None:
         return {}
-    others = [expected_outputs(step, answers, all_logits) for answers in doubt.others]
-    right = expected_outputs(step, doubt.right, all_logits)
+    asked = subject.all_logits, subject.hidden_states
+    others = [expected_outputs(step, answers, *asked) for answers in doubt.others]
+    right = expected_outputs(step, doubt.right, *asked)
     return {x: MARGIN * max(float(np.abs(other[x] - right[x]).max(initial=0)) for other in others) for x in right}
 
 

@@ -25,7 +25,7 @@ from headfold.export.graph.passes import widen_to_float32
 from headfold.export.graph.weights import data_file, load_model
 from headfold.export.parity.tolerances import Precision
 from headfold.plugins.dtypes import DTYPES, from_onnxruntime
-from headfold.plugins.names import input_of, is_cache_input, is_cache_output
+from headfold.plugins.names import HIDDEN_STATES, input_of, is_cache_input, is_cache_output
 from headfold.runtime.errors import BundleError
 
 Outputs = OrderedDict[str, NDArray[Any]]
@@ -70,7 +70,7 @@ class CachedRunner(BaseRunner):  # type: ignore[misc]
         for name, x in self.step(ids, mask).items():
             if is_cache_output(name):
                 x = np.where(real[:, None, :, None], x[:, :, : real.shape[1]].astype(np.float32), 0)
-            elif name == "logits" and x.shape[1] == length:
+            elif name in ("logits", HIDDEN_STATES) and x.shape[1] == length:
                 x = np.where((mask[:, -length:] == 1)[:, :, None], x.astype(np.float32), 0)
             outputs[name] = x.astype(np.float32)
         self.inference_time = 0.0

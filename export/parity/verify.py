@@ -136,6 +136,7 @@ def verify_bundle(
         facts=facts,
         precision=precision_of(manifest),
         all_logits=manifest.logits == "all",
+        hidden_states=manifest.hidden_size is not None and candidate is None,  # engines have none
         capacity=capacity,
         cache=cache,
         oracle=lambda: restored.oracle(stored, capacity),

@@ -10,22 +10,24 @@ from starlette.responses import PlainTextResponse, Response
 
 from headfold.runtime.errors import HeadfoldError
 from headfold.runtime.generate import Model
-from headfold.runtime.server.answering import ClientGone
-from headfold.runtime.server.chat import chat
-from headfold.runtime.server.completions import complete
 from headfold.runtime.server.guards import Guards
 from headfold.runtime.server.metrics import CONTENT_TYPE
 from headfold.runtime.server.pages import add_pages
 from headfold.runtime.server.protocol.refusals import Refused, invalid, refusal_of
-from headfold.runtime.server.protocol.requests import ChatRequest, CompletionRequest
+from headfold.runtime.server.protocol.requests import ChatRequest, CompletionRequest, EmbeddingRequest
 from headfold.runtime.server.protocol.responses import (
     ChatCompletion,
     Completion,
+    EmbeddingList,
     ErrorBody,
     Health,
     ModelCard,
     ModelList,
 )
+from headfold.runtime.server.routes.answering import ClientGone
+from headfold.runtime.server.routes.chat import chat
+from headfold.runtime.server.routes.completions import complete
+from headfold.runtime.server.routes.embeddings import embed
 from headfold.runtime.server.served import Models
 from headfold.runtime.server.settings import Settings
 
@@ -62,6 +64,11 @@ def make_app(models: Mapping[str, Model], settings: Settings) -> FastAPI:
     async def completions(body: CompletionRequest, request: Request) -> Any:
         """How a text goes on; streamed, as server-sent events."""
         return await complete(body, request, served, settings)
+
+    @app.post("/v1/embeddings", response_model=EmbeddingList)
+    async def embeddings(body: EmbeddingRequest, request: Request) -> EmbeddingList:
+        """A vector for each text, where the bundle was exported with --hidden-states."""
+        return await embed(body, request, served, settings)
 
     @app.get("/v1/models")
     async def list_models() -> ModelList:

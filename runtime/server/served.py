@@ -22,6 +22,7 @@ class Served:
 
     def __init__(self, name: str, model: Model, meters: Meters) -> None:
         self.name, self.model, self.meters, self.created = name, model, meters, int(time.time())
+        self.embedding = 0  # requests for embeddings that are at work
         self._writes_calls: bool | None = None
 
     @property

@@ -52,6 +52,7 @@ class TokenEngine:
     session = None
     vocab = VOCAB
     gives_all_logits = True
+    gives_hidden_states = False
 
     def __init__(self, rows: int = 4, capacity: int = 400, host: bool = True) -> None:
         self.rows, self.capacity, self.host = rows, capacity, host

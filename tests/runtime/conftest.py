@@ -45,14 +45,15 @@ def make_toy(tmp_path_factory: pytest.TempPathFactory, toy_checkpoint: Path) -> 
     """Exports the toy; each kind is exported once."""
     made: dict[tuple[object, ...], Toy] = {}
 
-    def make(all_logits: bool = False, dtype: Any = "float32") -> Toy:
-        if (all_logits, dtype) not in made:
+    def make(all_logits: bool = False, dtype: Any = "float32", hidden_states: bool = False) -> Toy:
+        kind = (all_logits, dtype, hidden_states)
+        if kind not in made:
             path = tmp_path_factory.mktemp("bundle") / "toy"
-            options = ExportOptions(dtype=dtype, all_logits=all_logits, verify=False)
+            options = ExportOptions(dtype=dtype, all_logits=all_logits, hidden_states=hidden_states, verify=False)
             export_bundle(open_exportable(toy_checkpoint), path, options, Reporter(quiet=True))
             decoder = load_decoder(open_checkpoint(toy_checkpoint))
-            made[all_logits, dtype] = Toy(path, decoder, decoder.config)
-        return made[all_logits, dtype]
+            made[kind] = Toy(path, decoder, decoder.config)
+        return made[kind]
 
     return make
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from headfold.export.exportables.base import Master
 from headfold.export.exportables.facts import LayerFacts
 from headfold.export.exportables.foreign.mapped import MappedFiles
-from headfold.export.model.decoder import Cache, Layout, sequence_layout
+from headfold.export.model.decoder import Cache, Layout, rows_of, sequence_layout
 from headfold.plugins.attention.schema import AttentionInputs, Attributes
 from headfold.plugins.attention.torch_op import attention
 from headfold.runtime.errors import ConfigError
@@ -83,7 +83,9 @@ class TracedMaster(Master):
         self.decoder = decoder
         self._all, self._headless, self._count = all_logits, head is None, 0
         self._wanted: Tensor | None = None
+        self._every: Tensor | None = None  # the order of all tokens
         self._hidden: list[Tensor] = []
+        self._given: list[Tensor] = []  # what the head was given of all tokens
         if head is not None:
             head.register_forward_pre_hook(self._take)
             head.register_forward_hook(self._give)
@@ -99,7 +101,10 @@ class TracedMaster(Master):
         self, input_ids: Tensor, attention_mask: Tensor, caches: Cache | None
     ) -> tuple[Tensor, Cache, list[Tensor]]:
         """See Master."""
+        if self.hidden_states and self._headless:
+            raise ConfigError("has no head of its own, so nobody knows its last hidden state", fix="Leave it out.")
         logits, cache, hidden = self.run(input_ids, attention_mask, caches)
+        hidden, self._given = [*hidden, *self._given], []
         missing = [layer for layer in range(self._count) if layer not in cache.present]
         if missing:
             raise ConfigError(f"layer {missing[0]} attends in another way while it is traced")
@@ -115,18 +120,21 @@ class TracedMaster(Master):
         positions = layout.past_lengths[:, None] + torch.arange(length, device=ids.device)  # [B, S]
         wanted = layout.wanted(length, not self._all)
         self._wanted, self._hidden = wanted, []
+        self._every = layout.wanted(length, False) if self.hidden_states else None
         cache = OnePass(layout, caches)
         logits = self.logits(ids, positions, cache)
         if self._headless:
             logits = logits.gather(1, wanted[:, :, None].expand(-1, -1, logits.shape[2]))
-        hidden, self._hidden, self._wanted = self._hidden, [], None
+        hidden, self._hidden, self._wanted, self._every = self._hidden, [], None, None
         return logits, cache, hidden
 
     def _take(self, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Logits are computed of the wanted tokens only, [B * (1 or S), hidden]: two axes, so that a tied weight is not transposed."""
         x, wanted = inputs[0], self._wanted
         assert wanted is not None
-        return (x.gather(1, wanted[:, :, None].expand(-1, -1, x.shape[2])).flatten(0, 1), *inputs[1:])
+        if self._every is not None:
+            self._given = [rows_of(x, self._every)]
+        return (rows_of(x, wanted).flatten(0, 1), *inputs[1:])
 
     def _give(self, _module: nn.Module, _inputs: tuple[Any, ...], logits: Tensor) -> Tensor:
         """[B, 1 or S, vocab] again."""

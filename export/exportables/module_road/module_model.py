@@ -104,7 +104,7 @@ class ModuleModel:
         for buffer in module.buffers():
             if buffer.is_floating_point():
                 buffer.data = buffer.data.to(arithmetic)
-        return ModuleOracle(module, self._learned.names)
+        return ModuleOracle(module, self._learned.names, self._learned.head)
 
 
 class ModuleMaster(TracedMaster):

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from headfold.export.exportables.oracle import Answer, Array, Past, QuantizedCache, Tokens, handed_on
+from headfold.export.exportables.oracle import Answer, Array, Past, QuantizedCache, Tokens, given_to, handed_on
 from headfold.plugins.attention.schema import Attributes
 from headfold.runtime.errors import ConfigError
 
@@ -17,9 +17,11 @@ class ModuleOracle:
     Args:
         module: in the dtype to compute in.
         layers: the names of its layers' modules.
+        head: that of its head's, where it has one.
     """
 
-    def __init__(self, module: nn.Module, layers: Sequence[str]) -> None:
+    def __init__(self, module: nn.Module, layers: Sequence[str], head: str | None = None) -> None:
+        self._head = None if head is None else module.get_submodule(head)
         self.module, self._layers = module, [module.get_submodule(name) for name in layers]
         self.name = f"{type(module).__name__} itself, attention written out"
 
@@ -36,7 +38,7 @@ class ModuleOracle:
         start, attending = 0 if past is None else past.length, _Attending(past)
         positions = torch.arange(start, start + len(tokens))
         try:
-            with handed_on(self._layers, given) as heard:
+            with handed_on(self._layers, given) as heard, given_to(self._head) as normed:
                 logits = self.module(torch.from_numpy(tokens)[None], positions[None], attending)[0]
         except RuntimeError as error:  # of torch
             dtype = str(next(self.module.parameters()).dtype).removeprefix("torch.")
@@ -45,7 +47,8 @@ class ModuleOracle:
                 where=type(self.module).__name__,
                 fix="Let it follow the dtype of its parameters.",
             ) from error
-        return Answer.of(logits, heard, (attending.new[layer] for layer in range(len(self._layers))))
+        new = (attending.new[layer] for layer in range(len(self._layers)))
+        return Answer.of(logits, heard, new, normed[0] if normed else None)
 
 
 class _Attending:

@@ -18,7 +18,7 @@ from headfold.export.checkpoints.base import Checkpoint
 from headfold.export.checkpoints.directories.directory import Directory
 from headfold.export.checkpoints.gguf.file import GGUFCheckpoint
 from headfold.export.checkpoints.hf import HuggingFaceCheckpoint
-from headfold.export.exportables.oracle import Answer, Array, Past, QuantizedCache, Tokens, handed_on
+from headfold.export.exportables.oracle import Answer, Array, Past, QuantizedCache, Tokens, given_to, handed_on
 from headfold.export.exportables.transformers_road.loading import load_model, quiet
 from headfold.plugins.attention.torch_op import dequantize, quantize
 from headfold.runtime.errors import ConfigError, VerificationError
@@ -130,9 +130,9 @@ class TransformersOracle:
         before = past.layers if past is not None else [None] * len(self._layers)
         kept = [_KeepsNew(pair, cache, i, dtype) for i, pair in enumerate(before)]
         ids = torch.from_numpy(tokens)[None]
-        with handed_on(self._layers, given) as heard:
+        with handed_on(self._layers, given) as heard, given_to(self.module.get_output_embeddings()) as normed:
             logits = self.module(ids, past_key_values=Cache(layers=kept), use_cache=True).logits[0]
-        return Answer.of(logits, heard, ((layer.new[0][0], layer.new[1][0]) for layer in kept))
+        return Answer.of(logits, heard, ((layer.new[0][0], layer.new[1][0]) for layer in kept), *normed)
 
 
 class _KeepsNew(DynamicLayer):  # type: ignore[misc]

@@ -53,6 +53,29 @@ class CompletionRequest(Generating):
     best_of: Literal[1] | None = None
 
 
+def are_several(prompt: str | TokenIds | list[str] | list[TokenIds]) -> bool:
+    """Whether it is a list of prompts; an empty one is a prompt that is refused."""
+    return isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
+
+
+class EmbeddingRequest(_Body):
+    """POST /v1/embeddings: texts, or their tokens; `pooling` is not OpenAI's."""
+
+    model: Annotated[str | None, Field(description="May be left out where there is only one.")] = None
+    input: (
+        str
+        | TokenIds
+        | Annotated[list[str], Field(max_length=2048)]
+        | Annotated[list[TokenIds], Field(max_length=2048)]
+    )
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    pooling: Annotated[
+        Literal["mean", "last"] | None, Field(description="Of all tokens (mean), or the last one's.")
+    ] = None
+    user: Annotated[str | None, Field(description="For your own records: not used.")] = None
+
+
 class TextPart(_Body):
     """A part of a message."""
 

@@ -21,7 +21,6 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headfold.runtime import load
-from headfold.runtime.server.answering import event, unless_gone
 from headfold.runtime.server.app import make_app, tell_errors
 from headfold.runtime.server.guards import Guards
 from headfold.runtime.server.metrics import CONTENT_TYPE
@@ -29,6 +28,7 @@ from headfold.runtime.server.protocol.refusals import Refused
 from headfold.runtime.server.protocol.responses import Health
 from headfold.runtime.server.ray.merging import merged
 from headfold.runtime.server.ray.routing import beginnings
+from headfold.runtime.server.routes.answering import event, unless_gone
 from headfold.runtime.server.settings import Settings
 
 _ATTEMPTS = 3  # replicas that one request may be given to: what ends them all is the request

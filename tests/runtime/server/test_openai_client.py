@@ -150,7 +150,7 @@ def test_an_answer_follows_the_schema_that_is_asked_for(client, monkeypatch) -> 
     assert {choice.finish_reason for choice in answer.choices} == {"stop"}
     anything = client.chat.completions.create(**asked, max_tokens=3, response_format={"type": "json_object"})
     assert {choice.message.content[0] for choice in anything.choices} == {"{"}
-    monkeypatch.setattr("headfold.runtime.server.chat.find_spec", lambda _: None)
+    monkeypatch.setattr("headfold.runtime.server.routes.chat.find_spec", lambda _: None)
     with pytest.raises(openai.UnprocessableEntityError, match=r"headfold\[grammar\]"):
         client.chat.completions.create(**asked, response_format=SCHEMA)
 

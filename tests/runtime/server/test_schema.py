@@ -23,7 +23,7 @@ def test_no_request_is_too_much(tmp_path) -> None:
     with script_model(tmp_path / "script", lambda _: "yes") as model, serving({"script": model}, limits) as address:
         schema = schemathesis.openapi.from_url(f"{address}/openapi.json")
         operations = [result.ok() for result in schema.get_all_operations()]
-        assert len(operations) == 7
+        assert len(operations) == 8
         for operation in operations:
             for mode in GenerationMode if operation.method == "post" else [GenerationMode.POSITIVE]:
 

@@ -8,10 +8,10 @@ from starlette.responses import Response
 
 from headfold.runtime.generate import Delta, Generation
 from headfold.runtime.scheduling.request import TokenLogprob
-from headfold.runtime.server.answering import Call, unless_gone
 from headfold.runtime.server.protocol.refusals import unsupported
-from headfold.runtime.server.protocol.requests import CompletionRequest
+from headfold.runtime.server.protocol.requests import CompletionRequest, are_several
 from headfold.runtime.server.protocol.responses import Completion, CompletionChoice, CompletionLogprobs, JsonObject
+from headfold.runtime.server.routes.answering import Call, unless_gone
 from headfold.runtime.server.served import Models
 from headfold.runtime.server.settings import Settings
 
@@ -25,7 +25,7 @@ async def complete(
     served = models.find(body.model)
     if body.echo:
         raise unsupported("echo", "echo is not supported: put the prompt before the text yourself.")
-    prompts = body.prompt if _are_several(body.prompt) else [body.prompt]
+    prompts = body.prompt if are_several(body.prompt) else [body.prompt]
     ids = await asyncio.to_thread(lambda: [served.model.encode(prompt) for prompt in prompts])
     left = served.model.capacity - max(map(len, ids))
     new_tokens = body.max_tokens or max(1, min(_NEW_TOKENS, settings.limits.new_tokens or _NEW_TOKENS, left))
@@ -61,8 +61,3 @@ def _choice(call: Call, body: CompletionRequest, index: int, answer: Generation)
 
 def _logprobs(call: Call, body: CompletionRequest, logprobs: list[TokenLogprob], offset: int = 0) -> CompletionLogprobs:
     return call.served.texts.completion(logprobs, body.logprobs or 0, offset)
-
-
-def _are_several(prompt: str | list[int] | list[str] | list[list[int]]) -> bool:
-    """Whether it is a list of prompts; an empty one is a prompt that is refused."""
-    return isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)

@@ -9,7 +9,6 @@ from starlette.responses import Response
 
 from headfold.runtime.generate import Delta, Generation
 from headfold.runtime.scheduling.request import TokenLogprob
-from headfold.runtime.server.answering import Call, unless_gone
 from headfold.runtime.server.protocol.messages import for_template, tools_for_template
 from headfold.runtime.server.protocol.refusals import Refused, unsupported
 from headfold.runtime.server.protocol.requests import ChatRequest
@@ -22,6 +21,7 @@ from headfold.runtime.server.protocol.responses import (
 )
 from headfold.runtime.server.protocol.responses import Call as ToolCall
 from headfold.runtime.server.protocol.tool_calls import ToolCallReader
+from headfold.runtime.server.routes.answering import Call, unless_gone
 from headfold.runtime.server.served import Models, Served
 from headfold.runtime.server.settings import Settings
 

@@ -1,0 +1,1 @@
+"""What each address does: a call begun, its answers collected or streamed."""
