@@ -40,11 +40,11 @@ class Subject:
     facts: Facts
     precision: Precision  # of the graph
     all_logits: bool  # whether it has logits for all new tokens
-    hidden_states: bool  # whether it has what the head is given
     capacity: int  # positions that its caches may have
     cache: QuantizedCache | None
     oracle: Callable[[], Oracle]  # in float32, with the weights of the graph
     reference: Callable[[torch.dtype], Oracle]
+    hidden_states: bool = False  # whether it has what the head is given, of all new tokens
 
     @property
     def windows(self) -> set[int]:

@@ -136,11 +136,11 @@ def verify_bundle(
         facts=facts,
         precision=precision_of(manifest),
         all_logits=manifest.logits == "all",
-        hidden_states=manifest.hidden_size is not None and candidate is None,  # engines have none
         capacity=capacity,
         cache=cache,
         oracle=lambda: restored.oracle(stored, capacity),
         reference=lambda arithmetic: restored.reference(stored, capacity, arithmetic),
+        hidden_states=manifest.hidden_size is not None and candidate is None,  # engines have none
     )
     tokenizer = directory / "tokenizer.json"
     text = Tokenizer.from_file(str(tokenizer)).encode(_TEXT).ids if tokenizer.is_file() else None

@@ -1,6 +1,7 @@
 """Embeddings are transformers' last hidden states, pooled; proven as the logits are, and only where they were asked for."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import torch
 from random_transformers import random_model
 
 from headfold.export.bundle.pipeline import ExportOptions, export_bundle
+from headfold.export.engine.lowering import lower
 from headfold.export.exportables.opening import open_exportable
 from headfold.export.exportables.own import OwnMaster
 from headfold.export.progress import Reporter
 from headfold.runtime import BundleError, CapacityError, InputError, Model, load
 from headfold.runtime.errors import VerificationError
+from headfold.runtime.manifest import MODEL
 from headfold.runtime.measuring.embedding import pooled
 
 QUIET = Reporter(quiet=True)
@@ -102,6 +105,25 @@ def test_what_is_no_number_is_told() -> None:
     with pytest.raises(BundleError, match="NaN or infinite"):
         pooled([np.array([[np.nan, 1]], np.float32)], "mean", True)
     assert pooled([np.zeros((2, 3), np.float32)], "mean", True).tolist() == [0, 0, 0]
+
+
+def test_an_engine_is_built_without_them(make_toy) -> None:
+    outputs = [
+        [value.name for value in lower(make_toy(hidden_states=given).path / MODEL, "native", 24).graph.outputs]
+        for given in (False, True)
+    ]
+    assert outputs[0] == outputs[1]
+
+
+def test_a_manifest_that_says_otherwise_than_the_graph_is_refused(make_toy, tmp_path) -> None:
+    path = shutil.copytree(make_toy(hidden_states=True).path, tmp_path / "bundle")
+    manifest = json.loads((path / "manifest.json").read_text())
+    (spec,) = (spec for spec in manifest["outputs"] if spec["name"] == "hidden_states")
+    for size, match in ((spec["shape"][2] + 1, "hidden_states is not the manifest's"), ("hidden", "has no size")):
+        spec["shape"][2] = size
+        (path / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(BundleError, match=match):
+            load(path, threads=1)
 
 
 def test_a_bundle_is_as_it_was_unless_asked(make_toy) -> None:

@@ -13,7 +13,7 @@ from headfold.export.exportables.module_road.module_model import ModuleModel
 from headfold.export.exportables.module_road.module_oracle import ModuleOracle
 from headfold.plugins.torch import attention
 from headfold.runtime import load
-from headfold.runtime.errors import BundleError, VerificationError
+from headfold.runtime.errors import BundleError, ConfigError, VerificationError
 
 FACTS = ModuleFacts(max_position_embeddings=64, eos_token_id=(2,))
 
@@ -34,6 +34,30 @@ def test_is_proven_with_all_that_a_decoder_may_have(dtype, tmp_path) -> None:
     ].detach()  # without a cache: torch's own
     tolerance = 1e-4 if dtype == "float32" else 0.1
     np.testing.assert_allclose(backend.prefill(backend.new_cache(1, 32), 0, prompt), expected, atol=tolerance)
+
+
+def test_hidden_states_are_what_its_head_is_given(tmp_path) -> None:
+    module, seen = Plain(), []
+    options = ExportOptions(hidden_states=True, decode_steps=2)
+    assert export_module(module, tmp_path / "bundle", FACTS, options=options).parity.passed
+    module.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0].detach().numpy()))
+    module(torch.tensor([[5, 6, 7]]), torch.arange(3)[None])
+    with load(tmp_path / "bundle", threads=1) as model:
+        np.testing.assert_allclose(model.embed([5, 6, 7]), seen[0].mean(0), atol=1e-4)
+
+
+def test_a_module_without_a_head_has_none(tmp_path) -> None:
+    class Tied(Plain):
+        def forward(self, input_ids, positions, cache=None):
+            x = self.embedding(input_ids) + self.positions(positions)
+            for number, layer in enumerate(self.layers):
+                x = layer(x, cache, number)
+            return x @ self.embedding.weight.T
+
+    module = Tied()
+    del module.head
+    with pytest.raises(ConfigError, match="no head of its own"):
+        export_module(module, tmp_path / "bundle", FACTS, options=ExportOptions(hidden_states=True))
 
 
 def test_facts_are_learned() -> None:
