@@ -102,7 +102,9 @@ class TracedMaster(Master):
     ) -> tuple[Tensor, Cache, list[Tensor]]:
         """See Master."""
         if self.hidden_states and self._headless:
-            raise ConfigError("has no head of its own, so nobody knows its last hidden state", fix="Leave it out.")
+            raise ConfigError(
+                "has no head of its own, so nobody knows its last hidden state", fix="Leave --hidden-states out."
+            )
         logits, cache, hidden = self.run(input_ids, attention_mask, caches)
         hidden, self._given = [*hidden, *self._given], []
         missing = [layer for layer in range(self._count) if layer not in cache.present]
