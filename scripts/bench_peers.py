@@ -5,6 +5,7 @@ Loading, prompts of several lengths, decoding, peak memory, and how far the next
 process of its own, kept warm; rounds are interleaved and medians told. Called by `scripts/bench.py --peers`.
 """
 
+import importlib
 import itertools
 import json
 import os
@@ -60,6 +61,7 @@ class Genai:
         config = og.Config(path)
         config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
         self.og, self.model = og, og.Model(config)
+        self.tokenizer = og.Tokenizer(self.model)  # as the others have read theirs
 
     def _generator(self, length: int) -> Any:
         parameters = self.og.GeneratorParams(self.model)
@@ -146,16 +148,26 @@ ENGINES: dict[str, Callable[[str, int], Any]] = {
 }
 
 
+MODULES = {
+    "headfold": ["headfold.runtime.generate", "headfold.runtime.session"],
+    "onnxruntime-genai": ["onnxruntime_genai"],
+    "llama.cpp": ["xllamacpp"],
+    "openvino": ["openvino_genai"],
+}
+
+
 def worker(kind: str, path: str, threads: int) -> None:
     """Serve tasks, a line of JSON each; what libraries print goes to standard error."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     Genai.model_path = path
-    imports = {"headfold": "headfold.runtime", "onnxruntime-genai": "onnxruntime_genai"}
-    __import__(imports.get(kind, {"llama.cpp": "xllamacpp", "openvino": "openvino_genai"}.get(kind, "")))
     start = time.perf_counter()
+    for module in MODULES[kind]:
+        importlib.import_module(module)
+    imported = time.perf_counter()
     engine = ENGINES[kind](path, threads)
-    print(json.dumps({"load": time.perf_counter() - start}), file=answers, flush=True)
+    loaded = {"import": imported - start, "load": time.perf_counter() - imported}
+    print(json.dumps(loaded), file=answers, flush=True)
     for line in sys.stdin:
         task = json.loads(line)
         if "to" in task:
@@ -174,14 +186,27 @@ class Contender:
     """A worker process, and what it measured."""
 
     def __init__(self, kind: str, path: Path, threads: int) -> None:
-        command = [str(PEERS), __file__, kind, str(path), str(threads)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        self.loads = [self._read(kind)["load"]]
+        self._command = [str(PEERS), __file__, kind, str(path), str(threads)]
         self.path, self.kind, self.peak = path, kind, 0.0
+        self.imports: list[float] = []
+        self.loads: list[float] = []  # behind the imports, tokenizer and all
+        self.start(keep=False)
         self.prefills: dict[int, list[float]] = {}
         self.decodes: list[float] = []  # seconds a token
+
+    def start(self, keep: bool) -> None:
+        """Load; the first time the file may not be in memory yet, and nobody remembers anything of it."""
+        self.process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        took = self._read(self.kind)
+        if keep:
+            self.imports.append(took["import"])
+            self.loads.append(took["load"])
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.communicate()
 
     def run(self, ids: list[int], new: int, keep: bool) -> None:
         result = self.ask({"ids": ids, "new": new})
@@ -218,30 +243,37 @@ def peers(folder: Path, rounds: int, new: int, threads: int, prompts: Sequence[i
             for contender in everyone:
                 contender.run(ids, new, keep=number > 0)
     costs = distances(contenders, prefixes(paths["headfold float32"]), folder)
+    for contender in contenders.values():
+        contender.stop()
+    for _ in range(rounds):
+        for contender in contenders.values():
+            contender.start(keep=True)
+            contender.stop()
     cpu = next((x.split(": ")[1] for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "?")
     load = os.getloadavg()[1]
     print(f"{subject}, {cpu}, {threads} threads, medians of {rounds} rounds; load of the machine {load:.1f}")
     heads = "".join(f"{f'prompt {length}':>13}" for length in prompts)
-    print(f"{'':28}{heads}{'decode':>9}{'load s':>8}{'peak MiB':>10}{'KL':>9}{'top-1':>7}")
+    print(f"{'':28}{heads}{'decode':>9}{'import s':>10}{'load s':>8}{'peak MiB':>10}{'KL':>9}{'top-1':>7}")
     table: dict[str, Any] = {"cpu": cpu, "threads": threads, "load": load}
     for name, contender in contenders.items():
         speeds = [length / statistics.median(contender.prefills[length]) for length in prompts]
-        decode, loading = 1 / statistics.median(contender.decodes), contender.loads[0]
+        decode = 1 / statistics.median(contender.decodes)
+        importing, loading = statistics.median(contender.imports), statistics.median(contender.loads)
         kl, top1 = costs.get(name, (float("nan"), float("nan")))
         cells = "".join(f"{speed:13.0f}" for speed in speeds)
         print(
-            f"{name:28}{cells}{decode:9.1f}{loading:8.2f}{contender.peak / 2**20:10,.0f}{kl:9.4f}{top1:7.0%}",
+            f"{name:28}{cells}{decode:9.1f}{importing:10.2f}{loading:8.2f}{contender.peak / 2**20:10,.0f}{kl:9.4f}{top1:7.0%}",
             flush=True,
         )
         table[name] = {
             "prefill": dict(zip(map(str, prompts), speeds, strict=True)),
             "decode": decode,
+            "import_seconds": importing,
             "load_seconds": loading,
             "peak_bytes": contender.peak,
             "kl": kl,
             "top1": top1,
         }
-        contender.process.kill()
     return table
 
 
