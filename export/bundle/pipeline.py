@@ -18,7 +18,7 @@ from headfold.export.bundle.writer import check_output, file_entry, manifest_of,
 from headfold.export.checkpoints.opening import load_decoder
 from headfold.export.data.calibration import CALIBRATION, calibration_tokens, write_tokens
 from headfold.export.data.calibration import TOKENS as CALIBRATION_TOKENS
-from headfold.export.exportables.base import Exportable, no_quantized_cache
+from headfold.export.exportables.base import Exportable, Tensors, no_quantized_cache
 from headfold.export.exportables.own import OwnModel
 from headfold.export.exportables.rounded import StoredTensors
 from headfold.export.exportables.rounding_record import RECORD, record_of, record_to_json
@@ -29,8 +29,8 @@ from headfold.export.parity.report import ParityReport
 from headfold.export.parity.verify import verify_bundle
 from headfold.export.progress import Reporter
 from headfold.export.quantization.gate import pass_gate
-from headfold.export.quantization.products import round_weights
-from headfold.export.quantization.rounding import WeightRounding, prepare
+from headfold.export.quantization.products import round_weights, roundable
+from headfold.export.quantization.rounding import Prepared, WeightRounding, prepare
 from headfold.plugins.dtypes import DType, Quantized
 from headfold.runtime.choosing.generation_settings import read_generation_settings
 from headfold.runtime.errors import BundleError, CheckpointError, ConfigError, VerificationError
@@ -114,7 +114,6 @@ def export_bundle(source: Exportable, output: Path, options: ExportOptions, repo
         scales, quantization = (
             _calibrate(source, capacity, options.cache, reporter, stage) if options.cache else ([], None)
         )
-        prepared = prepare(source, capacity, rounding, reporter) if rounding is not None else None
         _forget_peak_memory()
         before = psutil.Process().memory_info().rss
         with reporter.step("open the weights"):
@@ -123,17 +122,22 @@ def export_bundle(source: Exportable, output: Path, options: ExportOptions, repo
             stored = options.cache.dtype if options.cache else None
             asked = (options.all_logits, stored, options.hidden_states)
             model = export_graph(source, tensors, dtype, capacity, *asked)
-            if prepared is not None:
-                round_weights(model, prepared.checkpoint)
-            tables = {**source.tables(dtype, capacity), **cache_scales_by_name(scales)}
-            stored_tensors = StoredTensors(prepared.checkpoint) if prepared is not None else tensors
-            weight_bytes = attach_weights(model, stored_tensors, tables, options.allow_nan)
-            parameters = sum(math.prod(shape) for shape in tensors.shapes().values())
+        prepared: Prepared | None
+        stored_tensors: Tensors
+        prepared, stored_tensors, traced = None, tensors, _peak_memory()
+        if rounding is not None:
+            prepared = prepare(source, tensors, roundable(model), capacity, rounding, reporter)
+            _forget_peak_memory()
+            round_weights(model, prepared.weights)
+            stored_tensors = StoredTensors(prepared.weights)
+        tables = {**source.tables(dtype, capacity), **cache_scales_by_name(scales)}
+        weight_bytes = attach_weights(model, stored_tensors, tables, options.allow_nan)
+        parameters = sum(math.prod(shape) for shape in tensors.shapes().values())
         with reporter.step(f"write {weight_bytes / 2**20:,.0f} MiB of weights", weight_bytes) as advance:
             save_model(model, stage / MODEL, lambda _, size: advance(size))
         inputs, outputs = [_spec(v) for v in model.graph.inputs], [_spec(v) for v in model.graph.outputs]
         del model, tensors, stored_tensors
-        peak = max(_peak_memory() - before, 0)
+        peak = max(traced - before, _peak_memory() - before, 0)
         reporter.note(f"peak memory of the export: {peak / 2**20:,.0f} MiB, {peak / weight_bytes:.2f} x the weights")
         fields: dict[str, Any] = {
             "format_version": _format_version(source, quantization, rounding),
@@ -155,7 +159,7 @@ def export_bundle(source: Exportable, output: Path, options: ExportOptions, repo
             manifest = manifest_of(stage, parity=None, **fields)
         if prepared is not None:
             spec = pass_gate(stage, manifest, prepared.before, reporter)
-            write_json(stage / RECORD, record_to_json(record_of(prepared.checkpoint, prepared.costs)))
+            write_json(stage / RECORD, record_to_json(record_of(prepared.weights, prepared.costs)))
             files = manifest.files | {name: file_entry(stage / name) for name in (MODEL, RECORD)}
             manifest = manifest.model_copy(update={"files": files, "weights": spec})
         report = None

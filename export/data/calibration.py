@@ -3,12 +3,15 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from headfold.export.data.token_data import tokenize
-from headfold.export.model.decoder import Decoder
+from headfold.export.exportables.facts import Facts
+from headfold.export.model.config import ModelConfig
+from headfold.export.model.decoder import Cache, Output
 from headfold.export.progress import Reporter
 from headfold.runtime.errors import BundleError, DataError
 
@@ -19,9 +22,28 @@ CALIBRATION = (
 _LARGEST = 1 << 28  # bytes of it
 
 
+class Model(Protocol):
+    """What text is calibrated for, as a `headfold.export.model.decoder.Decoder` is."""
+
+    capacity: int
+
+    @property
+    def config(self) -> ModelConfig | Facts:
+        """For the size of the vocabulary and the end token."""
+        ...
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """An empty one."""
+        ...
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, cache: Cache, last_only: bool) -> Output:
+        """Go on by some tokens."""
+        ...
+
+
 def calibration_tokens(
     tokenizer: bytes | None,
-    decoder: Decoder,
+    decoder: Model,
     data: Sequence[str] = (),
     count: int = TOKENS,
     length: int = LENGTH,
@@ -39,7 +61,7 @@ def calibration_tokens(
         decoder: the model.
         data: see above.
         count: tokens in all.
-        length: tokens of each sequence, at most the decoder's capacity.
+        length: tokens of each sequence, at most the model's capacity.
         seed: of the model's own text.
         reporter: told what goes on.
 

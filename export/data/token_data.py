@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from headfold.export.data.documents import Piece, fingerprint, pieces
+from headfold.export.exportables.facts import Facts
 from headfold.export.model.config import ModelConfig
 from headfold.export.progress import Reporter
 from headfold.export.publishing import one_line, publish_file, recover
@@ -97,7 +98,7 @@ def _order(windows: int, seed: int, epoch: int) -> NDArray[np.int64]:
 def tokenize(
     sources: Sequence[str],
     tokenizer: bytes | None,
-    config: ModelConfig,
+    config: ModelConfig | Facts,
     reporter: Reporter,
     text_field: str = "text",
     cache: Path | None = None,
@@ -157,7 +158,9 @@ def _ready_made(path: Path, vocab_size: int) -> TokenData:
     return data
 
 
-def _encode(sources: Sequence[str], field: str, tokenizer: Tokenizer, config: ModelConfig) -> Iterator[NDArray[Any]]:
+def _encode(
+    sources: Sequence[str], field: str, tokenizer: Tokenizer, config: ModelConfig | Facts
+) -> Iterator[NDArray[Any]]:
     """Arrays of ids, in order."""
     tokenizer.no_truncation()
     tokenizer.no_padding()

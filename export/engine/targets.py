@@ -21,10 +21,11 @@ from headfold.export.engine.preflight import preflight
 from headfold.export.exportables.base import Exportable
 from headfold.export.exportables.outline import outline
 from headfold.export.exportables.own import OwnModel
-from headfold.export.exportables.rounded import rounded_checkpoint
 from headfold.export.graph.bodies import onnxruntime_can
 from headfold.export.graph.trace import export_graph
 from headfold.export.graph.weights import attach_weights
+from headfold.export.quantization.products import roundable
+from headfold.export.quantization.rounding import widths_of
 from headfold.plugins.attention.schema import Attention
 from headfold.runtime.errors import HeadfoldError
 from headfold.runtime.manifest import WeightsScheme
@@ -44,14 +45,15 @@ class Target:
 
 def targets_of(exportable: Exportable, base: Path | None = None) -> list[Target]:
     """All there are, in the order of the work; `base` is what `open_exportable` was told."""
-    return [*_graphs(exportable), *_storage(exportable), *_changes(exportable, base)]
-
-
-def _graphs(exportable: Exportable) -> Iterator[Target]:
-    """What is made of the graph."""
     capacity = min(exportable.facts.capacity, _CAPACITY)
     small = outline(exportable)
     model, why = _tried(lambda: _graph(small, capacity))
+    graphs = _graphs(exportable, model, why, capacity)
+    return [*graphs, *_storage(exportable, small, model, why), *_changes(exportable, base)]
+
+
+def _graphs(exportable: Exportable, model: ir.Model | None, why: str, capacity: int) -> Iterator[Target]:
+    """What is made of the outline's graph; without one, why not."""
     if model is None:
         yield Target("onnxruntime", False, why)
     else:
@@ -81,12 +83,15 @@ def _lowered(exportable: Exportable, model: ir.Model, attention: Attention, capa
     return lowered
 
 
-def _storage(exportable: Exportable) -> Iterator[Target]:
+def _storage(exportable: Exportable, small: Exportable, model: ir.Model | None, why: str) -> Iterator[Target]:
     """In how many bits numbers can be stored."""
-    cached, why = _tried(lambda: outline(exportable).master(torch.float32, 1, False, "int8"))
-    yield Target("--kv-cache", cached is not None, why or "int8, float8_e4m3fn")
-    rounded, why = _tried(lambda: rounded_checkpoint(exportable, "int8"))
-    yield Target("--weights", rounded is not None, why or ", ".join(get_args(WeightsScheme)))
+    cached, why_not = _tried(lambda: small.master(torch.float32, 1, False, "int8"))
+    yield Target("--kv-cache", cached is not None, why_not or "int8, float8_e4m3fn")
+    bits = None
+    if model is not None:
+        shapes, names = small.tensors(torch.float32).shapes(), roundable(model)
+        bits, why = _tried(lambda: widths_of({name: shapes[name] for name in names}, "int8", (), exportable.path))
+    yield Target("--weights", bits is not None, why or ", ".join(get_args(WeightsScheme)))
 
 
 def _changes(exportable: Exportable, base: Path | None) -> Iterator[Target]:

@@ -4,7 +4,7 @@ Two makers of it: `own.py` for families with a table, `transformers_model.py` fo
 asks which.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,8 +36,17 @@ class Tensors(Protocol):
         ...
 
 
+class Changed(Tensors, Protocol):
+    """A model's weights, some of which are others than its own."""
+
+    @property
+    def changed(self) -> Collection[str]:
+        """The names of those."""
+        ...
+
+
 class Master(nn.Module):
-    """What is traced: an nn.Module whose `decoder` has the tensors, by their names.
+    """What is traced: an nn.Module whose `decoder` has the tensors, by their names. It runs, too, once it has numbers.
 
     `forward(input_ids [B, S], attention_mask [B, T], caches)` gives logits [B, 1 or S, V], the caches with the new tokens in them, and
     the residual stream after each layer [B, S, hidden]. T - S columns of the mask are past; padding may be on either side.
@@ -45,7 +54,15 @@ class Master(nn.Module):
     """
 
     decoder: nn.Module
+    layers: Sequence[nn.Module]  # of the decoder, in order
+    all_logits: bool
     hidden_states = False
+
+
+def first_names(module: nn.Module) -> dict[str, str]:
+    """Of every parameter the first of the names that it has, under which its tensor is known."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(x), name) for name, x in module.named_parameters(remove_duplicate=False)}
 
 
 def no_quantized_cache(path: Path) -> ConfigError:
@@ -107,10 +124,15 @@ class Exportable(Protocol):
         """What the master has beside its weights, computed from the configuration, in the dtype it has there."""
         ...
 
-    def oracle(self, stored: torch.dtype, capacity: int) -> Oracle:
-        """Who says what is right, in float32 arithmetic with weights rounded to `stored`: as independent of us as there is one."""
+    def oracle(self, stored: torch.dtype, capacity: int, weights: Changed | None = None) -> Oracle:
+        """Who says what is right, in float32 arithmetic with weights rounded to `stored`: as independent of us as there is one.
+
+        `weights` are those to compute with in place of its own; what is changed in them is not rounded to `stored`.
+        """
         ...
 
-    def reference(self, stored: torch.dtype, capacity: int, arithmetic: torch.dtype) -> Oracle:
+    def reference(
+        self, stored: torch.dtype, capacity: int, arithmetic: torch.dtype, weights: Changed | None = None
+    ) -> Oracle:
         """The same model computing in `arithmetic` throughout: how exact PyTorch is on it, which is no word on what is right."""
         ...

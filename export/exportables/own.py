@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headfold.export.checkpoints.base import Checkpoint, TokenizerFiles
 from headfold.export.checkpoints.opening import load_decoder
-from headfold.export.exportables.base import Master
+from headfold.export.exportables.base import Changed, Master
 from headfold.export.exportables.facts import Facts, LayerFacts
 from headfold.export.exportables.oracle import DecoderOracle, Oracle
 from headfold.export.model.config import ModelConfig
@@ -60,19 +60,22 @@ class OwnModel:
         cos, sin = rope_tables(self.checkpoint.config, capacity)
         return {"cos_cache": cos.to(dtype), "sin_cache": sin.to(dtype)}
 
-    def oracle(self, stored: torch.dtype, capacity: int) -> Oracle:
+    def oracle(self, stored: torch.dtype, capacity: int, weights: Changed | None = None) -> Oracle:
         """See Exportable: transformers' model, loaded by its own code, where it knows this one."""
-        if find_spec("transformers") is not None:
+        if weights is None and find_spec("transformers") is not None:
             from headfold.export.exportables.transformers_road.transformers_oracle import oracle_of
 
             oracle = oracle_of(self.checkpoint, stored)
             if oracle is not None:
                 return oracle
-        return self.reference(stored, capacity, torch.float32)
+        return self.reference(stored, capacity, torch.float32, weights)
 
-    def reference(self, stored: torch.dtype, capacity: int, arithmetic: torch.dtype) -> Oracle:
+    def reference(
+        self, stored: torch.dtype, capacity: int, arithmetic: torch.dtype, weights: Changed | None = None
+    ) -> Oracle:
         """See Exportable."""
-        return DecoderOracle(load_decoder(self.checkpoint, stored, capacity).to(arithmetic))
+        decoder = load_decoder(self.checkpoint, stored, capacity, weights)
+        return DecoderOracle(decoder.to(arithmetic))
 
 
 class OwnMaster(Master):
@@ -82,7 +85,7 @@ class OwnMaster(Master):
 
     def __init__(self, decoder: Decoder, all_logits: bool) -> None:
         super().__init__()
-        self.decoder, self.all_logits = decoder, all_logits
+        self.decoder, self.layers, self.all_logits = decoder, list(decoder.model.layers), all_logits
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, cache: Cache) -> tuple[Tensor, Cache, list[Tensor]]:
         """See Master."""

@@ -1,22 +1,21 @@
 """A model whose weights are rounded: as a graph stores them, and as they are when restored, which is what it is compared with."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from headfold.export.checkpoints.base import Checkpoint, TokenizerFiles
 from headfold.export.checkpoints.quantized.tensor import QuantizedTensor
-from headfold.export.exportables.base import Exportable
-from headfold.export.exportables.kept import kept, kept_forms
-from headfold.export.exportables.own import OwnModel
+from headfold.export.exportables.base import Tensors
+from headfold.export.exportables.kept import kept
 from headfold.export.model.config import ModelConfig
 from headfold.export.model.rounding import (
     Form,
     Rounded,
     Width,
-    bits_of,
     form_of,
     restored,
     rounded,
@@ -24,8 +23,7 @@ from headfold.export.model.rounding import (
     stored_shapes,
 )
 from headfold.export.model.smoothing import Exponents, shifted, shifts
-from headfold.runtime.errors import BundleError, ConfigError
-from headfold.runtime.manifest import WeightsScheme
+from headfold.runtime.errors import BundleError
 
 
 class ChangedCheckpoint:
@@ -118,15 +116,65 @@ class SmoothedCheckpoint(ChangedCheckpoint):
         return self.original.kind(name)
 
 
-class RoundedCheckpoint(ChangedCheckpoint):
-    """A checkpoint some of whose weights have been rounded and restored; see Checkpoint.
+class RoundedTensors:
+    """A model's weights, some of which have been rounded and restored; see Changed.
+
+    Args:
+        tensors: as they were.
+        bits: of each rounded weight.
+        found: those that are rounded already; the others are, to the nearest, as they are read.
+    """
+
+    kept: Mapping[str, Form] = MappingProxyType({})
+
+    def __init__(self, tensors: Tensors, bits: Mapping[str, Width], found: Mapping[str, Rounded] | None = None) -> None:
+        self.original: Tensors = tensors
+        self.found, shapes = found or {}, tensors.shapes()
+        self.forms = {name: form_of(width, shapes[name][1]) for name, width in bits.items()}
+        self._last: tuple[str, Rounded] | None = None  # a graph asks for numbers and scales one after the other
+
+    @property
+    def path(self) -> Path:
+        """See Tensors."""
+        return self.original.path
+
+    @property
+    def changed(self) -> Collection[str]:
+        """See Changed."""
+        return self.forms
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """See Tensors."""
+        return self.original.shapes()
+
+    def read(self, name: str) -> Tensor:
+        """See Tensors."""
+        return restored(self.rounded(name)) if name in self.forms else self.original.read(name)
+
+    def rounded(self, name: str) -> Rounded:
+        """One of the rounded weights."""
+        if name in self.found:
+            return self.found[name]
+        if self._last is None or self._last[0] != name:
+            self._last = name, self.made(name)
+        return self._last[1]
+
+    def made(self, name: str) -> Rounded:
+        """One that is not found already."""
+        return rounded(self.original.read(name), self.forms[name].bits)
+
+
+class RoundedCheckpoint(ChangedCheckpoint, RoundedTensors):
+    """The same of a checkpoint, which may hold some of them in few bits itself; see Checkpoint, too.
 
     Args:
         checkpoint: as it was.
-        bits: of each rounded weight.
-        found: those that are rounded already; the others are, to the nearest, as they are read.
-        kept: those that the checkpoint holds in few bits itself, and how; see `headfold.export.exportables.kept`.
+        bits: see RoundedTensors, and
+        found: there.
+        kept: those, and how; see `headfold.export.exportables.kept`.
     """
+
+    original: Checkpoint
 
     def __init__(
         self,
@@ -135,10 +183,9 @@ class RoundedCheckpoint(ChangedCheckpoint):
         found: Mapping[str, Rounded] | None = None,
         kept: Mapping[str, Form] | None = None,
     ) -> None:
-        super().__init__(checkpoint)
-        self.found, self.kept, shapes = found or {}, kept or {}, checkpoint.shapes()
-        self.forms = {name: form_of(width, shapes[name][1]) for name, width in bits.items()} | dict(self.kept)
-        self._last: tuple[str, Rounded] | None = None  # a graph asks for numbers and scales one after the other
+        RoundedTensors.__init__(self, checkpoint, bits, found)
+        self.kept = kept or {}
+        self.forms |= self.kept
 
     def dtype(self, name: str) -> torch.dtype:
         """See Checkpoint."""
@@ -146,23 +193,16 @@ class RoundedCheckpoint(ChangedCheckpoint):
 
     def read(self, name: str) -> Tensor:
         """See Checkpoint."""
-        return restored(self.rounded(name)) if name in self.forms else self.original.read(name)
+        return RoundedTensors.read(self, name)
 
-    def rounded(self, name: str) -> Rounded:
-        """One of the rounded weights.
+    def made(self, name: str) -> Rounded:
+        """See RoundedTensors.
 
         Raises:
             BundleError: the checkpoint does not hold it as `kept` says.
         """
-        if name in self.found:
-            return self.found[name]
-        if self._last is None or self._last[0] != name:
-            self._last = name, self._made(name)
-        return self._last[1]
-
-    def _made(self, name: str) -> Rounded:
         if name not in self.kept:
-            return rounded(self.original.read(name), self.forms[name].bits)
+            return super().made(name)
         rounding = kept(self.original, name)
         if rounding is None or rounding.form != self.kept[name]:
             raise BundleError(f"{name} is not in {self.path} as the bundle kept it", fix="Export it again.")
@@ -170,9 +210,9 @@ class RoundedCheckpoint(ChangedCheckpoint):
 
 
 class StoredTensors:
-    """The weights of a rounded checkpoint as a graph stores them: see Tensors, and `stored_shapes` for their names."""
+    """Rounded weights as a graph stores them: see Tensors, and `stored_shapes` for their names."""
 
-    def __init__(self, checkpoint: RoundedCheckpoint) -> None:
+    def __init__(self, checkpoint: RoundedTensors) -> None:
         self._checkpoint, self.path, self._whole = checkpoint, checkpoint.path, dict[str, str]()
         self._shapes = dict(checkpoint.shapes())
         for name, form in checkpoint.forms.items():
@@ -192,28 +232,3 @@ class StoredTensors:
         if name not in self._whole:
             return self._checkpoint.read(name)
         return stored_part(self._checkpoint.rounded(self._whole[name]), name)
-
-
-def rounded_checkpoint(exportable: Exportable, scheme: WeightsScheme) -> RoundedCheckpoint:
-    """The checkpoint behind it, rounded; what it holds in few bits already stays as it is.
-
-    Raises:
-        ConfigError: headfold has no table of its family, or nothing in it can be rounded.
-    """
-    if not isinstance(exportable, OwnModel):
-        raise ConfigError(
-            "weights are rounded only in families that headfold has a table of",
-            where=exportable.path,
-            fix="Leave --weights out.",
-        )
-    checkpoint = exportable.checkpoint
-    bits = bits_of(checkpoint.shapes(), scheme)
-    forms = kept_forms(checkpoint, [name for name, width in bits.items() if width != 7])
-    if not bits:
-        raise ConfigError(
-            "no weight has blocks of 32 inputs, so none can be rounded",
-            where=exportable.path,
-            fix="Leave --weights out.",
-        )
-    left = {name: width for name, width in bits.items() if name not in forms}
-    return RoundedCheckpoint(checkpoint, left, kept=forms)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from headfold.export.checkpoints.base import Checkpoint
-from headfold.export.exportables.rounded import RoundedCheckpoint, SmoothedCheckpoint
+from headfold.export.exportables.rounded import RoundedCheckpoint, RoundedTensors, SmoothedCheckpoint
+from headfold.export.model.config import ModelConfig
 from headfold.export.model.rounding import Form, Rounded, Width, form_of, restored
 from headfold.export.model.smoothing import LARGEST, Exponents, seams
 from headfold.plugins.quantized.schema import BLOCK, LARGEST_BLOCK, SMALLEST_BLOCK
@@ -57,12 +58,12 @@ class RoundingRecord:
         return SmoothedCheckpoint(checkpoint, self.smoothing) if self.smoothing else checkpoint
 
 
-def record_of(checkpoint: RoundedCheckpoint, costs: Mapping[str, float]) -> RoundingRecord:
+def record_of(checkpoint: RoundedTensors, costs: Mapping[str, float]) -> RoundingRecord:
     """What was done, and what it does to each weight; `costs` are the KLs of `WeightRecord`."""
     records = {}
     for name, form in checkpoint.forms.items():
         rounding = checkpoint.rounded(name)
-        kind = checkpoint.original.kind(name)
+        kind = checkpoint.original.kind(name) if isinstance(checkpoint, RoundedCheckpoint) else None
         error = relative_squared_error(rounding, checkpoint.original.read(name))
         method: Method | Literal["kept"] = (
             "kept" if name in checkpoint.kept else "gptq" if name in checkpoint.found else "nearest"
@@ -92,8 +93,8 @@ def record_to_json(record: RoundingRecord) -> dict[str, Any]:
     return content | ({"smoothing": smoothing} if smoothing else {})
 
 
-def read_record(path: Path, checkpoint: Checkpoint) -> RoundingRecord:
-    """The file's record, of weights that this checkpoint has.
+def read_record(path: Path, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig | None) -> RoundingRecord:
+    """The file's record, of weights of these shapes; `config` is that of a decoder of ours, which may have been smoothed.
 
     Raises:
         BundleError: it holds something else.
@@ -101,7 +102,7 @@ def read_record(path: Path, checkpoint: Checkpoint) -> RoundingRecord:
     fix = "Export the bundle again."
     if not path.is_file():
         raise BundleError("is missing", where=path, fix=fix)
-    content, shapes = read_object(path, _LARGEST, BundleError, fix), checkpoint.shapes()
+    content = read_object(path, _LARGEST, BundleError, fix)
     try:
         records = {name: WeightRecord(**record) for name, record in content["tensors"].items()}
     except (KeyError, TypeError, AttributeError) as error:
@@ -115,13 +116,17 @@ def read_record(path: Path, checkpoint: Checkpoint) -> RoundingRecord:
             known = (kept or record.form == Form(record.bits)) and block in _BLOCKS and shape[1] % block == 0
         if not known:
             raise BundleError(f"{name} cannot have been rounded so", where=path, fix=fix)
-    return RoundingRecord(records, _smoothing(content.get("smoothing", {}), checkpoint, path))
+    return RoundingRecord(records, _smoothing(content.get("smoothing", {}), shapes, config, path))
 
 
-def _smoothing(content: Any, checkpoint: Checkpoint, path: Path) -> Exponents:
-    config, shapes, fix = checkpoint.config, checkpoint.shapes(), "Export the bundle again."
-    if not isinstance(content, dict):
+def _smoothing(
+    content: Any, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig | None, path: Path
+) -> Exponents:
+    fix = "Export the bundle again."
+    if not isinstance(content, dict) or (config is None and content):
         raise BundleError("has no exponents for smoothing", where=path, fix=fix)
+    if config is None:
+        return {}
     places = [seam for layer in range(config.num_hidden_layers) for seam in seams(config, layer)]
     sizes = {seam.name: shapes[seam.readers[0]][1] for seam in places}
     for name, exponents in content.items():

@@ -76,6 +76,14 @@ def recipe_of(value: ir.Value) -> WeightRecipe | None:
     raise ValueError(f"{value.name} has no recipe but {text}")
 
 
+def multiplies(node: ir.Node, recipe: WeightRecipe) -> bool:
+    """Whether a node with a weight of this recipe as its second input is `x @ W.T`, of W [N, K] as it is stored, plus a bias or not."""
+    if node.domain or node.op_type not in {"MatMul", "Gemm"} or node.attributes.get_int("transA", 0) == 1:
+        return False
+    plain = all(node.attributes.get_float(name, 1.0) == 1.0 for name in ("alpha", "beta"))
+    return plain and recipe.transposed != (node.attributes.get_int("transB", 0) == 1)
+
+
 def lacks_recipes(model: ir.Model) -> bool:
     """Whether there are weights, and the file says of none of them how it was made."""
     values = model.graph.initializers.values()

@@ -15,11 +15,11 @@ import onnxscript
 import torch
 from onnx_ir.passes import common as common_passes
 from onnxscript import opset23 as op
-from torch import Tensor, nn
+from torch import Tensor
 from torch.onnx import OnnxExporterError
 
 import headfold.plugins.experts.torch_op  # noqa: F401  # registers the op that the table below names
-from headfold.export.exportables.base import Exportable, Tensors
+from headfold.export.exportables.base import Exportable, Tensors, first_names
 from headfold.export.graph.bodies import onnxruntime_can, use_onnxruntime_body, use_standard_body
 from headfold.export.graph.experts import alternate_experts, use_experts_body
 from headfold.export.graph.joining import join_projections
@@ -115,7 +115,7 @@ def export_graph(
     model.producer_name, model.producer_version = "headfold", ""
     streams = 1 + len(kv)
     del model.graph.outputs[streams : streams + len(shapes)]  # the residual stream: named values, not outputs
-    name_weights(model, prefix="decoder.", tied=_tied(master.decoder))
+    name_weights(model, prefix="decoder.", tied=first_names(master.decoder))
     fold_transposes(model)
     split_at_once(model)
     if (
@@ -140,13 +140,6 @@ def export_graph(
     else:
         use_standard_body(model)
     return model
-
-
-def _tied(module: nn.Module) -> dict[str, str]:
-    """The first name of every parameter that has two: torch keeps whichever the graph reads first."""
-    first: dict[int, str] = {}
-    names = [(name, id(x)) for name, x in module.named_parameters(remove_duplicate=False)]
-    return {name: known for name, x in names if (known := first.setdefault(x, name)) != name}
 
 
 _LAST = ALL_INPUTS.index(LAST_INDEX)

@@ -6,7 +6,8 @@ Of seven bits, a block is all weights of an output, and the inputs of their prod
 """
 
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,12 +63,14 @@ _WIDE = ("model.embed_tokens.weight", "lm_head.weight")
 _WIDTHS: dict[WeightsScheme, Width] = {"int8": 8, "w8a8": 7, "int4": 4, "mixed": 4}
 
 
-def bits_of(shapes: Mapping[str, tuple[int, ...]], scheme: WeightsScheme) -> dict[str, Width]:
+def bits_of(
+    shapes: Mapping[str, tuple[int, ...]], scheme: WeightsScheme, wide: Collection[str] = _WIDE
+) -> dict[str, Width]:
     """Which of a decoder's tensors are rounded, and to how many bits: its matrices, [out, in], that have whole blocks.
 
-    (For seven bits none are needed.) Of "mixed" this is the least that they can have.
+    (For seven bits none are needed.) Of "mixed" this is the least that they can have; those that are `wide` have eight.
     """
-    widths = {name: 8 if name in _WIDE else _WIDTHS[scheme] for name, shape in shapes.items() if len(shape) == 2}
+    widths = {name: 8 if name in wide else _WIDTHS[scheme] for name, shape in shapes.items() if len(shape) == 2}
     return {name: width for name, width in widths.items() if width == 7 or shapes[name][1] % BLOCK == 0}
 
 
@@ -151,6 +154,11 @@ def stored_shapes(name: str, form: Form, rows: int, columns: int) -> dict[str, t
     if form.order is not None:
         shapes[f"{ORDER}{form.order}"] = (columns,)
     return shapes
+
+
+def whole_name(part: str) -> str:
+    """The weight that the numbers `part` are of, see `stored_shapes`; of another tensor itself."""
+    return re.sub(r"\.int[478]$", "", part)
 
 
 def stored_part(rounding: Rounded, part: str) -> Tensor:

@@ -11,7 +11,7 @@ from headfold.export.data.calibration import CALIBRATION, read_tokens
 from headfold.export.exportables.base import Exportable
 from headfold.export.exportables.oracle import Oracle
 from headfold.export.exportables.own import OwnModel
-from headfold.export.exportables.rounded import RoundedCheckpoint, StoredTensors
+from headfold.export.exportables.rounded import RoundedCheckpoint, RoundedTensors, StoredTensors
 from headfold.export.exportables.rounding_record import RECORD, RoundingRecord, read_record
 from headfold.export.graph.experts import experts_nodes
 from headfold.export.graph.recipes import lacks_recipes
@@ -45,6 +45,7 @@ _TEXT = (
     "fixed in the minds of the surrounding families, that he is considered the rightful property of some one or other of their "
     "daughters."
 )
+_AGAIN = "Export it again."
 _PROMPT = 48  # tokens of the longest prompt
 
 
@@ -103,7 +104,7 @@ def verify_bundle(
     model = load_model(directory / MODEL)
     rounded, record = None, RoundingRecord({})
     if manifest.weights is not None:
-        rounded, record = _rounded(directory, exportable, model)
+        rounded, record = _rounded(directory, exportable, model, stored)
     if quantization is not None:
         cache = stored_cache(model, quantization.dtype, len(facts.layers))
     with reporter.step("compare the weights"):
@@ -113,7 +114,7 @@ def verify_bundle(
         if own is not None:
             checks.append(prove_tables(model, own, capacity, stored))
         else:
-            again = export_graph(exportable, tensors, stored, capacity)
+            again = export_graph(exportable, exportable.tensors(stored), stored, capacity)
             checks.append(prove_rotations(model, again))
             if experts_nodes(model) or experts_nodes(again):
                 checks.append(prove_experts(model, again))
@@ -122,9 +123,8 @@ def verify_bundle(
         checks.append(prove_attributes(model, facts, own))
         if rounded is not None:
             checks.append(prove_rounding(rounded, record.tensors))
-            checks += [prove_kept(rounded)] if rounded.kept else []
+            checks += [prove_kept(rounded)] if isinstance(rounded, RoundedCheckpoint) and rounded.kept else []
     del model
-    restored = OwnModel(rounded) if rounded is not None else exportable  # what rounding costs is for the gate
 
     def also(oracle: Oracle) -> Iterator[CheckResult]:
         yield from checks
@@ -138,8 +138,8 @@ def verify_bundle(
         all_logits=manifest.logits == "all",
         capacity=capacity,
         cache=cache,
-        oracle=lambda: restored.oracle(stored, capacity),
-        reference=lambda arithmetic: restored.reference(stored, capacity, arithmetic),
+        oracle=lambda: exportable.oracle(stored, capacity, rounded),  # what rounding costs is for the gate
+        reference=lambda arithmetic: exportable.reference(stored, capacity, arithmetic, rounded),
         hidden_states=manifest.hidden_size is not None and candidate is None,  # engines have none
     )
     tokenizer = directory / "tokenizer.json"
@@ -150,19 +150,25 @@ def verify_bundle(
     return verify_graph(subject, prompts, steps, reporter, candidate, also)
 
 
-def _rounded(directory: Path, exportable: Exportable, model: ir.Model) -> tuple[RoundedCheckpoint, RoundingRecord]:
-    """The checkpoint as the bundle rounds it: by the rule, or to the numbers that stand in the graph where no rule finds them."""
-    if not isinstance(exportable, OwnModel):
-        raise BundleError("has rounded weights, of a model of another road", where=directory, fix="Export it again.")
-    record = read_record(directory / RECORD, exportable.checkpoint)
+def _rounded(
+    directory: Path, exportable: Exportable, model: ir.Model, stored: torch.dtype
+) -> tuple[RoundedTensors, RoundingRecord]:
+    """The weights as the bundle rounds it: by the rule, or to the numbers that stand in the graph where no rule finds them."""
+    own = exportable.checkpoint if isinstance(exportable, OwnModel) else None
+    weights = exportable.tensors(stored)
+    record = read_record(directory / RECORD, weights.shapes(), own.config if own is not None else None)
     tensors = record.tensors
     by_gptq: dict[str, Bits] = {
         name: weight.bits for name, weight in tensors.items() if weight.method == "gptq" and weight.bits != 7
     }
     bits = {name: weight.bits for name, weight in tensors.items() if weight.method != "kept"}
     kept = {name: weight.form for name, weight in tensors.items() if weight.method == "kept"}
-    found = StoredRoundings(model, by_gptq, exportable.checkpoint.shapes())
-    return RoundedCheckpoint(record.smoothed(exportable.checkpoint), bits, found, kept), record
+    found = StoredRoundings(model, by_gptq, weights.shapes())
+    if own is not None:
+        return RoundedCheckpoint(record.smoothed(own), bits, found, kept), record
+    if kept:
+        raise BundleError("keeps a checkpoint's own bits, of a model of another road", where=directory, fix=_AGAIN)
+    return RoundedTensors(weights, bits, found), record
 
 
 def precision_of(manifest: Manifest) -> Precision:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from headfold.export.model.decoder import Decoder
+from headfold.export.quantization.running import Running
 from headfold.runtime.errors import DataError
 from headfold.runtime.manifest import Manifest, WeightsCost
 from headfold.runtime.session import OrtSession
@@ -27,24 +28,24 @@ class Reference:
 
 
 @torch.inference_mode()
-def reference(decoder: Decoder, tokens: Tensor) -> Reference:
-    """Run the float32 decoder on int64 tokens [N, S], S at least 2.
+def reference(model: Running | Decoder, tokens: Tensor) -> Reference:
+    """Run a float32 model on int64 tokens [N, S], S at least 2.
 
     Raises:
         DataError: it computes NaN or infinity.
     """
     half = tokens.shape[1] // 2
-    logits = np.stack([decoder(row[None]).logits[0].numpy() for row in tokens])
+    logits = np.stack([model(row[None]).logits[0].numpy() for row in tokens])
     if not np.isfinite(logits).all():
         raise DataError(
             "the model computes NaN or infinity, so nobody can say what rounding its weights costs",
             fix="Leave out --weights, or correct the model.",
         )
-    cache = decoder.new_cache(len(tokens), 2 * half)
+    cache = model.new_cache(len(tokens), 2 * half)
     answers, new = tokens[:, :0], tokens[:, :half]
     for step in range(half):
         mask = torch.ones(len(tokens), half + step, dtype=torch.long)
-        new = decoder(new, mask, cache, last_only=True).logits[:, -1].argmax(-1, keepdim=True)  # [N, 1]
+        new = model(new, mask, cache, last_only=True).logits[:, -1].argmax(-1, keepdim=True)  # [N, 1]
         answers = torch.cat((answers, new), 1)
     return Reference(tokens.numpy(), logits, answers.numpy())
 

@@ -3,52 +3,46 @@
 Layer by layer, each on what the rounded layers before it hand on, so one layer and the residual streams are all that is in memory.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headfold.export.checkpoints.base import Checkpoint
-from headfold.export.model.decoder import Layer, sequence_layout
-from headfold.export.model.rope import rope_tables
-from headfold.export.model.rounding import Rounded, Width, block_scales, nearest, restored
+from headfold.export.model.rounding import Rounded, block_scales, nearest, restored
 from headfold.export.progress import Reporter
+from headfold.export.quantization.running import Running
 from headfold.plugins.quantized.schema import BLOCK, Bits
 from headfold.runtime.errors import ConfigError
 
 _TOGETHER = 2048  # tokens that go through a layer at a time
 _DAMPING = 0.01  # of the mean of the second moments' diagonal, added to it (section 3.3 there)
 _TRIED = [1 - 0.02 * step for step in range(16)]  # of the scale that holds the block's largest weight
-_SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "gate_proj": "up_proj"}
 
 
 @torch.inference_mode()
-def gptq_layers(
-    checkpoint: Checkpoint, bits: Mapping[str, Width], tokens: Tensor, reporter: Reporter
-) -> dict[str, Rounded]:
-    """The layers' weights of four bits, calibrated on int64 tokens [N, S].
+def gptq_layers(model: Running, names: Collection[str], tokens: Tensor, reporter: Reporter) -> dict[str, Rounded]:
+    """Weights of layers in four bits, calibrated on int64 tokens [N, S]; of those whose inputs can be heard: of nn.Linear.
 
     Args:
-        checkpoint: the model; what it holds beside these weights (its embedding, say) may be rounded already.
-        bits: of each rounded weight. Those of eight are rounded to the nearest, which costs next to nothing.
+        model: its other weights (its embedding, say) may be rounded already.
+        names: of weights to round, [N, K].
         tokens: see above.
         reporter: told what goes on.
     """
-    config, found = checkpoint.config, dict[str, Rounded]()
-    hidden = F.embedding(tokens, checkpoint.read("model.embed_tokens.weight").float())  # [N, S, hidden]
-    rope = rope_tables(config, tokens.shape[1])
-    with reporter.step("round the layers with GPTQ", config.num_hidden_layers) as advance:
-        for index in range(config.num_hidden_layers):
-            layer, prefix = read_layer(checkpoint, index), f"model.layers.{index}."
-            moments = _input_moments(layer, hidden, rope)
-            for module_name, module in _linears(layer).items():
-                name = f"{prefix}{module_name}.weight"
-                if bits.get(name) == 4:
-                    found[name] = gptq(module.weight, moments[_input_of(module_name)], 4)
-                    module.weight.copy_(restored(found[name]))
-            hidden = torch.cat([run_layer(layer, rows, rope) for rows in together(hidden)])
+    found = dict[str, Rounded]()
+    parts = together(tokens)
+    hidden = [model.enter(part) for part in parts]  # [N, S, hidden] each
+    with reporter.step("round the layers with GPTQ", model.count) as advance:
+        for index in range(model.count):
+            with model.layer(index) as modules:
+                linears = {f"{name}.weight": m for name, m in modules.items() if isinstance(m, nn.Linear)}
+                linears = {name: module for name, module in linears.items() if name in names}
+                moments = _input_moments(linears, _run(model, index, parts, hidden))
+                here = {name: gptq(model.read(name), heard, 4) for name, heard in moments.items()}
+                with model.replaced({name: restored(rounding) for name, rounding in here.items()}):
+                    hidden = list(_run(model, index, parts, hidden))
+                found |= here
             advance(1)
     return found
 
@@ -122,54 +116,37 @@ def _inverse_factor(moments: Tensor) -> Tensor:
     raise ConfigError("the inputs of its products are too large for GPTQ", fix="Use --rounding nearest.")
 
 
-def read_layer(checkpoint: Checkpoint, index: int) -> Layer:
-    """A layer alone, float32."""
-    prefix = f"model.layers.{index}."
-    with torch.device("meta"):
-        layer = Layer(checkpoint.config, index)
-    names = [name for name in checkpoint if name.startswith(prefix)]
-    state = {name.removeprefix(prefix): checkpoint.read(name).float().clone() for name in names}
-    layer.load_state_dict(state, assign=True)
-    return layer.eval().requires_grad_(False)
+def _run(model: Running, index: int, parts: Sequence[Tensor], hidden: Sequence[Tensor]) -> Iterator[Tensor]:
+    """What a layer makes of the streams, part by part."""
+    for part, entering in zip(parts, hidden, strict=True):
+        yield model.run_layer(index, part, entering)
 
 
-def _input_moments(layer: Layer, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """The sum of x x^T of what enters each product, float64 [K, K], by the name of the first product that it enters."""
-    moments = dict[str, Tensor]()
+def _input_moments(linears: Mapping[str, nn.Linear], run: Iterator[Tensor]) -> dict[str, Tensor]:
+    """The sum of x x^T of what enters each product, float64 [K, K], by weight; products of the same inputs share it."""
+    moments, same = dict[str, Tensor](), dict[str, str]()
+    last: tuple[Tensor, str] | None = None  # the input that was heard last, and of which product
 
     def hear(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def add(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].flatten(0, 1)
+            nonlocal last
+            if last is not None and last[0] is inputs[0] and same.setdefault(name, last[1]) == last[1]:
+                return
+            x = inputs[0].flatten(0, -2)
             now = (x.T @ x).double()
             moments[name] = moments[name] + now if name in moments else now
+            last = inputs[0], name
 
         return add
 
-    linears = _linears(layer)
-    hooks = [linears[name].register_forward_pre_hook(hear(name)) for name in {_input_of(name) for name in linears}]
-    for rows in together(hidden):
-        run_layer(layer, rows, rope)
+    hooks = [module.register_forward_pre_hook(hear(name)) for name, module in linears.items()]
+    for _ in run:
+        last = None
     for hook in hooks:
         hook.remove()
-    return moments
+    return moments | {name: moments[first] for name, first in same.items() if first in moments}
 
 
-def _linears(layer: Layer) -> dict[str, nn.Linear]:
-    return {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-
-
-def _input_of(name: str) -> str:
-    """The product whose input this one shares: "self_attn.q_proj" of "self_attn.k_proj"."""
-    parent, own = name.rsplit(".", 1)
-    return f"{parent}.{_SAME_INPUT.get(own, own)}"
-
-
-def run_layer(layer: Layer, hidden: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """What a layer makes of streams [N, S, hidden] without a past."""
-    ones = torch.ones(hidden.shape[:2], dtype=torch.long)
-    return cast(Tensor, layer(hidden, sequence_layout(ones, ones), rope, None)[0])
-
-
-def together(hidden: Tensor) -> tuple[Tensor, ...]:
-    """Streams [N, S, hidden], as many sequences at a time as go through a layer together."""
-    return torch.split(hidden, max(_TOGETHER // hidden.shape[1], 1))
+def together(tokens: Tensor) -> tuple[Tensor, ...]:
+    """Tokens [N, S] or streams [N, S, hidden], as many sequences at a time as go through a layer together."""
+    return torch.split(tokens, max(_TOGETHER // tokens.shape[1], 1))

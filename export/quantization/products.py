@@ -12,11 +12,20 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from headfold.export.exportables.rounded import RoundedCheckpoint
+from headfold.export.exportables.rounded import RoundedTensors
 from headfold.export.graph.bodies import block_sums, in_blocks, set_level, use_quantized_bodies
-from headfold.export.graph.recipes import WeightRecipe, add_weight, recipe_of, remove_unread, shared_constant
+from headfold.export.graph.experts import experts_nodes
+from headfold.export.graph.recipes import (
+    WeightRecipe,
+    add_weight,
+    multiplies,
+    recipe_of,
+    remove_unread,
+    shared_constant,
+)
 from headfold.export.graph.weights import load_model
 from headfold.export.model.rounding import OFFSETS, ORDER, SCALES, stored_shapes
+from headfold.plugins.experts.schema import ExpertsInputs
 from headfold.plugins.quantized.schema import DOMAIN, GATHER, MATMUL, ROUNDED, Level, MatMulAttributes
 
 # Sums of blocks of a product's input, and its columns in another order, which other products take too
@@ -24,7 +33,62 @@ Made = dict[tuple[ir.Value, int | ir.Value], ir.Value]
 _PLACES = {"MatMul": 1, "Gemm": 1, "Gather": 0}  # of the weight among the inputs
 
 
-def round_weights(model: ir.Model, checkpoint: RoundedCheckpoint) -> None:
+def roundable(model: ir.Model) -> dict[str, tuple[str, ...]]:
+    """The weights [N, K] that the graph reads as products, or looks up rows in, and in no other way: each with those joined with it.
+
+    None that experts are chosen by: few numbers, and who is chosen should not hang on their rounding.
+    """
+    routing, found, refused = _routing(model), dict[str, tuple[str, ...]](), set[str]()
+    for value in model.graph.initializers.values():
+        recipe = recipe_of(value)
+        if recipe is None:
+            continue
+        if value in routing or not all(_can_be_rounded(node, place, recipe) for node, place in value.uses()):
+            refused.update(recipe.sources)
+        for name in recipe.sources:  # of a tied one: the product, whatever it is joined with
+            found[name] = max(found.get(name, ()), recipe.sources, key=len)
+    groups = {name: sources for name, sources in found.items() if refused.isdisjoint(sources)}
+    return {name: sources for name, sources in groups.items() if name not in refused}
+
+
+def _can_be_rounded(node: ir.Node, place: int, recipe: WeightRecipe) -> bool:
+    x, weight = node.inputs[0], node.inputs[place]
+    if (
+        node.domain
+        or _PLACES.get(node.op_type) != place
+        or recipe.alternating
+        or weight is None
+        or weight.shape is None
+    ):
+        return False
+    if len(weight.shape) != 2 or x is None or x.shape is None:
+        return False
+    if node.op_type == "Gather":
+        looked_up = node.inputs[1]
+        ids = looked_up.shape if looked_up is not None else None
+        return not recipe.transposed and node.attributes.get_int("axis", 0) == 0 and ids is not None and len(ids) == 2
+    return multiplies(node, recipe)
+
+
+def _routing(model: ir.Model) -> set[ir.Value]:
+    """The weights of the products that make the scores of experts."""
+    found, seen = set[ir.Value](), set[ir.Value]()
+    left = [ExpertsInputs[ir.Value | None].of_node(node.inputs).router_logits for node in experts_nodes(model)]
+    while left:
+        value = left.pop()
+        node = value.producer() if value is not None and value not in seen else None
+        if value is None or node is None:
+            continue
+        seen.add(value)
+        weights = [x for x in node.inputs if x is not None and recipe_of(x) is not None]
+        if node.op_type in _PLACES and weights:
+            found.update(weights)
+        else:
+            left.extend(node.inputs)
+    return found
+
+
+def round_weights(model: ir.Model, checkpoint: RoundedTensors) -> None:
     """Store what is rounded in few bits wherever the graph reads it. The graph is float32, and has no weights yet.
 
     Where tensors that are joined into one product have different forms, there are as many products, and their results are joined.
@@ -62,7 +126,7 @@ def set_level_in_file(path: Path, level: Level) -> None:
     path.write_bytes(ir.to_proto(model).SerializeToString())
 
 
-def _rows(model: ir.Model, tape: ir.tape.Tape, node: ir.Node, name: str, checkpoint: RoundedCheckpoint) -> ir.Value:
+def _rows(model: ir.Model, tape: ir.tape.Tape, node: ir.Node, name: str, checkpoint: RoundedTensors) -> ir.Value:
     """In place of `Gather(w, ids)`."""
     form, ids = checkpoint.forms[name], node.inputs[1]
     values, scales, *others = _stored(model, (name,), checkpoint)
@@ -81,7 +145,7 @@ def _products(
     tape: ir.tape.Tape,
     node: ir.Node,
     sources: Sequence[str],
-    checkpoint: RoundedCheckpoint,
+    checkpoint: RoundedTensors,
     made: Made,
 ) -> ir.Value:
     """In place of `MatMul(x, w.T)`; or of `Gemm(x, w)` whose attributes say the same, with its bias.
@@ -119,7 +183,7 @@ def _products(
 
 
 def _stored(
-    model: ir.Model, names: tuple[str, ...], checkpoint: RoundedCheckpoint, transposed: bool = False
+    model: ir.Model, names: tuple[str, ...], checkpoint: RoundedTensors, transposed: bool = False
 ) -> list[ir.Value]:
     """The parts of weights of one form, end to end, the same for all that read them: see `stored_shapes`.
 

@@ -4,22 +4,25 @@ Calibrated on some of the text, and measured on the rest.
 """
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from headfold.export.checkpoints.base import Checkpoint
-from headfold.export.checkpoints.opening import load_decoder
 from headfold.export.data.calibration import LENGTH, calibration_tokens
-from headfold.export.exportables.base import Exportable
-from headfold.export.exportables.rounded import RoundedCheckpoint, SmoothedCheckpoint, rounded_checkpoint
+from headfold.export.exportables.base import Exportable, Tensors
+from headfold.export.exportables.kept import kept_forms
+from headfold.export.exportables.own import OwnModel
+from headfold.export.exportables.rounded import RoundedCheckpoint, RoundedTensors, SmoothedCheckpoint
 from headfold.export.exportables.rounding_record import Method
-from headfold.export.model.rounding import restored, rounded
+from headfold.export.model.rounding import Form, Rounded, Width, bits_of, restored, rounded
 from headfold.export.progress import Reporter
 from headfold.export.quantization.cost import Reference, reference
 from headfold.export.quantization.gate import MAX_KL
 from headfold.export.quantization.gptq import gptq_layers
+from headfold.export.quantization.running import Running
 from headfold.export.quantization.sensitivity import TOKENS as SENSITIVITY
 from headfold.export.quantization.sensitivity import choose_bits, sensitivities
 from headfold.export.quantization.smoothing import find_smoothing
@@ -44,32 +47,52 @@ class WeightRounding:
 class Prepared:
     """Weights that are rounded, or will be as they are read."""
 
-    checkpoint: RoundedCheckpoint
+    weights: RoundedTensors
     before: Reference  # what PyTorch makes of the held-out text without rounding
     costs: Mapping[str, float]  # nats that four bits cost alone, of each weight for which that was measured
     spec: WeightsSpec  # without what it costs, which is not measured yet
 
 
-def prepare(source: Exportable, capacity: int, options: WeightRounding, reporter: Reporter) -> Prepared:
-    """Round the weights of a model. The decoder that this takes is gone afterwards.
+def prepare(
+    source: Exportable,
+    tensors: Tensors,
+    groups: Mapping[str, tuple[str, ...]],
+    capacity: int,
+    options: WeightRounding,
+    reporter: Reporter,
+) -> Prepared:
+    """Round the weights of a model.
+
+    Args:
+        source: the model.
+        tensors: its weights, opened.
+        groups: those that the graph can have rounded, each with those joined with it; see `roundable`.
+        capacity: of the bundle.
+        options: how.
+        reporter: told what goes on.
 
     Raises:
-        ConfigError: see `rounded_checkpoint`; or a capacity of one token.
+        ConfigError: nothing in it can be rounded; or a capacity of one token.
     """
-    plain = rounded_checkpoint(source, options.scheme)
-    _tell(plain, reporter)
-    original, kept, costs = plain.original, plain.kept, dict[str, float]()
-    bits = {name: form.bits for name, form in plain.forms.items() if name not in kept}  # of those that are rounded
     if capacity < 2:
         where = f"--capacity {capacity}"
         raise ConfigError("is too short to measure rounded weights on", where=where, fix="Choose 2 or more.")
     with reporter.step("read the checkpoint"):
-        decoder = load_decoder(original, torch.float32, capacity)
-    smoothed = options.scheme == "w8a8"
+        model = Running(source, tensors, capacity)
+    shapes, kept, costs = tensors.shapes(), dict[str, Form](), dict[str, float]()
+    wide = [name for name in groups if model.layer_of(name) is None]
+    bits = widths_of({name: shapes[name] for name in groups}, options.scheme, wide, source.path)
+    if isinstance(source, OwnModel):
+        kept = kept_forms(source.checkpoint, [name for name, width in bits.items() if width != 7])
+    _tell(source, bits, kept, reporter)
+    _tell_of_floats(shapes, bits, reporter)
+    least = bits | {name: form.bits for name, form in kept.items()}
+    bits = {name: width for name, width in bits.items() if name not in kept}  # of those that are rounded
+    smoothed = options.scheme == "w8a8" and isinstance(source, OwnModel)
     calibrated = smoothed or (4 in bits.values() and (options.scheme == "mixed" or options.method == "gptq"))
     count = HELD_OUT + CALIBRATION if calibrated else HELD_OUT
     tokens = calibration_tokens(
-        original.tokenizer.definition, decoder, options.data, count, LENGTH, seed=1, reporter=reporter
+        source.tokenizer.definition, model, options.data, count, LENGTH, seed=1, reporter=reporter
     )
     measured = torch.arange(len(tokens)) % (count // HELD_OUT) == 0
     if calibrated and measured.all():
@@ -79,54 +102,89 @@ def prepare(source: Exportable, capacity: int, options: WeightRounding, reporter
             fix="Give more text, or --weights int8.",
         )
     with reporter.step("run PyTorch on held-out text"):
-        before = reference(decoder, tokens[measured])
+        before = reference(model, tokens[measured])
     if options.scheme == "mixed" and calibrated:
         few = tokens[~measured][: max(SENSITIVITY // tokens.shape[1], 1)]
-        found = sensitivities(decoder, bits, few, reporter)
-        least = bits | {name: form.bits for name, form in kept.items()}
+        found = sensitivities(model, {groups[name] for name, width in bits.items() if width == 4}, few, reporter)
         max_kl = options.max_kl if options.bits is None else None
-        chosen = choose_bits(least, original.shapes(), found, max_kl, options.bits)
+        chosen = choose_bits(least, shapes, found, max_kl, options.bits)
         bits = {name: chosen[name] for name in bits}
         costs = {name: cost for names, cost in found.items() for name in names}
-    del decoder
-    checkpoint = RoundedCheckpoint(original, bits, kept=kept)
-    if smoothed:
-        smooth = SmoothedCheckpoint(original, find_smoothing(original, tokens[~measured], reporter))
-        checkpoint = RoundedCheckpoint(smooth, bits, kept=kept)
-    elif calibrated and options.method == "gptq":
-        wide = RoundedCheckpoint(original, {name: width for name, width in bits.items() if width == 8})
-        narrow = {name: width for name, width in bits.items() if width == 4 and not is_held(original, name)}
-        found_ = gptq_layers(wide, narrow, tokens[~measured], reporter) if narrow else {}
-        checkpoint = RoundedCheckpoint(original, bits, found_, kept)
+    if smoothed and isinstance(source, OwnModel):
+        smooth = find_smoothing(model, source.checkpoint.config, tokens[~measured], reporter)
+        weights: RoundedTensors = RoundedCheckpoint(SmoothedCheckpoint(source.checkpoint, smooth), bits)
+    else:
+        gptq = dict[str, Rounded]()
+        if calibrated and options.method == "gptq":
+            narrow = {name for name, width in bits.items() if width == 4 and not is_held(tensors, name)}
+            eight = RoundedTensors(tensors, {name: width for name, width in bits.items() if width == 8})
+            with model.replaced({name: eight.read(name) for name in eight.forms}):
+                gptq = gptq_layers(model, narrow, tokens[~measured], reporter) if narrow else {}
+        if isinstance(source, OwnModel):
+            weights = RoundedCheckpoint(source.checkpoint, bits, gptq, kept)
+        else:
+            weights = RoundedTensors(tensors, bits, gptq)
     spec = WeightsSpec(
         scheme=options.scheme,
-        bits=average_bits(checkpoint),
+        bits=average_bits(weights),
         kept=len(kept),
         accuracy_level=4,
         max_kl=options.max_kl,
         cost=None,
     )
-    return Prepared(checkpoint, before, costs, spec)
+    return Prepared(weights, before, costs, spec)
 
 
-def _tell(checkpoint: RoundedCheckpoint, reporter: Reporter) -> None:
+def widths_of(
+    shapes: Mapping[str, tuple[int, ...]], scheme: WeightsScheme, wide: Collection[str], path: Path
+) -> dict[str, Width]:
+    """See `bits_of`; `shapes` are of those that the graph can have rounded.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    bits = bits_of(shapes, scheme, wide)
+    if not bits:
+        raise ConfigError(
+            "no weight has blocks of 32 inputs, so none can be rounded", where=path, fix="Leave --weights out."
+        )
+    return bits
+
+
+def _tell(source: Exportable, bits: Collection[str], kept: Collection[str], reporter: Reporter) -> None:
     """What becomes of a checkpoint that is quantized already."""
-    kept, kinds = checkpoint.kept, {name: checkpoint.original.kind(name) for name in checkpoint.forms}
+    if not isinstance(source, OwnModel):
+        if "quantization" in source.titles:
+            reporter.note(
+                f"quantized ({source.titles['quantization']}), and rounded again: only families with a table keep it"
+            )
+        return
+    kinds = {name: source.checkpoint.kind(name) for name in bits}
     again = [f"{name} ({kind})" for name, kind in kinds.items() if kind is not None and name not in kept]
     if kept:
-        reporter.note(f"{len(kept)} of {len(checkpoint.forms)} weights are kept as they are quantized, bit for bit")
+        reporter.note(f"{len(kept)} of {len(bits)} weights are kept as they are quantized, bit for bit")
     if again:
         others = f" and {len(again) - 1} others" if len(again) > 1 else ""
         reporter.note(f"quantized, and rounded again, for no form here holds it: {again[0]}{others}")
 
 
-def average_bits(checkpoint: RoundedCheckpoint) -> float:
+def _tell_of_floats(shapes: Mapping[str, tuple[int, ...]], bits: Collection[str], reporter: Reporter) -> None:
+    """What is not rounded, and how much of the model that is."""
+    left = [name for name, shape in shapes.items() if len(shape) > 1 and name not in bits]
+    if left:
+        share = sum(math.prod(shapes[name]) for name in left) / sum(map(math.prod, shapes.values()))
+        kinds = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in left})
+        others = f" and {len(kinds) - 2} other kinds" if len(kinds) > 2 else ""
+        reporter.note(f"{len(left)} tensors stay floats, {share:.0%} of all numbers: {', '.join(kinds[:2])}{others}")
+
+
+def average_bits(weights: RoundedTensors) -> float:
     """Of a rounded weight's numbers; scales not counted."""
-    sizes = {name: math.prod(checkpoint.shapes()[name]) for name in checkpoint.forms}
-    return sum(form.bits * sizes[name] for name, form in checkpoint.forms.items()) / sum(sizes.values())
+    sizes = {name: math.prod(weights.shapes()[name]) for name in weights.forms}
+    return sum(form.bits * sizes[name] for name, form in weights.forms.items()) / sum(sizes.values())
 
 
-def is_held(checkpoint: Checkpoint, name: str) -> bool:
+def is_held(tensors: Tensors, name: str) -> bool:
     """Whether four bits hold a weight exactly as it is (it was dequantized from such ones)."""
-    weight = checkpoint.read(name).float()
+    weight = tensors.read(name).float()
     return torch.equal(restored(rounded(weight, 4)), weight)

@@ -3,51 +3,34 @@
 Weights that the graph joins into one product (query, key and value) have one width, and count as one.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import cast
+from collections.abc import Collection, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from headfold.export.model.decoder import Decoder, Layer, sequence_layout
 from headfold.export.model.rounding import Width, restored, rounded
 from headfold.export.progress import Reporter
+from headfold.export.quantization.running import Running
 
 TOKENS = 256  # measured on; each weight takes about half a forward pass
-_JOINED = ("q_proj", "k_proj", "v_proj")
 
 
 @torch.inference_mode()
 def sensitivities(
-    decoder: Decoder, bits: Mapping[str, Width], tokens: Tensor, reporter: Reporter
+    model: Running, groups: Collection[tuple[str, ...]], tokens: Tensor, reporter: Reporter
 ) -> dict[tuple[str, ...], float]:
-    """KL(as it is || with these weights in four bits), nats, a mean over tokens [N, S]; weights joined into one product together."""
-    logits, *inputs = _run(decoder, decoder.model.embed_tokens(tokens), 0)
-    exact, costs = logits.log_softmax(-1), dict[tuple[str, ...], float]()
-    groups = list(joined(name for name, width in bits.items() if width == 4))
+    """KL(as it is || with these weights of one layer in four bits), nats, a mean over tokens [N, S]; a group's weights together."""
+    entering = model.enter(tokens)  # [N, S, hidden]
+    exact, costs = model.run_from(0, tokens, entering).log_softmax(-1), dict[tuple[str, ...], float]()
     with reporter.step("measure what four bits in each weight cost", len(groups)) as advance:
-        for names in groups:
-            index = int(names[0].split(".")[2])
-            weights = [decoder.get_parameter(name) for name in names]
-            kept = [weight.data for weight in weights]
-            for weight in weights:
-                weight.data = restored(rounded(weight.data, 4))
-            now = _run(decoder, inputs[index], index)[0].log_softmax(-1)
-            for weight, data in zip(weights, kept, strict=True):
-                weight.data = data
-            costs[names] = (exact.exp() * (exact - now)).sum(-1).mean().item()
-            advance(1)
+        for index in range(model.count):
+            for names in (names for names in groups if model.layer_of(names[0]) == index):
+                with model.replaced({name: restored(rounded(model.read(name), 4)) for name in names}):
+                    now = model.run_from(index, tokens, entering).log_softmax(-1)
+                costs[names] = (exact.exp() * (exact - now)).sum(-1).mean().item()
+                advance(1)
+            entering = model.run_layer(index, tokens, entering)
     return costs
-
-
-def joined(names: Iterable[str]) -> Iterable[tuple[str, ...]]:
-    """The weights, those together that have one width."""
-    groups = dict[str, list[str]]()
-    for name in names:
-        parent, own, _ = name.rsplit(".", 2)
-        groups.setdefault(f"{parent}.qkv" if own in _JOINED else name, []).append(name)
-    return map(tuple, groups.values())
 
 
 def choose_bits(
@@ -78,14 +61,3 @@ def choose_bits(
         chosen |= dict.fromkeys(names, 8)
         left, spent = left - costs[names], spent + more
     return chosen
-
-
-def _run(decoder: Decoder, hidden: Tensor, first: int) -> list[Tensor]:
-    """Logits [N, S, V], then what entered each layer from the layer `first` on."""
-    ones = torch.ones(hidden.shape[:2], dtype=torch.long)
-    layout, rope, entered = sequence_layout(ones, ones), (decoder.cos_cache, decoder.sin_cache), []
-    for layer in list(decoder.model.layers)[first:]:
-        entered.append(hidden)
-        hidden = cast(Layer, layer)(hidden, layout, rope, None)[0]
-    head = decoder.model.embed_tokens.weight if decoder.lm_head is None else decoder.lm_head.weight
-    return [F.linear(decoder.model.norm(hidden), head), *entered]

@@ -7,40 +7,38 @@ Layer by layer, so one layer and the residual streams are all that is in memory.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headfold.export.checkpoints.base import Checkpoint
-from headfold.export.model.rope import rope_tables
+from headfold.export.model.config import ModelConfig
 from headfold.export.model.rounding import restored, rounded, rounded_rows
 from headfold.export.model.smoothing import LARGEST, seams, shifted
 from headfold.export.progress import Reporter
-from headfold.export.quantization.gptq import read_layer, run_layer, together
+from headfold.export.quantization.gptq import together
+from headfold.export.quantization.running import Running
 
 _ALPHAS = (0.35, 0.5, 0.65, 0.8)
 _ROWS = 256  # inputs of a product that its error is measured on
 
 
 @torch.inference_mode()
-def find_smoothing(checkpoint: Checkpoint, tokens: Tensor, reporter: Reporter) -> dict[str, Tensor]:
-    """The exponents of each seam that gains by them, on int64 tokens [N, S]."""
-    config, found = checkpoint.config, dict[str, Tensor]()
-    hidden = F.embedding(tokens, checkpoint.read("model.embed_tokens.weight").float())  # [N, S, hidden]
-    rope = rope_tables(config, tokens.shape[1])
+def find_smoothing(model: Running, config: ModelConfig, tokens: Tensor, reporter: Reporter) -> dict[str, Tensor]:
+    """The exponents of each seam of a decoder of ours that gains by them, on int64 tokens [N, S]."""
+    found, parts = dict[str, Tensor](), together(tokens)
+    hidden = [model.enter(part) for part in parts]  # [N, S, hidden] each
     with reporter.step("find what smooths the layers' inputs", config.num_hidden_layers) as advance:
-        for index in range(config.num_hidden_layers):
-            layer, prefix = read_layer(checkpoint, index), f"model.layers.{index}."
+        for index in range(model.count):
             places = seams(config, index)
             heard, hooks = {}, []
-            for seam in places:
-                heard[seam.name] = _Inputs(tokens.numel())
-                module = layer.get_submodule(seam.readers[0].removeprefix(prefix).removesuffix(".weight"))
-                hooks.append(module.register_forward_pre_hook(heard[seam.name].hear))
-            hidden = torch.cat([run_layer(layer, rows, rope) for rows in together(hidden)])
+            with model.layer(index) as modules:
+                for seam in places:
+                    heard[seam.name] = _Inputs(tokens.numel())
+                    module = modules[seam.readers[0].removesuffix(".weight")]
+                    hooks.append(module.register_forward_pre_hook(heard[seam.name].hear))
+                hidden = [model.run_layer(index, *pair) for pair in zip(parts, hidden, strict=True)]
             for hook in hooks:
                 hook.remove()
             for seam in places:
-                weights = [layer.get_parameter(name.removeprefix(prefix)) for name in seam.readers]
+                weights = [model.read(name) for name in seam.readers]
                 exponents = best_exponents(heard[seam.name].rows(), heard[seam.name].largest, weights)
                 if exponents.any():
                     found[seam.name] = exponents

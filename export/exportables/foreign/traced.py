@@ -3,18 +3,20 @@
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from headfold.export.exportables.base import Master
+from headfold.export.exportables.base import Changed, Master
 from headfold.export.exportables.facts import LayerFacts
 from headfold.export.exportables.foreign.mapped import MappedFiles
 from headfold.export.model.decoder import Cache, Layout, rows_of, sequence_layout
 from headfold.plugins.attention.schema import AttentionInputs, Attributes
 from headfold.plugins.attention.torch_op import attention
 from headfold.runtime.errors import ConfigError
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class OnePass:
@@ -81,7 +83,7 @@ class TracedMaster(Master):
     ) -> None:
         super().__init__()
         self.decoder = decoder
-        self._all, self._headless, self._count = all_logits, head is None, 0
+        self.all_logits, self.layers, self._headless = all_logits, list(layers), head is None
         self._wanted: Tensor | None = None
         self._every: Tensor | None = None  # the order of all tokens
         self._hidden: list[Tensor] = []
@@ -89,9 +91,8 @@ class TracedMaster(Master):
         if head is not None:
             head.register_forward_pre_hook(self._take)
             head.register_forward_hook(self._give)
-        for layer in layers:
+        for layer in self.layers:
             layer.register_forward_hook(self._keep)
-            self._count += 1
 
     @abstractmethod
     def logits(self, input_ids: Tensor, positions: Tensor, cache: OnePass) -> Tensor:
@@ -107,10 +108,10 @@ class TracedMaster(Master):
             )
         logits, cache, hidden = self.run(input_ids, attention_mask, caches)
         hidden, self._given = [*hidden, *self._given], []
-        missing = [layer for layer in range(self._count) if layer not in cache.present]
-        if missing:
-            raise ConfigError(f"layer {missing[0]} attends in another way while it is traced")
-        return logits, [cache.present[layer] for layer in range(self._count)], hidden
+        present = [cache.present.get(layer) for layer in range(len(self.layers))]
+        if None in present and torch.compiler.is_exporting():
+            raise ConfigError(f"layer {present.index(None)} attends in another way while it is traced")
+        return logits, [pair for pair in present if pair is not None], hidden
 
     def run(
         self, input_ids: Tensor, attention_mask: Tensor, caches: Cache | None
@@ -120,7 +121,7 @@ class TracedMaster(Master):
         length = input_ids.shape[1]
         ids = input_ids.gather(1, layout.real_first(length))
         positions = layout.past_lengths[:, None] + torch.arange(length, device=ids.device)  # [B, S]
-        wanted = layout.wanted(length, not self._all)
+        wanted = layout.wanted(length, not self.all_logits)
         self._wanted, self._hidden = wanted, []
         self._every = layout.wanted(length, False) if self.hidden_states else None
         cache = OnePass(layout, caches)
@@ -167,3 +168,12 @@ class ModelTensors:
             self._files.give_back(self._tensors[self._last])
         self._last = name
         return self._tensors[name]
+
+
+def with_weights(module: M, weights: Changed | None) -> M:
+    """The module, whose parameters it alone has, with what is changed in `weights` in them; in their dtype."""
+    if weights is not None:
+        for name in weights.changed:
+            parameter = module.get_parameter(name)
+            parameter.data = weights.read(name).to(parameter.dtype)
+    return module

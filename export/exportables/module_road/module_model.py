@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from headfold.export.checkpoints.base import TokenizerFiles
-from headfold.export.exportables.base import Master, no_quantized_cache
+from headfold.export.exportables.base import Changed, Master, no_quantized_cache
 from headfold.export.exportables.facts import Facts
 from headfold.export.exportables.foreign.copying import in_dtype, without_weights
-from headfold.export.exportables.foreign.traced import ModelTensors, OnePass, TracedMaster
+from headfold.export.exportables.foreign.traced import ModelTensors, OnePass, TracedMaster, with_weights
 from headfold.export.exportables.module_road.learning import Learned, learn
 from headfold.export.exportables.module_road.module_oracle import ModuleOracle
 from headfold.export.exportables.oracle import Oracle
@@ -94,13 +94,15 @@ class ModuleModel:
         """See Exportable: none; buffers come with the weights."""
         return {}
 
-    def oracle(self, stored: torch.dtype, capacity: int) -> Oracle:
+    def oracle(self, stored: torch.dtype, capacity: int, weights: Changed | None = None) -> Oracle:
         """See Exportable: the module itself, without headfold's op."""
-        return self.reference(stored, capacity, torch.float32)
+        return self.reference(stored, capacity, torch.float32, weights)
 
-    def reference(self, stored: torch.dtype, capacity: int, arithmetic: torch.dtype) -> Oracle:
+    def reference(
+        self, stored: torch.dtype, capacity: int, arithmetic: torch.dtype, weights: Changed | None = None
+    ) -> Oracle:
         """See Exportable."""
-        module = in_dtype(in_dtype(self._module, stored), arithmetic)
+        module = with_weights(in_dtype(in_dtype(self._module, stored), arithmetic), weights)
         for buffer in module.buffers():
             if buffer.is_floating_point():
                 buffer.data = buffer.data.to(arithmetic)

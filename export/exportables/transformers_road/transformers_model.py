@@ -17,9 +17,9 @@ from headfold.export.checkpoints.base import TokenizerFiles
 from headfold.export.checkpoints.directories.directory import Directory
 from headfold.export.checkpoints.hf_tensors import HARMLESS
 from headfold.export.checkpoints.tokenizer_of_parts import with_tokenizer
-from headfold.export.exportables.base import Master, Tensors, no_quantized_cache
+from headfold.export.exportables.base import Changed, Master, Tensors, no_quantized_cache
 from headfold.export.exportables.facts import Facts, LayerFacts
-from headfold.export.exportables.foreign.traced import ModelTensors, OnePass, TracedMaster
+from headfold.export.exportables.foreign.traced import ModelTensors, OnePass, TracedMaster, with_weights
 from headfold.export.exportables.oracle import Oracle
 from headfold.export.exportables.transformers_road import experts
 from headfold.export.exportables.transformers_road.attending import NAME, OpCache
@@ -108,14 +108,16 @@ class TransformersModel:
         """See Exportable: none; buffers come with the weights."""
         return {}
 
-    def oracle(self, stored: torch.dtype, capacity: int) -> Oracle:
+    def oracle(self, stored: torch.dtype, capacity: int, weights: Changed | None = None) -> Oracle:
         """See Exportable."""
-        return self.reference(stored, capacity, torch.float32)
+        return self.reference(stored, capacity, torch.float32, weights)
 
-    def reference(self, stored: torch.dtype, capacity: int, arithmetic: torch.dtype) -> Oracle:
+    def reference(
+        self, stored: torch.dtype, capacity: int, arithmetic: torch.dtype, weights: Changed | None = None
+    ) -> Oracle:
         """See Exportable; transformers computes norms and softmax in float32 at most."""
         made = self.directory.made if self.directory is not None else ""
-        return TransformersOracle(self.load(stored).to(arithmetic), made=made)
+        return TransformersOracle(with_weights(self.load(stored).to(arithmetic), weights), made=made)
 
 
 class TransformersMaster(TracedMaster):

@@ -9,7 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from headfold.export.graph.experts import attributes_of, experts_nodes
-from headfold.export.graph.recipes import recipe_of
+from headfold.export.graph.recipes import multiplies, recipe_of
+from headfold.export.model.rounding import whole_name
 from headfold.export.parity.report import CheckResult, verdict
 from headfold.plugins.attention.schema import DOMAIN
 from headfold.plugins.experts.schema import INPUTS, ExpertsInputs
@@ -69,10 +70,36 @@ class _Spelling:
                 return ("given", value.name)
             constant = value.const_value.numpy()
             return ("constant", str(constant.dtype), constant.shape, constant.tobytes())
+        of_weight = self._of_weight(node)
+        if of_weight is not None:
+            return of_weight
         if node.domain == DOMAIN or is_hidden_state(value.name):
             return ("the layer's", value.name if is_hidden_state(value.name) else value.index())
         attributes = tuple(sorted((name, _content(x)) for name, x in node.attributes.items()))
         return (node.domain, node.op_type, value.index(), attributes, tuple(self.of(x) for x in node.inputs))
+
+    def _of_weight(self, node: ir.Node) -> tuple[Any, ...] | None:
+        """A product with a weight, or rows of it, however its numbers are stored; a bias is added apart."""
+        match node.domain, node.op_type, list(node.inputs):
+            case (_, "QuantizedMatMul" | "RoundedMatMul", [x, ir.Value() as weight, *_]):
+                return ("product", _sources(weight), self.of(x))
+            case (_, "QuantizedGather", [ir.Value() as weight, _, ids]):
+                return ("rows", _sources(weight), self.of(ids))
+            case ("", "Gather", [ir.Value() as weight, ids]) if recipe_of(weight) is not None:
+                return ("rows", _sources(weight), self.of(ids))
+            case (_, _, [x, ir.Value() as weight, *bias]) if (r := recipe_of(weight)) is not None and multiplies(
+                node, r
+            ):
+                product = ("product", _sources(weight), self.of(x))
+                number = self._numbers.setdefault(product, len(self._numbers))
+                return ("", "Add", 0, (), (number, self.of(bias[0]))) if bias else product
+        return None
+
+
+def _sources(weight: ir.Value) -> tuple[str, ...]:
+    """What a weight is made of, stored in few bits or not."""
+    recipe = recipe_of(weight)
+    return tuple(whole_name(name) for name in recipe.sources) if recipe is not None else ()
 
 
 def _content(attribute: ir.Attr) -> str:

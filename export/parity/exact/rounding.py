@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 import onnx_ir as ir
 import torch
 
-from headfold.export.exportables.rounded import RoundedCheckpoint
+from headfold.export.exportables.rounded import RoundedCheckpoint, RoundedTensors
 from headfold.export.exportables.rounding_record import WeightRecord, digest, relative_squared_error
 from headfold.export.graph.recipes import recipe_of
 from headfold.export.model.rounding import Form, Rounded, restored, rounded, stored_shapes, unpacked
@@ -74,7 +74,7 @@ def _sources(value: ir.Value) -> tuple[str, ...]:
     return recipe.sources if recipe is not None else ()
 
 
-def prove_rounding(checkpoint: RoundedCheckpoint, record: Mapping[str, WeightRecord]) -> CheckResult:
+def prove_rounding(checkpoint: RoundedTensors, record: Mapping[str, WeightRecord]) -> CheckResult:
     """Every weight that no rule finds is the one that was recorded when it was found, and near the checkpoint's own."""
     worst, at, note = 0.0, "", ""
     for name in checkpoint.found:

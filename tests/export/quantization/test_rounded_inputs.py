@@ -74,7 +74,7 @@ def test_manifest_and_record_say_what_was_done_and_what_it_cost(bundle, source) 
     assert manifest.parity["passed"]
     assert manifest.weights.scheme == "w8a8"
     assert 0 < manifest.weights.cost.kl < 0.1
-    record = read_record(bundle / "weights.json", original)
+    record = read_record(bundle / "weights.json", original.shapes(), original.config)
     assert {tensor.bits for name, tensor in record.tensors.items() if "layers" in name} == {7}
     assert record.tensors["model.embed_tokens.weight"].bits == 8
     assert record.smoothing[UP][7] > 1
@@ -94,7 +94,7 @@ def test_the_graph_has_products_of_integers_that_no_cpu_saturates(bundle) -> Non
 def decoder_with_rounded_inputs(bundle: Path, source: Path) -> Decoder:
     """PyTorch, by the definitions: weights as the record smooths and rounds them, inputs rounded before each product."""
     original = open_checkpoint(source)
-    record = read_record(bundle / "weights.json", original)
+    record = read_record(bundle / "weights.json", original.shapes(), original.config)
     smoothed, decoder = record.smoothed(original), load_decoder(original)
 
     def round_input(_module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
@@ -189,8 +189,9 @@ def test_other_models_are_exported_and_verified(config, tmp_path) -> None:
 def test_a_record_of_wrong_smoothing_is_one_line(smoothing, message, bundle, source, tmp_path) -> None:
     content = json.loads((bundle / "weights.json").read_text()) | {"smoothing": smoothing}
     (tmp_path / "weights.json").write_text(json.dumps(content))
+    original = open_checkpoint(source)
     with pytest.raises(BundleError, match=message):
-        read_record(tmp_path / "weights.json", open_checkpoint(source))
+        read_record(tmp_path / "weights.json", original.shapes(), original.config)
 
 
 def test_tensorrt_refuses_it_by_name(bundle, source, tmp_path) -> None:

@@ -8,12 +8,14 @@ import torch
 
 from headfold.export.checkpoints.base import MemoryCheckpoint
 from headfold.export.checkpoints.opening import load_decoder
+from headfold.export.exportables.own import OwnModel
 from headfold.export.exportables.rounded import SmoothedCheckpoint
 from headfold.export.model.config import ModelConfig
 from headfold.export.model.decoder import Decoder
 from headfold.export.model.rounding import restored, rounded, rounded_rows
 from headfold.export.model.smoothing import LARGEST, seams, shifted
 from headfold.export.progress import Reporter
+from headfold.export.quantization.running import Running
 from headfold.export.quantization.smoothing import best_exponents, exponents_of, find_smoothing
 
 CONFIG = ModelConfig(
@@ -95,6 +97,8 @@ def test_exponents_are_the_formula_of_the_paper_in_powers_of_two() -> None:
 
 def test_layers_with_outliers_are_smoothed_where_they_have_them() -> None:
     tokens = torch.arange(90).view(3, 30)
-    found = find_smoothing(checkpoint(outlier=100.0), tokens, Reporter(quiet=True))
+    source = OwnModel(checkpoint(outlier=100.0))
+    model = Running(source, source.checkpoint, 30)
+    found = find_smoothing(model, CONFIG, tokens, Reporter(quiet=True))
     assert set(found) == {seam.name for layer in range(2) for seam in seams(CONFIG, layer)}
     assert all(exponents[5] > 1 for exponents in found.values())

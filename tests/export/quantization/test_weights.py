@@ -277,7 +277,7 @@ def test_a_record_that_is_wrong_is_one_line(damage, message, tmp_path) -> None:
     damage(content["tensors"])
     (tmp_path / "weights.json").write_text(json.dumps(content))
     with pytest.raises(BundleError, match=message):
-        read_record(tmp_path / "weights.json", original)
+        read_record(tmp_path / "weights.json", original.shapes(), original.config)
 
 
 def test_a_record_that_is_missing_is_one_line(bundle, source, tmp_path) -> None:

@@ -1,0 +1,218 @@
+"""A model of any road with its weights, in float32: run whole, or layer by layer on streams that are kept between.
+
+It is the module that is traced, on numbers. Weights of layers too large to stay are in memory only while their layer computes.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headfold.export.exportables.base import Exportable, Tensors, first_names
+from headfold.export.model.decoder import Cache, Output
+
+RESIDENT = 1 << 30  # bytes of a model's layers that stay in memory
+
+
+class _Reached(Exception):  # no error: the layers that are wanted have run
+    pass
+
+
+class Running:
+    """See module; it is called as a `headfold.export.model.decoder.Decoder` is.
+
+    Args:
+        exportable: the model.
+        tensors: its weights, opened; they may be others than the model's own.
+        capacity: the most tokens of a sequence.
+    """
+
+    def __init__(self, exportable: Exportable, tensors: Tensors, capacity: int) -> None:
+        self.config, self.capacity = exportable.facts, capacity
+        self._master = exportable.master(torch.float32, capacity, all_logits=True)
+        self._tensors, self._tables = tensors, exportable.tables(torch.float32, capacity)
+        self._layers, self._first = list(self._master.layers), first_names(self._master.decoder)
+        self._prefixes = layer_names(self._master.decoder, self._layers)
+        self._others = dict[str, Tensor]()  # weights that are not the tensors'
+        self._outputs = 0  # of a layer; 0: the stream alone
+        own = {id(x) for layer in self._layers for x in layer.parameters()}
+        self._streams = (
+            4 * sum(math.prod(x.shape) for x in self._master.decoder.parameters() if id(x) in own) > RESIDENT
+        )
+        self._holding: int | None = None  # a layer whose weights stay until its block ends
+        self._load("")
+        for index, layer in enumerate(self._layers):
+            layer.register_forward_hook(self._learn)
+            if self._streams:
+                self._drop(index)
+                layer.register_forward_pre_hook(lambda *_, index=index: self._come(index))
+                layer.register_forward_hook(lambda *_, index=index: self._go(index))
+
+    @property
+    def count(self) -> int:
+        """Of layers."""
+        return len(self._layers)
+
+    def layer_of(self, name: str) -> int | None:
+        """The layer that a weight is in."""
+        return next((i for i, prefix in enumerate(self._prefixes) if name.startswith(f"{prefix}.")), None)
+
+    def new_cache(self, batch: int, capacity: int | None = None) -> Cache:
+        """An empty static cache of zeros."""
+        shapes = [(batch, heads, capacity or self.capacity, size) for heads, size in self.config.cache_shapes]
+        return [(torch.zeros(shape), torch.zeros(shape)) for shape in shapes]
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        last_only: bool = False,
+    ) -> Output:
+        """See `Decoder.forward`."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        self._master.all_logits = not last_only
+        logits, present, hidden = self._master(input_ids, mask, cache or self.new_cache(*input_ids.shape))
+        return Output(logits, present, hidden)
+
+    def enter(self, tokens: Tensor) -> Tensor:
+        """What enters the first layer, [N, S, hidden], of int64 tokens [N, S]."""
+        heard = list[Tensor]()
+
+        def hear(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            heard.append(inputs[0] if inputs else named["hidden_states"])
+            raise _Reached
+
+        handle = self._layers[0].register_forward_pre_hook(hear, with_kwargs=True, prepend=True)
+        try:
+            self(tokens)
+        except _Reached:
+            return heard[0]
+        finally:
+            handle.remove()
+        raise RuntimeError("the first layer did not run")
+
+    def run_layer(self, index: int, tokens: Tensor, entering: Tensor) -> Tensor:
+        """What a layer hands on, [N, S, hidden], where this enters it."""
+        heard = list[Tensor]()
+
+        def hear(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            heard.append(output[0] if isinstance(output, tuple) else output)
+            raise _Reached
+
+        handle = self._layers[index].register_forward_hook(hear)
+        try:
+            with self._skipped(index, entering):
+                self(tokens)
+        except _Reached:
+            return heard[0]
+        finally:
+            handle.remove()
+            if self._streams:
+                self._go(index)
+        raise RuntimeError(f"layer {index} did not run")
+
+    def run_from(self, index: int, tokens: Tensor, entering: Tensor) -> Tensor:
+        """Logits [N, S, V], where this enters the layer."""
+        with self._skipped(index, entering):
+            return self(tokens).logits
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[Mapping[str, nn.Module]]:
+        """A layer's modules by the names that they have in the model; its weights stay in memory until the block ends."""
+        if self._streams:
+            self._come(index)
+        self._holding = index
+        prefix = self._prefixes[index]
+        try:
+            yield {f"{prefix}.{name}": module for name, module in self._layers[index].named_modules()}
+        finally:
+            self._holding = None
+            if self._streams:
+                self._go(index)
+
+    @contextmanager
+    def replaced(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside the block some weights are these."""
+        kept = {name: self._others.get(name) for name in weights}
+        for name, weight in weights.items():
+            self.replace(name, weight)
+        try:
+            yield
+        finally:
+            for name, before in kept.items():
+                self.replace(name, before)
+
+    def replace(self, name: str, weight: Tensor | None) -> None:
+        """A weight is this from now on; None: the model's own."""
+        if weight is None:
+            self._others.pop(name, None)
+        else:
+            self._others[name] = weight
+        index = self.layer_of(name)
+        if not self._streams or index is None or index == self._holding:
+            self._assign(name)
+
+    def read(self, name: str) -> Tensor:
+        """One of the weights as they are now, float32."""
+        return self._others[name] if name in self._others else self._tensors.read(name).float()
+
+    @contextmanager
+    def _skipped(self, index: int, entering: Tensor) -> Iterator[None]:
+        """The layers before this one compute nothing, and hand on what is to enter it."""
+        handed = (entering, *[None] * (self._outputs - 1)) if self._outputs else entering
+        for layer in self._layers[:index]:
+            layer.forward = lambda *_, **__: handed
+        self._skipping = index
+        try:
+            yield
+        finally:
+            self._skipping = 0
+            for layer in self._layers[:index]:
+                del layer.forward
+
+    _skipping = 0
+
+    def _learn(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        self._outputs = len(output) if isinstance(output, tuple) else 0
+
+    def _come(self, index: int) -> None:
+        if index >= self._skipping and index != self._holding:
+            self._load(f"{self._prefixes[index]}.")
+
+    def _go(self, index: int) -> None:
+        if index >= self._skipping and index != self._holding:
+            self._drop(index)
+
+    def _drop(self, index: int) -> None:
+        for module in self._layers[index].modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                module.register_parameter(name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+    def _load(self, prefix: str) -> None:
+        """Parameters and buffers whose names begin so; what belongs to layers that come and go only with them."""
+        decoder = self._master.decoder
+        for name in [name for name, _ in decoder.named_parameters(remove_duplicate=False) if name.startswith(prefix)]:
+            if prefix or not self._streams or self.layer_of(name) is None:
+                self._assign(name)
+        for name, buffer in list(decoder.named_buffers(remove_duplicate=False)) if not prefix else ():
+            tensor = self._tables[name] if name in self._tables else self._tensors.read(name)
+            parent, _, own = name.rpartition(".")
+            decoder.get_submodule(parent)._buffers[own] = tensor.to(buffer.dtype)
+
+    def _assign(self, name: str) -> None:
+        first = self._first[name]
+        parameter = nn.Parameter(self.read(first).contiguous(), requires_grad=False)
+        for other in (other for other, known in self._first.items() if known == first):  # tied ones share it
+            parent, _, own = other.rpartition(".")
+            self._master.decoder.get_submodule(parent).register_parameter(own, parameter)
+
+
+def layer_names(decoder: nn.Module, layers: Sequence[nn.Module]) -> list[str]:
+    """What a decoder calls its layers."""
+    names = {id(module): name for name, module in decoder.named_modules()}
+    return [names[id(layer)] for layer in layers]

@@ -1,0 +1,161 @@
+"""Rounded weights of models without a table of ours: by way of transformers, in memory, of one's own, mixtures of experts."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from block_models import run
+from own_modules import Odd, Plain
+from random_transformers import random_model, save_random
+from torch import nn
+from transformers import PreTrainedModel
+
+from headfold.export import ExportOptions, ModuleFacts, export_module, verify_module
+from headfold.export.checkpoints.base import TokenizerFiles
+from headfold.export.checkpoints.opening import open_checkpoint
+from headfold.export.exportables.module_road.module_model import ModuleModel
+from headfold.export.exportables.opening import open_exportable
+from headfold.export.exportables.own import OwnModel
+from headfold.export.graph.trace import export_graph
+from headfold.export.quantization.products import roundable, set_level_in_file
+from headfold.export.quantization.rounding import WeightRounding
+from headfold.export.quantization.running import Running
+from headfold.plugins.quantized.reference import dequantized
+from headfold.runtime import load
+from headfold.runtime.errors import ConfigError
+from headfold.runtime.manifest import MODEL, read_manifest
+
+PROMPT = np.random.default_rng(0).integers(3, 300, 21)
+
+
+def weights_in(bundle: Path) -> dict[str, np.ndarray]:
+    """The rounded ones, dequantized by numpy, by their names in the model."""
+    values = {name: x.const_value.numpy() for name, x in ir.load(bundle / MODEL).graph.initializers.items()}
+    found = {}
+    for name, tensor in json.loads((bundle / "weights.json").read_text())["tensors"].items():
+        bits = tensor["bits"]
+        key = next(key for key in values if f"{name}.int{bits}" in key.split("+"))  # several are end to end
+        before = key.split("+").index(f"{name}.int{bits}")
+        rows = [values[key], values["+".join(f"{part}.scales" for part in key.split("+"))]]
+        found[name] = dequantized(*rows, bits), before, key
+    return found
+
+
+def with_weights_of(bundle: Path, model: nn.Module) -> nn.Module:
+    """The model, with what the bundle has in few bits."""
+    for name, (matrix, place, key) in weights_in(bundle).items():
+        sizes = [model.get_parameter(part.rpartition(".int")[0]).shape[0] for part in key.split("+")]
+        start = sum(sizes[:place])
+        model.get_parameter(name).data = torch.from_numpy(matrix[start : start + sizes[place]]).float()
+    return model
+
+
+def assert_computes_what_transformers_does(bundle: Path, model: PreTrainedModel) -> None:
+    """With the weights that stand in its file, whatever the export says of them."""
+    set_level_in_file(bundle / MODEL, 1)
+    opened = load(bundle, check=False)
+    logits = opened.backend.prefill(opened.backend.new_cache(1, 32), 0, PROMPT)
+    expected = with_weights_of(bundle, model)(torch.tensor(PROMPT)[None]).logits[0, -1]
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("model_type", "count"), [("gemma3_text", 19), ("phi3", 11)])
+def test_a_model_of_transformers_computes_with_what_its_file_holds(model_type, count, tmp_path) -> None:
+    save_random(model_type, tmp_path / "model")
+    code, output = run("export", tmp_path / "model", "-o", tmp_path / "out", "--weights", "int4", "--max-kl", "9", "-q")
+    assert code == 0, output
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest.road, manifest.weights.scheme, manifest.parity["passed"]) == ("transformers", "int4", True)
+    tensors = json.loads((tmp_path / "out" / "weights.json").read_text())["tensors"]
+    assert len(tensors) == count
+    for name, tensor in tensors.items():  # in layers by GPTQ; embedding and head are wide
+        assert (tensor["bits"], tensor["method"]) == ((4, "gptq") if ".layers." in name else (8, "nearest"))
+    code, output = run("verify", tmp_path / "out", "--against", tmp_path / "model", "-q")
+    assert code == 0, output
+    assert_computes_what_transformers_does(tmp_path / "out", random_model(model_type))
+
+
+@pytest.mark.parametrize("scheme", ["mixed", "w8a8"])
+def test_other_schemes_of_a_model_of_transformers_are_proven(scheme, tmp_path) -> None:
+    save_random("gemma3_text", tmp_path / "model", num_hidden_layers=2, layer_types=["sliding_attention"] * 2)
+    options = ("--weights", scheme, *(("--bits", "6") if scheme == "mixed" else ()))
+    code, output = run("export", tmp_path / "model", "-o", tmp_path / "out", *options, "-q")
+    assert code == 0, output
+    tensors = json.loads((tmp_path / "out" / "weights.json").read_text())["tensors"]
+    layers = {tensor["bits"] for name, tensor in tensors.items() if ".layers." in name}
+    assert layers == ({4, 8} if scheme == "mixed" else {7})
+
+
+def test_a_model_in_memory_stays_as_it_is(tmp_path) -> None:
+    model = random_model("phi3")
+    before = {name: x.clone() for name, x in model.named_parameters()}
+    options = ExportOptions(weights=WeightRounding(scheme="int4", max_kl=9.0), decode_steps=4)
+    result = export_module(model, tmp_path / "out", options=options)
+    assert result.parity is not None
+    assert result.parity.passed
+    assert all(torch.equal(x, before[name]) for name, x in model.named_parameters())
+    assert_computes_what_transformers_does(tmp_path / "out", random_model("phi3"))
+
+
+def test_a_module_of_ones_own(tmp_path) -> None:
+    model, facts = Plain(), ModuleFacts(max_position_embeddings=64)
+    options = ExportOptions(weights=WeightRounding(scheme="int8", max_kl=9.0), decode_steps=4)
+    export_module(model, tmp_path / "out", facts, options=options)
+    tensors = json.loads((tmp_path / "out" / "weights.json").read_text())["tensors"]
+    assert verify_module(tmp_path / "out", model).passed
+    assert len(tensors) == 11
+    assert "embedding.weight" in tensors
+    assert not any("down" in name for name in tensors)  # of 48 inputs
+    model.head.weight.data[0, 0] += 1.0
+    assert not verify_module(tmp_path / "out", model).passed
+    with pytest.raises(ConfigError, match="no weight has blocks of 32 inputs"):
+        export_module(Odd(), tmp_path / "no", facts, options=options)
+
+
+def test_experts_are_chosen_by_weights_that_are_not_rounded(tmp_path) -> None:
+    source = open_exportable(save_random("qwen3_moe", tmp_path / "model"), "transformers")
+    model = export_graph(source, source.tensors(torch.float32), torch.float32, 64)
+    groups = roundable(model)
+    assert not any(".mlp.gate." in name or "experts" in name for name in groups)
+    query = "model.layers.1.self_attn.q_proj.weight"
+    assert groups[query] == (query,)
+    code, output = run("export", tmp_path / "model", "-o", tmp_path / "out", "--weights", "int4", "--max-kl", "9", "-q")
+    assert code == 0, output
+    assert_computes_what_transformers_does(tmp_path / "out", random_model("qwen3_moe"))
+
+
+def test_weights_that_are_joined_in_the_graph_have_one_width(toy_checkpoint) -> None:
+    source = OwnModel(open_checkpoint(toy_checkpoint))
+    groups = roundable(export_graph(source, source.checkpoint, torch.float32, 64))
+    joined = tuple(f"model.layers.1.self_attn.{x}_proj.weight" for x in "qkv")
+    assert [groups[name] for name in joined] == [joined] * 3
+    assert len(groups) == 2 + 2 * 7  # embedding, head, and the layers' products
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("kind", ["gemma3_text", "headfold", "module"])
+def test_a_running_model_computes_what_the_model_does(kind, streamed, tmp_path, toy_checkpoint, monkeypatch) -> None:
+    monkeypatch.setattr("headfold.export.quantization.running.RESIDENT", 0 if streamed else 1 << 30)
+    if kind == "module":
+        module = Plain()
+        source = ModuleModel(module, ModuleFacts(max_position_embeddings=64), TokenizerFiles())
+    else:
+        path = save_random(kind, tmp_path / "model") if kind != "headfold" else toy_checkpoint
+        source = OwnModel(open_checkpoint(path)) if kind == "headfold" else open_exportable(path, "transformers")
+    tokens = torch.arange(34).view(2, 17)
+    model = Running(source, source.tensors(torch.float32), 32)
+    logits = model(tokens).logits
+    right = source.oracle(torch.float32, 32)
+    for row in range(2):
+        np.testing.assert_allclose(logits[row], right.answer(tokens[row].numpy()).logits, atol=1e-4)
+    hidden = model.enter(tokens)
+    for index in range(model.count):
+        assert torch.allclose(model.run_from(index, tokens, hidden), logits, atol=1e-5)
+        hidden = model.run_layer(index, tokens, hidden)
+    name = next(name for name in source.tensors(torch.float32).shapes() if model.layer_of(name) == 1)
+    with model.replaced({name: torch.zeros_like(model.read(name))}):
+        assert not torch.allclose(model(tokens).logits, logits, atol=1e-2)
+    assert torch.equal(model(tokens).logits, logits)
