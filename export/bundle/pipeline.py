@@ -79,12 +79,18 @@ class ExportOptions:
     weights: WeightRounding | None = None  # None for all of them in `dtype`
 
     def __post_init__(self) -> None:
-        for wrong, where, fix in (
-            (self.dtype != "float32", f"--dtype {self.dtype}", "Use float32, or leave --weights out."),
-            (self.allow_nan, "--allow-nan", "Leave it or --weights out."),
-        ):
-            if self.weights is not None and wrong:
-                raise ConfigError("does not go with weights of four or eight bits", where=where, fix=fix)
+        if self.weights is None:
+            return
+        scheme, what = self.weights.scheme, "does not go with weights of four or eight bits"
+        if self.allow_nan:
+            raise ConfigError(what, where="--allow-nan", fix="Leave it or --weights out.")
+        if self.dtype == "bfloat16":  # onnxruntime has no kernel of it, so nobody could say what they cost
+            raise ConfigError(what, where="--dtype bfloat16", fix="Use float32 or float16, or leave --weights out.")
+        if scheme == "w8a8" and self.dtype != "float32":
+            fix = "Use float32, or --weights int8."
+            raise ConfigError(
+                "does not go with products of integers (--weights w8a8)", where=f"--dtype {self.dtype}", fix=fix
+            )
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,7 @@ def export_bundle(source: Exportable, output: Path, options: ExportOptions, repo
         stored_tensors: Tensors
         prepared, stored_tensors, traced = None, tensors, _peak_memory()
         if rounding is not None:
-            prepared = prepare(source, tensors, roundable(model), capacity, rounding, reporter)
+            prepared = prepare(source, tensors, roundable(model), capacity, dtype, rounding, reporter)
             _forget_peak_memory()
             round_weights(model, prepared.weights)
             stored_tensors = StoredTensors(prepared.weights)

@@ -17,20 +17,28 @@ from headfold.plugins.quantized.schema import LARGEST_BLOCK, SMALLEST_BLOCK, Bit
 _EMBEDDING = "model.embed_tokens.weight"  # rows of it are looked up, for which there are no zero points and no order
 
 
-def kept_forms(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Form]:
+def kept_forms(checkpoint: Checkpoint, names: Iterable[str], scales: torch.dtype) -> dict[str, Form]:
     """The forms of those weights that can be kept; each is read once, and let go."""
-    forms = {name: rounding.form if (rounding := kept(checkpoint, name)) is not None else None for name in names}
+    forms = {
+        name: rounding.form if (rounding := kept(checkpoint, name, scales)) is not None else None for name in names
+    }
     return {name: form for name, form in forms.items() if form is not None}
 
 
-def kept(checkpoint: Checkpoint, name: str) -> Rounded | None:
-    """A weight in the bits that the checkpoint has it in; None where it has none, or no form of ours holds them exactly."""
+def kept(checkpoint: Checkpoint, name: str, scales: torch.dtype) -> Rounded | None:
+    """A weight in the bits that the checkpoint has it in; None where it has none, or no form of ours holds them exactly.
+
+    `scales` is the dtype that a graph has scales and offsets in.
+    """
     part = checkpoint.quantized(name)
     if part is None:
         return None
     weight = checkpoint.read(name).float()
     for rounding in _candidates(part):
         looked_up = rounding.zeros is None and rounding.order is None
+        steps = [x for x in (rounding.scales, rounding.offsets) if x is not None]
+        if any(not torch.equal(x.to(scales).float(), x) for x in steps):
+            continue
         if (looked_up or name != _EMBEDDING) and torch.equal(restored(rounding), weight):
             return rounding
     return None

@@ -123,13 +123,20 @@ class RoundedTensors:
         tensors: as they were.
         bits: of each rounded weight.
         found: those that are rounded already; the others are, to the nearest, as they are read.
+        scales: the dtype of their scales in a graph.
     """
 
     kept: Mapping[str, Form] = MappingProxyType({})
 
-    def __init__(self, tensors: Tensors, bits: Mapping[str, Width], found: Mapping[str, Rounded] | None = None) -> None:
+    def __init__(
+        self,
+        tensors: Tensors,
+        bits: Mapping[str, Width],
+        found: Mapping[str, Rounded] | None = None,
+        scales: torch.dtype = torch.float32,
+    ) -> None:
         self.original: Tensors = tensors
-        self.found, shapes = found or {}, tensors.shapes()
+        self.found, self.scales, shapes = found or {}, scales, tensors.shapes()
         self.forms = {name: form_of(width, shapes[name][1]) for name, width in bits.items()}
         self._last: tuple[str, Rounded] | None = None  # a graph asks for numbers and scales one after the other
 
@@ -161,7 +168,7 @@ class RoundedTensors:
 
     def made(self, name: str) -> Rounded:
         """One that is not found already."""
-        return rounded(self.original.read(name), self.forms[name].bits)
+        return rounded(self.original.read(name), self.forms[name].bits, self.scales)
 
 
 class RoundedCheckpoint(ChangedCheckpoint, RoundedTensors):
@@ -170,7 +177,8 @@ class RoundedCheckpoint(ChangedCheckpoint, RoundedTensors):
     Args:
         checkpoint: as it was.
         bits: see RoundedTensors, and
-        found: there.
+        found: there, and
+        scales: there.
         kept: those, and how; see `headfold.export.exportables.kept`.
     """
 
@@ -182,8 +190,9 @@ class RoundedCheckpoint(ChangedCheckpoint, RoundedTensors):
         bits: Mapping[str, Width],
         found: Mapping[str, Rounded] | None = None,
         kept: Mapping[str, Form] | None = None,
+        scales: torch.dtype = torch.float32,
     ) -> None:
-        RoundedTensors.__init__(self, checkpoint, bits, found)
+        RoundedTensors.__init__(self, checkpoint, bits, found, scales)
         self.kept = kept or {}
         self.forms |= self.kept
 
@@ -203,7 +212,7 @@ class RoundedCheckpoint(ChangedCheckpoint, RoundedTensors):
         """
         if name not in self.kept:
             return super().made(name)
-        rounding = kept(self.original, name)
+        rounding = kept(self.original, name, self.scales)
         if rounding is None or rounding.form != self.kept[name]:
             raise BundleError(f"{name} is not in {self.path} as the bundle kept it", fix="Export it again.")
         return rounding

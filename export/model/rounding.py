@@ -79,22 +79,22 @@ def form_of(bits: Width, columns: int) -> Form:
     return Form(bits, columns if bits == 7 else BLOCK)
 
 
-def rounded(weight: Tensor, bits: Width) -> Rounded:
+def rounded(weight: Tensor, bits: Width, scales: torch.dtype = torch.float32) -> Rounded:
     """The nearest numbers, and the scales of their blocks, of a weight [N, K].
 
     In eight bits the scale is the block's largest magnitude over 127; in four its extreme, with its sign, over -8, so that all 16
     numbers are used (both as in ggml's reference quantization); in seven an output's largest magnitude over 63. A block of zeros has
-    scale 1.
+    scale 1. `scales` is the dtype that holds these: a graph's.
     """
     blocks = weight.float().view(len(weight), -1, form_of(bits, weight.shape[1]).block)  # [N, G, block]
-    scales = block_scales(blocks, bits)
-    return Rounded(bits, nearest(blocks, scales[..., None], bits).to(torch.int8).flatten(1), scales)
+    found = block_scales(blocks, bits, scales)
+    return Rounded(bits, nearest(blocks, found[..., None], bits).to(torch.int8).flatten(1), found)
 
 
-def block_scales(blocks: Tensor, bits: Width) -> Tensor:
+def block_scales(blocks: Tensor, bits: Width, dtype: torch.dtype = torch.float32) -> Tensor:
     """The scales [...] of blocks [..., BLOCK]; see `rounded`."""
     largest = blocks.abs().amax(-1) if bits != 4 else blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))[..., 0]
-    scales = largest / {8: 127, 7: 63, 4: -8}[bits]
+    scales = (largest / {8: 127, 7: 63, 4: -8}[bits]).to(dtype).to(blocks.dtype)
     return torch.where(scales == 0, 1.0, scales)
 
 

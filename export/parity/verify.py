@@ -165,10 +165,10 @@ def _rounded(
     kept = {name: weight.form for name, weight in tensors.items() if weight.method == "kept"}
     found = StoredRoundings(model, by_gptq, weights.shapes())
     if own is not None:
-        return RoundedCheckpoint(record.smoothed(own), bits, found, kept), record
+        return RoundedCheckpoint(record.smoothed(own), bits, found, kept, stored), record
     if kept:
         raise BundleError("keeps a checkpoint's own bits, of a model of another road", where=directory, fix=_AGAIN)
-    return RoundedTensors(weights, bits, found), record
+    return RoundedTensors(weights, bits, found, stored), record
 
 
 def precision_of(manifest: Manifest) -> Precision:

@@ -21,13 +21,16 @@ _TRIED = [1 - 0.02 * step for step in range(16)]  # of the scale that holds the 
 
 
 @torch.inference_mode()
-def gptq_layers(model: Running, names: Collection[str], tokens: Tensor, reporter: Reporter) -> dict[str, Rounded]:
+def gptq_layers(
+    model: Running, names: Collection[str], tokens: Tensor, scales: torch.dtype, reporter: Reporter
+) -> dict[str, Rounded]:
     """Weights of layers in four bits, calibrated on int64 tokens [N, S]; of those whose inputs can be heard: of nn.Linear.
 
     Args:
         model: its other weights (its embedding, say) may be rounded already.
         names: of weights to round, [N, K].
         tokens: see above.
+        scales: dtype of the graph's.
         reporter: told what goes on.
     """
     found = dict[str, Rounded]()
@@ -39,7 +42,7 @@ def gptq_layers(model: Running, names: Collection[str], tokens: Tensor, reporter
                 linears = {f"{name}.weight": m for name, m in modules.items() if isinstance(m, nn.Linear)}
                 linears = {name: module for name, module in linears.items() if name in names}
                 moments = _input_moments(linears, _run(model, index, parts, hidden))
-                here = {name: gptq(model.read(name), heard, 4) for name, heard in moments.items()}
+                here = {name: gptq(model.read(name), heard, 4, scales) for name, heard in moments.items()}
                 with model.replaced({name: restored(rounding) for name, rounding in here.items()}):
                     hidden = list(_run(model, index, parts, hidden))
                 found |= here
@@ -47,12 +50,12 @@ def gptq_layers(model: Running, names: Collection[str], tokens: Tensor, reporter
     return found
 
 
-def gptq(weight: Tensor, moments: Tensor, bits: Bits) -> Rounded:
+def gptq(weight: Tensor, moments: Tensor, bits: Bits, dtype: torch.dtype = torch.float32) -> Rounded:
     """Round a weight [N, K] whose inputs have these second moments, float64 [K, K], positive somewhere.
 
     Whole blocks and the columns in them go in the order of their inputs' size, largest first ("act order" of the authors' code), for
     the last ones have nobody to make up for them. A block's scale is found when its turn comes: the one of `_TRIED`, either sign, with
-    the least error, weighed by the moments.
+    the least error, weighed by the moments; `dtype` holds the scales.
 
     Raises:
         ConfigError: the moments are not finite.
@@ -67,7 +70,7 @@ def gptq(weight: Tensor, moments: Tensor, bits: Bits) -> Rounded:
     scales = torch.empty(count, width // BLOCK)
     for start in range(0, width, BLOCK):
         block = slice(start, start + BLOCK)
-        step = best_scales(left[:, block], power[block], bits)  # [N]
+        step = best_scales(left[:, block], power[block], bits, dtype)  # [N]
         errors = torch.empty(count, BLOCK, dtype=torch.float64)
         for offset in range(BLOCK):
             column = start + offset
@@ -80,13 +83,14 @@ def gptq(weight: Tensor, moments: Tensor, bits: Bits) -> Rounded:
     return Rounded(bits, numbers, scales)
 
 
-def best_scales(blocks: Tensor, power: Tensor, bits: Bits) -> Tensor:
-    """Scales [N] of blocks [N, BLOCK] with the least squared error, float32 numbers; `power` [BLOCK] weighs its columns."""
-    largest = block_scales(blocks, bits)
+def best_scales(blocks: Tensor, power: Tensor, bits: Bits, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Scales [N] of blocks [N, BLOCK] with the least squared error, numbers of `dtype`; `power` [BLOCK] weighs its columns."""
+    largest = block_scales(blocks, bits, dtype)
     best, least = largest, torch.full_like(largest, torch.inf)
     for factor in _TRIED:
         for sign in (1, -1):
-            scales = (sign * factor * largest).float().to(blocks.dtype)
+            scales = (sign * factor * largest).to(dtype).to(blocks.dtype)
+            scales = torch.where(scales == 0, largest, scales)
             wrong = blocks - nearest(blocks, scales[:, None], bits) * scales[:, None]
             error = wrong.square() @ power
             best, least = torch.where(error < least, scales, best), torch.minimum(error, least)

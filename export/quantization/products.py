@@ -89,7 +89,7 @@ def _routing(model: ir.Model) -> set[ir.Value]:
 
 
 def round_weights(model: ir.Model, checkpoint: RoundedTensors) -> None:
-    """Store what is rounded in few bits wherever the graph reads it. The graph is float32, and has no weights yet.
+    """Store what is rounded in few bits wherever the graph reads it. The graph has no weights yet.
 
     Where tensors that are joined into one product have different forms, there are as many products, and their results are joined.
     """
@@ -129,7 +129,7 @@ def set_level_in_file(path: Path, level: Level) -> None:
 def _rows(model: ir.Model, tape: ir.tape.Tape, node: ir.Node, name: str, checkpoint: RoundedTensors) -> ir.Value:
     """In place of `Gather(w, ids)`."""
     form, ids = checkpoint.forms[name], node.inputs[1]
-    values, scales, *others = _stored(model, (name,), checkpoint)
+    values, scales, *others = _stored(model, (name,), checkpoint, node.outputs[0].dtype)
     rows = tape.op(GATHER, [values, scales, ids], {"bits": form.bits}, domain=DOMAIN)  # [B, S, K]
     if not others:
         return rows
@@ -157,7 +157,7 @@ def _products(
     assert given.shape is not None
     for form, group in groupby(sources, key=checkpoint.forms.__getitem__):
         names = tuple(group)
-        stored = _stored(model, names, checkpoint, transposed=True)
+        stored = _stored(model, names, checkpoint, given.dtype, transposed=True)
         if form.bits == 7:
             products.append(tape.op(ROUNDED, [given, *stored], domain=DOMAIN))
             continue
@@ -183,11 +183,15 @@ def _products(
 
 
 def _stored(
-    model: ir.Model, names: tuple[str, ...], checkpoint: RoundedTensors, transposed: bool = False
+    model: ir.Model,
+    names: tuple[str, ...],
+    checkpoint: RoundedTensors,
+    floats: ir.DataType | None,
+    transposed: bool = False,
 ) -> list[ir.Value]:
     """The parts of weights of one form, end to end, the same for all that read them: see `stored_shapes`.
 
-    Offsets are `transposed` for a product, [G, N]; so are numbers of seven bits, [K, N].
+    Scales and offsets are `floats`. Offsets are `transposed` for a product, [G, N]; so are numbers of seven bits, [K, N].
     """
     shapes = dict[str, tuple[int, ...]]()
     each = []  # the parts of each
@@ -199,10 +203,10 @@ def _stored(
     values = []
     for sources in zip(*each, strict=True):
         order = sources[0].startswith(ORDER)  # which they share
-        floats, by_output = sources[0].endswith((SCALES, OFFSETS)), checkpoint.forms[names[0]].bits == 7
-        turned = transposed and (sources[0].endswith(OFFSETS) or (by_output and not floats))
+        real, by_output = sources[0].endswith((SCALES, OFFSETS)), checkpoint.forms[names[0]].bits == 7
+        turned = transposed and (sources[0].endswith(OFFSETS) or (by_output and not real))
         recipe = WeightRecipe(sources[:1] if order else sources, turned)
-        kind = ir.DataType.FLOAT if floats else ir.DataType.INT8 if by_output else ir.DataType.UINT8
+        kind = floats if real else ir.DataType.INT8 if by_output else ir.DataType.UINT8
         kind = ir.DataType.INT64 if order else kind
         known = model.graph.initializers.get(recipe.name)
         values.append(known or add_weight(model, recipe, recipe.shape(shapes), kind))

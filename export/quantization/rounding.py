@@ -58,6 +58,7 @@ def prepare(
     tensors: Tensors,
     groups: Mapping[str, tuple[str, ...]],
     capacity: int,
+    dtype: torch.dtype,
     options: WeightRounding,
     reporter: Reporter,
 ) -> Prepared:
@@ -68,6 +69,7 @@ def prepare(
         tensors: its weights, opened.
         groups: those that the graph can have rounded, each with those joined with it; see `roundable`.
         capacity: of the bundle.
+        dtype: of the bundle's other weights, and of scales.
         options: how.
         reporter: told what goes on.
 
@@ -83,7 +85,7 @@ def prepare(
     wide = [name for name in groups if model.layer_of(name) is None]
     bits = widths_of({name: shapes[name] for name in groups}, options.scheme, wide, source.path)
     if isinstance(source, OwnModel):
-        kept = kept_forms(source.checkpoint, [name for name, width in bits.items() if width != 7])
+        kept = kept_forms(source.checkpoint, [name for name, width in bits.items() if width != 7], dtype)
     _tell(source, bits, kept, reporter)
     _tell_of_floats(shapes, bits, reporter)
     least = bits | {name: form.bits for name, form in kept.items()}
@@ -116,14 +118,14 @@ def prepare(
     else:
         gptq = dict[str, Rounded]()
         if calibrated and options.method == "gptq":
-            narrow = {name for name, width in bits.items() if width == 4 and not is_held(tensors, name)}
-            eight = RoundedTensors(tensors, {name: width for name, width in bits.items() if width == 8})
+            narrow = {name for name, width in bits.items() if width == 4 and not is_held(tensors, name, dtype)}
+            eight = RoundedTensors(tensors, {name: width for name, width in bits.items() if width == 8}, scales=dtype)
             with model.replaced({name: eight.read(name) for name in eight.forms}):
-                gptq = gptq_layers(model, narrow, tokens[~measured], reporter) if narrow else {}
+                gptq = gptq_layers(model, narrow, tokens[~measured], dtype, reporter) if narrow else {}
         if isinstance(source, OwnModel):
-            weights = RoundedCheckpoint(source.checkpoint, bits, gptq, kept)
+            weights = RoundedCheckpoint(source.checkpoint, bits, gptq, kept, dtype)
         else:
-            weights = RoundedTensors(tensors, bits, gptq)
+            weights = RoundedTensors(tensors, bits, gptq, dtype)
     spec = WeightsSpec(
         scheme=options.scheme,
         bits=average_bits(weights),
@@ -184,7 +186,7 @@ def average_bits(weights: RoundedTensors) -> float:
     return sum(form.bits * sizes[name] for name, form in weights.forms.items()) / sum(sizes.values())
 
 
-def is_held(tensors: Tensors, name: str) -> bool:
+def is_held(tensors: Tensors, name: str, scales: torch.dtype) -> bool:
     """Whether four bits hold a weight exactly as it is (it was dequantized from such ones)."""
     weight = tensors.read(name).float()
-    return torch.equal(restored(rounded(weight, 4)), weight)
+    return torch.equal(restored(rounded(weight, 4, scales)), weight)

@@ -47,7 +47,7 @@ class StoredRoundings(Mapping[str, Rounded]):
     def __getitem__(self, name: str) -> Rounded:
         bits = self._bits[name]
         values, scales = (self._read(*part) for part in stored_shapes(name, Form(bits), *self._shapes[name]).items())
-        return Rounded(bits, unpacked(values, bits), scales)
+        return Rounded(bits, unpacked(values, bits), scales.float())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._bits)
@@ -80,7 +80,7 @@ def prove_rounding(checkpoint: RoundedTensors, record: Mapping[str, WeightRecord
     for name in checkpoint.found:
         weight, found = checkpoint.original.read(name), checkpoint.rounded(name)
         error = relative_squared_error(found, weight)
-        least = relative_squared_error(rounded(weight, checkpoint.forms[name].bits), weight)
+        least = relative_squared_error(rounded(weight, checkpoint.forms[name].bits, checkpoint.scales), weight)
         ratio = error / least if least else math.inf * error if error else 0.0
         if digest(found) != record[name].sha256:
             ratio, note = math.inf, "is not what GPTQ found"

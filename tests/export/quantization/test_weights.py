@@ -237,10 +237,6 @@ def test_weights_that_no_rule_finds_are_held_to_their_record(part, mixed, source
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            ("--weights", "int4", "--dtype", "float16"),
-            "--dtype float16: does not go with weights of four or eight bits",
-        ),
         (("--weights", "int4", "--allow-nan"), "--allow-nan: does not go with weights of four or eight bits"),
         (("--weights", "int4", "--capacity", "1"), "--capacity 1: is too short to measure rounded weights on"),
         (("--weights", "int8", "--bits", "5"), "--bits: is for weights of either width. Add --weights mixed."),
