@@ -1,8 +1,6 @@
 """Open whatever lies at a path as a checkpoint, and make decoders of checkpoints."""
 
-from collections.abc import Collection
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -60,34 +58,22 @@ def find(path: Path) -> Path:
     raise CheckpointError("no such file or directory", where=path, fix="Name a GGUF file or a Hugging Face directory.")
 
 
-class Weights(Protocol):
-    """Tensors in place of a checkpoint's own."""
-
-    @property
-    def changed(self) -> Collection[str]:
-        """Those that are not a checkpoint's own: they are taken as they are."""
-        ...
-
-    def read(self, name: str) -> torch.Tensor:
-        """One of all."""
-        ...
-
-
 def load_decoder(
     checkpoint: Checkpoint,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     capacity: int | None = None,
-    weights: Weights | None = None,
 ) -> Decoder:
-    """The decoder with the checkpoint's weights in `dtype`, ready for inference; one copy of the weights is in memory."""
+    """The decoder with the checkpoint's weights in `dtype`, ready for inference; one copy of the weights is in memory.
+
+    None: each as it is stored. Of a directory they stay in its files, then.
+    """
     with torch.device("meta"):
         decoder = Decoder(checkpoint.config, capacity)
-    source, changed = (checkpoint, ()) if weights is None else (weights, weights.changed)
     for name in checkpoint:
-        tensor = source.read(name)
-        tensor = tensor if name in changed else tensor.to(dtype)
-        decoder.load_state_dict({name: tensor}, strict=False, assign=True)
-    decoder.cos_cache, decoder.sin_cache = decoder.cos_cache.to(dtype), decoder.sin_cache.to(dtype)
+        tensor = checkpoint.read(name)
+        decoder.load_state_dict({name: tensor if dtype is None else tensor.to(dtype)}, strict=False, assign=True)
+    if dtype is not None:
+        decoder.cos_cache, decoder.sin_cache = decoder.cos_cache.to(dtype), decoder.sin_cache.to(dtype)
     return decoder.eval().requires_grad_(False)
 
 

@@ -12,6 +12,7 @@ from headfold.export.checkpoints.base import Checkpoint, TokenizerFiles
 from headfold.export.checkpoints.opening import load_decoder
 from headfold.export.exportables.base import Changed, Master
 from headfold.export.exportables.facts import Facts, LayerFacts
+from headfold.export.exportables.foreign.widening import widened
 from headfold.export.exportables.oracle import DecoderOracle, Oracle
 from headfold.export.model.config import ModelConfig
 from headfold.export.model.decoder import Cache, Decoder
@@ -74,8 +75,9 @@ class OwnModel:
         self, stored: torch.dtype, capacity: int, arithmetic: torch.dtype, weights: Changed | None = None
     ) -> Oracle:
         """See Exportable."""
-        decoder = load_decoder(self.checkpoint, stored, capacity, weights)
-        return DecoderOracle(decoder.to(arithmetic))
+        decoder = load_decoder(self.checkpoint, None, capacity)
+        decoder.cos_cache, decoder.sin_cache = decoder.cos_cache.to(stored), decoder.sin_cache.to(stored)
+        return DecoderOracle(widened(decoder, decoder.model.layers, arithmetic, stored, weights))
 
 
 class OwnMaster(Master):

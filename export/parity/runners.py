@@ -28,6 +28,7 @@ from headfold.plugins.dtypes import DTYPES, from_onnxruntime
 from headfold.plugins.names import HIDDEN_STATES, input_of, is_cache_input, is_cache_output
 from headfold.runtime.errors import BundleError
 
+_MAPPED = 1 << 30  # bytes of weights; more are read where they lie in their file, and not packed for speed
 Outputs = OrderedDict[str, NDArray[Any]]
 Pass = Callable[[ir.Model], object]
 
@@ -136,6 +137,8 @@ class Graph:
         """
         options = ort.SessionOptions()
         options.log_severity_level = 4  # what goes wrong is raised too
+        if self.path.is_file() and data_file(self.path).is_file() and data_file(self.path).stat().st_size > _MAPPED:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         try:
             model = load_model(self.path)
             exact = round_no_inputs(model)  # what rounding a product's inputs costs is for the gate

@@ -17,6 +17,8 @@ from headfold.runtime.errors import DataError
 from headfold.runtime.manifest import Manifest, WeightsCost
 from headfold.runtime.session import OrtSession
 
+_TOGETHER = 512  # tokens that go through the model at a time
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -35,7 +37,8 @@ def reference(model: Running | Decoder, tokens: Tensor) -> Reference:
         DataError: it computes NaN or infinity.
     """
     half = tokens.shape[1] // 2
-    logits = np.stack([model(row[None]).logits[0].numpy() for row in tokens])
+    parts = torch.split(tokens, max(_TOGETHER // tokens.shape[1], 1))
+    logits = np.concatenate([model(part).logits.numpy() for part in parts])
     if not np.isfinite(logits).all():
         raise DataError(
             "the model computes NaN or infinity, so nobody can say what rounding its weights costs",

@@ -29,6 +29,8 @@ from headfold.export.quantization.smoothing import find_smoothing
 from headfold.runtime.errors import ConfigError
 from headfold.runtime.manifest import WeightsScheme, WeightsSpec
 
+# A model whose weights come and go with each pass is given shorter sequences: each token that is decoded is a pass
+SHORT = 64  # tokens
 HELD_OUT, CALIBRATION = 2048, 8192  # tokens to measure on, and to calibrate GPTQ or smoothing on
 
 
@@ -93,8 +95,9 @@ def prepare(
     smoothed = options.scheme == "w8a8" and isinstance(source, OwnModel)
     calibrated = smoothed or (4 in bits.values() and (options.scheme == "mixed" or options.method == "gptq"))
     count = HELD_OUT + CALIBRATION if calibrated else HELD_OUT
+    length = SHORT if model.streams else LENGTH
     tokens = calibration_tokens(
-        source.tokenizer.definition, model, options.data, count, LENGTH, seed=1, reporter=reporter
+        source.tokenizer.definition, model, options.data, count, length, seed=1, reporter=reporter
     )
     measured = torch.arange(len(tokens)) % (count // HELD_OUT) == 0
     if calibrated and measured.all():

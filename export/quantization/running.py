@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from headfold.export.exportables.base import Exportable, Tensors, first_names
 from headfold.export.model.decoder import Cache, Output
 
-RESIDENT = 1 << 30  # bytes of a model's layers that stay in memory
+RESIDENT = 3 << 29  # bytes of a model's layers that stay in memory
 
 
 class _Reached(Exception):  # no error: the layers that are wanted have run
@@ -39,14 +39,12 @@ class Running:
         self._others = dict[str, Tensor]()  # weights that are not the tensors'
         self._outputs = 0  # of a layer; 0: the stream alone
         own = {id(x) for layer in self._layers for x in layer.parameters()}
-        self._streams = (
-            4 * sum(math.prod(x.shape) for x in self._master.decoder.parameters() if id(x) in own) > RESIDENT
-        )
+        self.streams = 4 * sum(math.prod(x.shape) for x in self._master.decoder.parameters() if id(x) in own) > RESIDENT
         self._holding: int | None = None  # a layer whose weights stay until its block ends
         self._load("")
         for index, layer in enumerate(self._layers):
             layer.register_forward_hook(self._learn)
-            if self._streams:
+            if self.streams:
                 self._drop(index)
                 layer.register_forward_pre_hook(lambda *_, index=index: self._come(index))
                 layer.register_forward_hook(lambda *_, index=index: self._go(index))
@@ -112,7 +110,7 @@ class Running:
             return heard[0]
         finally:
             handle.remove()
-            if self._streams:
+            if self.streams:
                 self._go(index)
         raise RuntimeError(f"layer {index} did not run")
 
@@ -124,7 +122,7 @@ class Running:
     @contextmanager
     def layer(self, index: int) -> Iterator[Mapping[str, nn.Module]]:
         """A layer's modules by the names that they have in the model; its weights stay in memory until the block ends."""
-        if self._streams:
+        if self.streams:
             self._come(index)
         self._holding = index
         prefix = self._prefixes[index]
@@ -132,7 +130,7 @@ class Running:
             yield {f"{prefix}.{name}": module for name, module in self._layers[index].named_modules()}
         finally:
             self._holding = None
-            if self._streams:
+            if self.streams:
                 self._go(index)
 
     @contextmanager
@@ -154,7 +152,7 @@ class Running:
         else:
             self._others[name] = weight
         index = self.layer_of(name)
-        if not self._streams or index is None or index == self._holding:
+        if not self.streams or index is None or index == self._holding:
             self._assign(name)
 
     def read(self, name: str) -> Tensor:
@@ -197,7 +195,7 @@ class Running:
         """Parameters and buffers whose names begin so; what belongs to layers that come and go only with them."""
         decoder = self._master.decoder
         for name in [name for name, _ in decoder.named_parameters(remove_duplicate=False) if name.startswith(prefix)]:
-            if prefix or not self._streams or self.layer_of(name) is None:
+            if prefix or not self.streams or self.layer_of(name) is None:
                 self._assign(name)
         for name, buffer in list(decoder.named_buffers(remove_duplicate=False)) if not prefix else ():
             tensor = self._tables[name] if name in self._tables else self._tensors.read(name)

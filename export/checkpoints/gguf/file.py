@@ -3,20 +3,18 @@
 Names and metadata keys are those of the GGUF specification (ggml/docs/gguf.md).
 """
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import torch
 
 from headfold.export.checkpoints.base import check_tensors
 from headfold.export.checkpoints.families import FAMILIES, NotInTable
 from headfold.export.checkpoints.gguf.blocks import blocks_of
-from headfold.export.checkpoints.gguf.reading import GGUFFile, makes_sense
+from headfold.export.checkpoints.gguf.reading import FLOATS, GGUFFile, makes_sense
 from headfold.export.checkpoints.gguf.tokenizer import tokenizer_files
 from headfold.export.checkpoints.gguf.vocabulary import SpecialTokens
 from headfold.export.checkpoints.quantized.tensor import QuantizedTensor
@@ -38,11 +36,6 @@ _LAYER = {  # GGUF name inside `blk.{i}.`: the decoder's name inside `model.laye
     "ffn_down": "mlp.down_proj",
 }
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_FLOATS = {
-    gguf.GGMLQuantizationType.F32: torch.float32,
-    gguf.GGMLQuantizationType.F16: torch.float16,
-    gguf.GGMLQuantizationType.BF16: torch.bfloat16,
-}
 
 
 class GGUFCheckpoint:
@@ -65,8 +58,7 @@ class GGUFCheckpoint:
         self._shapes = expected_shapes(self.config)
         check_tensors(path, self._shapes, {name: tuple(int(n) for n in t.shape[::-1]) for name, t in named.items()})
         self._tensors = {name: named[name] for name in self._shapes}
-        kinds = Counter(tensor.tensor_type for tensor in self._tensors.values() if tensor.tensor_type not in _FLOATS)
-        self.titles = {"quantization": f"GGUF {kinds.most_common(1)[0][0].name}"} if kinds else {}
+        self.titles = self._file.titles
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """See Checkpoint."""
@@ -74,7 +66,7 @@ class GGUFCheckpoint:
 
     def dtype(self, name: str) -> torch.dtype:
         """See Checkpoint: float32 for quantized tensors."""
-        return _FLOATS.get(self._tensors[name].tensor_type, torch.float32)
+        return FLOATS.get(self._tensors[name].tensor_type, torch.float32)
 
     def read(self, name: str) -> torch.Tensor:
         """See Checkpoint.
@@ -103,7 +95,7 @@ class GGUFCheckpoint:
     def kind(self, name: str) -> str | None:
         """See Checkpoint."""
         kind = self._tensors[name].tensor_type
-        return None if kind in _FLOATS else str(kind.name)
+        return None if kind in FLOATS else str(kind.name)
 
     def _in_order(self, name: str, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Undo llama.cpp's reordering of query and key rows, where the family has it."""

@@ -1,6 +1,7 @@
 """A GGUF file as it lies there, in one part or several: its metadata, and its tensors, mapped and dequantized by the `gguf` package."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from headfold.export.checkpoints.gguf.header import check_header
@@ -15,6 +17,11 @@ from headfold.runtime.errors import CheckpointError, HeadfoldError
 
 _SPLIT, _MOST_PARTS = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf"), 1024  # as llama.cpp's gguf-split names them
 _AGAIN = "Download it again."
+FLOATS = {  # what is not quantized
+    gguf.GGMLQuantizationType.F32: torch.float32,
+    gguf.GGMLQuantizationType.F16: torch.float16,
+    gguf.GGMLQuantizationType.BF16: torch.bfloat16,
+}
 _AT_ONCE = 1 << 22  # numbers that are dequantized together: the package takes twice their memory beside
 
 
@@ -39,6 +46,12 @@ class GGUFFile:
                 where=path,
                 fix=f"Name all parts as they were: NAME-00001-of-{parts:05}.gguf and so on.",
             )
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """What a person calls its quantization: the most frequent one; nothing where there is none."""
+        kinds = Counter(tensor.tensor_type for tensor in self.tensors.values() if tensor.tensor_type not in FLOATS)
+        return {"quantization": f"GGUF {kinds.most_common(1)[0][0].name}"} if kinds else {}
 
     def dequantized(self, tensor: gguf.ReaderTensor) -> NDArray[np.float32]:
         """One of its tensors, as the file has it.

@@ -21,6 +21,15 @@ def in_dtype(module: M, dtype: torch.dtype, device: str = "cpu") -> M:
     return _copied(module, lambda x: x.to(device, dtype), lambda x: x.to(device, copy=True))
 
 
+def sharing(module: M) -> M:
+    """A copy with parameters of its own, whose numbers are the module's; its buffers are copied.
+
+    Raises:
+        ConfigError: it cannot be copied.
+    """
+    return _copied(module, lambda x: x.to("cpu"), lambda x: x.to("cpu", copy=True))
+
+
 def without_weights(module: M, dtype: torch.dtype) -> M:
     """The same on meta tensors.
 

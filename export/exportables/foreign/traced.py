@@ -3,20 +3,18 @@
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from headfold.export.exportables.base import Changed, Master
+from headfold.export.exportables.base import Master
 from headfold.export.exportables.facts import LayerFacts
 from headfold.export.exportables.foreign.mapped import MappedFiles
 from headfold.export.model.decoder import Cache, Layout, rows_of, sequence_layout
 from headfold.plugins.attention.schema import AttentionInputs, Attributes
 from headfold.plugins.attention.torch_op import attention
 from headfold.runtime.errors import ConfigError
-
-M = TypeVar("M", bound=nn.Module)
 
 
 class OnePass:
@@ -168,12 +166,3 @@ class ModelTensors:
             self._files.give_back(self._tensors[self._last])
         self._last = name
         return self._tensors[name]
-
-
-def with_weights(module: M, weights: Changed | None) -> M:
-    """The module, whose parameters it alone has, with what is changed in `weights` in them; in their dtype."""
-    if weights is not None:
-        for name in weights.changed:
-            parameter = module.get_parameter(name)
-            parameter.data = weights.read(name).to(parameter.dtype)
-    return module

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from headfold.export.checkpoints.base import TokenizerFiles
 from headfold.export.exportables.base import Changed, Master, no_quantized_cache
 from headfold.export.exportables.facts import Facts
-from headfold.export.exportables.foreign.copying import in_dtype, without_weights
-from headfold.export.exportables.foreign.traced import ModelTensors, OnePass, TracedMaster, with_weights
+from headfold.export.exportables.foreign.copying import sharing, without_weights
+from headfold.export.exportables.foreign.traced import ModelTensors, OnePass, TracedMaster
+from headfold.export.exportables.foreign.widening import widened
 from headfold.export.exportables.module_road.learning import Learned, learn
 from headfold.export.exportables.module_road.module_oracle import ModuleOracle
 from headfold.export.exportables.oracle import Oracle
@@ -102,11 +103,9 @@ class ModuleModel:
         self, stored: torch.dtype, capacity: int, arithmetic: torch.dtype, weights: Changed | None = None
     ) -> Oracle:
         """See Exportable."""
-        module = with_weights(in_dtype(in_dtype(self._module, stored), arithmetic), weights)
-        for buffer in module.buffers():
-            if buffer.is_floating_point():
-                buffer.data = buffer.data.to(arithmetic)
-        return ModuleOracle(module, self._learned.names, self._learned.head)
+        module = sharing(self._module)
+        layers = [module.get_submodule(name) for name in self._learned.names]
+        return ModuleOracle(widened(module, layers, arithmetic, stored, weights), self._learned.names, self._learned.head)
 
 
 class ModuleMaster(TracedMaster):

@@ -51,6 +51,12 @@ class GGUFModel(TransformersModel):
         with makes_sense(file.path):
             tokenizer = tokenizer_files(file.path, file.metadata, text.max_position_embeddings)
         super().__init__(config, self._weights.load, file.path, tokenizer)
+        self._titles = file.titles
+
+    @property
+    def titles(self) -> Mapping[str, str]:
+        """See Exportable."""
+        return self._titles
 
     def tensors(self, dtype: torch.dtype) -> Tensors:
         """See Exportable; read one at a time."""

@@ -72,6 +72,14 @@ def load_model(
     return model.eval().requires_grad_(False), found
 
 
+def stored_dtype(directory: Directory) -> torch.dtype | None:
+    """The dtype of the weights, where they lie in files and all have one: as they are, they need no memory of their own."""
+    if not directory.as_stored:
+        return None
+    dtypes = {source.dtype for source in directory.tensors.values()}
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
 class _Unread:
     """What transformers takes for a slice of a safetensors file: it is read when it is wanted, if at all, and forgotten."""
 

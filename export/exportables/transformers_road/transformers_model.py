@@ -19,11 +19,12 @@ from headfold.export.checkpoints.hf_tensors import HARMLESS
 from headfold.export.checkpoints.tokenizer_of_parts import with_tokenizer
 from headfold.export.exportables.base import Changed, Master, Tensors, no_quantized_cache
 from headfold.export.exportables.facts import Facts, LayerFacts
-from headfold.export.exportables.foreign.traced import ModelTensors, OnePass, TracedMaster, with_weights
+from headfold.export.exportables.foreign.traced import ModelTensors, OnePass, TracedMaster
+from headfold.export.exportables.foreign.widening import is_large, widened
 from headfold.export.exportables.oracle import Oracle
 from headfold.export.exportables.transformers_road import experts
 from headfold.export.exportables.transformers_road.attending import NAME, OpCache
-from headfold.export.exportables.transformers_road.loading import load_model, quiet
+from headfold.export.exportables.transformers_road.loading import load_model, quiet, stored_dtype
 from headfold.export.exportables.transformers_road.refusals import (
     BELONGS,
     ROAD,
@@ -79,7 +80,7 @@ class TransformersModel:
         directory: Directory | None = None,
     ) -> None:
         self.config, self.path, self.tokenizer, self.directory = config, path, tokenizer, directory
-        self.load, self._stored = load, _stored(directory)
+        self.load, self._stored = load, stored_dtype(directory) if directory is not None else None
         model = on_meta(config, torch.float32, path)
         self.shapes = {name: tuple(x.shape) for name, x in model.named_parameters()}  # what is tied counts once
         self.facts = _facts(model, path)
@@ -117,7 +118,10 @@ class TransformersModel:
     ) -> Oracle:
         """See Exportable; transformers computes norms and softmax in float32 at most."""
         made = self.directory.made if self.directory is not None else ""
-        return TransformersOracle(with_weights(self.load(stored).to(arithmetic), weights), made=made)
+        large = is_large(sum(map(math.prod, self.shapes.values())))
+        model = self.load(self._stored or stored if large else stored)
+        model = widened(model, decoder_layers(model, len(self.facts.layers)), arithmetic, stored, weights)
+        return TransformersOracle(model, made=made)
 
 
 class TransformersMaster(TracedMaster):
@@ -188,14 +192,6 @@ def open_transformers(path: Path, trust_remote_code: bool = False, base: Path | 
     if parameters > _SHARED * elements:  # before transformers takes memory for them
         raise CheckpointError(f"it has {parameters:,} parameters, and its files {elements:,}", where=path, fix=BELONGS)
     return opened
-
-
-def _stored(directory: Directory | None) -> torch.dtype | None:
-    """The dtype of the weights, where they lie in files and all have one: as they are, they need no memory of their own."""
-    if directory is None or not directory.as_stored:
-        return None
-    dtypes = {source.dtype for source in directory.tensors.values()}
-    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def _config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:

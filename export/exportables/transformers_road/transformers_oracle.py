@@ -3,6 +3,7 @@
 Imported where transformers is installed (`pip install "headfold[transformers]"`).
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,8 +19,9 @@ from headfold.export.checkpoints.base import Checkpoint
 from headfold.export.checkpoints.directories.directory import Directory
 from headfold.export.checkpoints.gguf.file import GGUFCheckpoint
 from headfold.export.checkpoints.hf import HuggingFaceCheckpoint
+from headfold.export.exportables.foreign.widening import is_large, widened
 from headfold.export.exportables.oracle import Answer, Array, Past, QuantizedCache, Tokens, given_to, handed_on
-from headfold.export.exportables.transformers_road.loading import load_model, quiet
+from headfold.export.exportables.transformers_road.loading import load_model, quiet, stored_dtype
 from headfold.plugins.attention.torch_op import dequantize, quantize
 from headfold.runtime.errors import ConfigError, VerificationError
 
@@ -53,7 +55,9 @@ def oracle_of(checkpoint: Checkpoint, stored: torch.dtype) -> "TransformersOracl
 def _from_directory(directory: Directory, config: Any) -> PreTrainedModel:
     if getattr(config, "quantization_config", None) is not None:  # the weights are not, when they have been read
         del config.quantization_config
-    model, found = load_model(directory, config, torch.float32)
+    numbers = sum(math.prod(source.shape) for source in directory.tensors.values())
+    dtype = (stored_dtype(directory) if is_large(numbers) else None) or torch.float32
+    model, found = load_model(directory, config, dtype)
     wrong = [key if isinstance(key, str) else key[0] for key in (*found["missing_keys"], *found["mismatched_keys"])]
     if wrong:
         raise VerificationError(
@@ -104,6 +108,8 @@ class TransformersOracle:
     def __init__(self, model: PreTrainedModel, stored: torch.dtype | None = None, made: str = "") -> None:
         self.module = model.eval().requires_grad_(False)
         self._layers = decoder_layers(model, model.config.get_text_config().num_hidden_layers)
+        if stored is not None:
+            widened(self.module, self._layers, torch.float32, stored)
         self.name = f"{type(model).__name__} of transformers {transformers.__version__}, eager attention"
         self.name += f", weights {made} by headfold" if made else ""
 
@@ -111,8 +117,6 @@ class TransformersOracle:
             return tuple(table.to(stored).to(table.dtype) for table in tables)
 
         if stored not in {None, torch.float32}:
-            for parameter in self.module.parameters():
-                parameter.data = parameter.data.to(stored).float()
             for name, module in self.module.named_modules():
                 if name.endswith("rotary_emb"):
                     module.register_forward_hook(rounded)

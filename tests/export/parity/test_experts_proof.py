@@ -14,12 +14,14 @@ from random_transformers import save_random
 from headfold.export.bundle.pipeline import ExportOptions, export_bundle
 from headfold.export.exportables.base import Exportable
 from headfold.export.exportables.opening import open_exportable
+from headfold.export.exportables.rounded import RoundedTensors
 from headfold.export.graph.experts import experts_nodes
 from headfold.export.graph.trace import export_graph
 from headfold.export.graph.weights import load_model
 from headfold.export.parity.exact.experts import prove_experts
 from headfold.export.parity.verify import verify_bundle
 from headfold.export.progress import Reporter
+from headfold.export.quantization.products import round_weights, roundable
 from headfold.runtime.manifest import MODEL, read_manifest
 
 QUIET = Reporter(quiet=True)
@@ -113,3 +115,20 @@ def test_the_proof_of_a_bundle_has_it(made, tmp_path) -> None:
     ir.save(model, tmp_path / MODEL, external_data=f"{MODEL}.data")
     report = verify_bundle(tmp_path, source, manifest, 4, QUIET)
     assert [check.name for check in report.checks if not check.passed] == ["experts and their routing"]
+
+
+@pytest.mark.parametrize("fault", [None, "mlp.gate.weight", "o_proj.weight"])
+def test_routing_is_proven_beside_rounded_products(fault, tmp_path) -> None:
+    """A layer that has another's router, or another's product before it, is seen however the numbers are stored."""
+    source = open_exportable(save_random("qwen3_moe", tmp_path / "model"), "transformers")
+    tensors = source.tensors(torch.float32)
+    model, again = (export_graph(source, tensors, torch.float32, 64) for _ in range(2))
+    round_weights(model, RoundedTensors(tensors, dict.fromkeys(roundable(model), 8)))
+    if fault is not None:
+        first, second, *_ = (
+            node
+            for node in model.graph
+            if len(node.inputs) > 1 and node.inputs[1] is not None and fault in (node.inputs[1].name or "")
+        )
+        second.replace_input_with(1, first.inputs[1])
+    assert prove_experts(model, again).passed == (fault is None)
