@@ -20,6 +20,8 @@ from headfold.export.exportables.module_road.module_model import ModuleModel
 from headfold.export.exportables.opening import open_exportable
 from headfold.export.exportables.own import OwnModel
 from headfold.export.graph.trace import export_graph
+from headfold.export.progress import Reporter
+from headfold.export.quantization.gptq import gptq_layers
 from headfold.export.quantization.products import roundable, set_level_in_file
 from headfold.export.quantization.rounding import WeightRounding
 from headfold.export.quantization.running import Running
@@ -159,3 +161,17 @@ def test_a_running_model_computes_what_the_model_does(kind, streamed, tmp_path, 
     with model.replaced({name: torch.zeros_like(model.read(name))}):
         assert not torch.allclose(model(tokens).logits, logits, atol=1e-2)
     assert torch.equal(model(tokens).logits, logits)
+
+
+def test_gptq_of_weights_that_come_and_go_finds_the_same(toy_checkpoint, monkeypatch) -> None:
+    source, tokens, found = OwnModel(open_checkpoint(toy_checkpoint)), torch.arange(128).view(4, 32), []
+    for resident in (1 << 30, 0):
+        monkeypatch.setattr("headfold.export.quantization.running.RESIDENT", resident)
+        model = Running(source, source.checkpoint, 32)
+        names = [name for name in source.checkpoint.shapes() if "layers" in name and "o_proj" in name]
+        found.append(gptq_layers(model, names, tokens, torch.float32, Reporter(quiet=True)))
+        assert model.streams == (resident == 0)
+    assert len(found[0]) == 2
+    for name, rounding in found[0].items():
+        assert torch.equal(rounding.values, found[1][name].values)
+        assert torch.equal(rounding.scales, found[1][name].scales)
