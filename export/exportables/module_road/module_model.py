@@ -105,7 +105,9 @@ class ModuleModel:
         """See Exportable."""
         module = sharing(self._module)
         layers = [module.get_submodule(name) for name in self._learned.names]
-        return ModuleOracle(widened(module, layers, arithmetic, stored, weights), self._learned.names, self._learned.head)
+        return ModuleOracle(
+            widened(module, layers, arithmetic, stored, weights), self._learned.names, self._learned.head
+        )
 
 
 class ModuleMaster(TracedMaster):
