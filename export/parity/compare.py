@@ -23,7 +23,7 @@ from headfold.export.parity.layers import Finding, ask, judge, layer_checks, lay
 from headfold.export.parity.probes import Feed, Pasts, Place, Step, make_places, make_rows, make_steps
 from headfold.export.parity.report import CheckResult, LayerResult, ParityReport, agreed, compare_logits
 from headfold.export.parity.runners import CachedRunner, LayersRunner, OrtRunner, Outputs, prepared
-from headfold.export.parity.tolerances import MARGIN, Precision
+from headfold.export.parity.tolerances import Precision
 from headfold.export.progress import Reporter, quiet_polygraphy
 from headfold.plugins.names import HIDDEN_STATES, PARTS, cache_output, hidden_state, is_cache_output
 from headfold.runtime.errors import BundleError
@@ -219,7 +219,7 @@ def _report(
     checks.append(greedy)
     if layers is not None:
         findings: list[Finding] = []
-        alone = unsure(doubts.alone) if doubts is not None else None
+        alone = unsure(doubts.alone, precision.margin) if doubts is not None else None
         for number, place in enumerate(asked.places):
             findings += judge(place, asked.alone[number], layers[number], precision, alone)
         checks += layer_checks(findings)
@@ -310,7 +310,8 @@ def _unsure(step: Step, doubt: Doubt | None, subject: Subject) -> dict[str, floa
     asked = subject.all_logits, subject.hidden_states
     others = [expected_outputs(step, answers, *asked) for answers in doubt.others]
     right = expected_outputs(step, doubt.right, *asked)
-    return {x: MARGIN * max(float(np.abs(other[x] - right[x]).max(initial=0)) for other in others) for x in right}
+    margin = subject.precision.margin
+    return {x: margin * max(float(np.abs(other[x] - right[x]).max(initial=0)) for other in others) for x in right}
 
 
 def _errors(
@@ -352,7 +353,9 @@ def _greedy_check(
     allowed = precision.tolerance.limit("logits", first)
     if doubt is not None:
         right = doubt.right[0].logits
-        allowed = max(allowed, *(MARGIN * float(np.abs(other[0].logits - right).max()) for other in doubt.others))
+        allowed = max(
+            allowed, *(precision.margin * float(np.abs(other[0].logits - right).max()) for other in doubt.others)
+        )
     different = np.flatnonzero(chosen != wanted)
     divergent = int(different[0]) if len(different) else None
     same = float((chosen == wanted).mean()) if len(wanted) else 1.0

@@ -13,7 +13,7 @@ from headfold.export.parity.doubts import Answers, Doubt
 from headfold.export.parity.probes import Feed, Pasts, Place, feed
 from headfold.export.parity.report import CheckResult, LayerResult, agreed
 from headfold.export.parity.runners import Outputs
-from headfold.export.parity.tolerances import MARGIN, Precision
+from headfold.export.parity.tolerances import Precision
 from headfold.plugins.names import PARTS, cache_input, cache_output, hidden_state, is_cache_output, layer_input
 
 
@@ -81,10 +81,11 @@ def layer_feed(place: Place, pasts: Pasts, answers: Answers) -> Feed:
     return feeds
 
 
-def unsure(doubts: Sequence[Doubt]) -> dict[str, float]:
+def unsure(doubts: Sequence[Doubt], margin: int) -> dict[str, float]:
     """How far float32 may be off in each tensor, over the largest number there, as `Precision.layer_tolerance` has it.
 
-    `doubts` are of the places. What float32 loses in a tensor shows best where it loses most: a place of a few tokens may be lucky.
+    `doubts` are of the places, `margin` that of a `Precision`. What float32 loses in a tensor shows best where it loses most: a place
+    of a few tokens may be lucky.
     """
     found: dict[str, float] = {}
     for doubt in doubts:
@@ -92,7 +93,7 @@ def unsure(doubts: Sequence[Doubt]) -> dict[str, float]:
             for (name, right, scale), (_, actual, _) in zip(_tensors(doubt.right), _tensors(other), strict=True):
                 error = float((np.abs(right - actual) - _carried(name, right)).max(initial=0))
                 if scale and np.isfinite(error):
-                    found[name] = max(found.get(name, 0.0), MARGIN * error / scale)
+                    found[name] = max(found.get(name, 0.0), margin * error / scale)
     return found
 
 

@@ -41,7 +41,10 @@ _FLOAT16 = Tolerance(logits=(1e-2, 2e-2), other=(1e-2, 2e-2))
 _BFLOAT16 = Tolerance(logits=(8e-2, 1.6e-1), other=(8e-2, 1.6e-1))
 _ARITHMETIC: dict[DType, Tolerance] = {"float32": _FLOAT32, "float16": _FLOAT16, "bfloat16": _BFLOAT16}
 _ROUNDED = (5e-2, 5e-2)
-MARGIN = 8  # float32 may be off by so many times the error that PyTorch's has: another order of sums, and the largest of many
+# float32 may be off by so many times the error that PyTorch's has: another order of sums, and the largest of many. A product of
+# rounded weights is summed of unsigned numbers, their zero point apart: MatMulNBits of four bits loses 1.7 eps of sum |x| |w|, a
+# float32 product 0.4 (ONNX Runtime 1.31, 576 inputs)
+_MARGIN, _ROUNDED_MARGIN = 8, 32
 _STEPS: dict[Quantized, float] = {"int8": 1.0, "float8_e4m3fn": 32.0}
 _CACHES: dict[Quantized, float] = {
     "int8": 8.0,
@@ -51,11 +54,17 @@ _CACHES: dict[Quantized, float] = {
 
 @dataclass(frozen=True)
 class Precision:
-    """How a graph computes: where, in which dtype, and what its cache stores (None: the same dtype)."""
+    """How a graph computes: where, in which dtype, what its cache stores (None: the same), and whether its weights are rounded."""
 
     engine: Engine
     dtype: DType
     cache: Quantized | None = None
+    rounded: bool = False
+
+    @property
+    def margin(self) -> int:
+        """How many times PyTorch's own error is allowed where that is more than the tolerance."""
+        return _ROUNDED_MARGIN if self.rounded else _MARGIN
 
     @property
     def narrow(self) -> bool:

@@ -174,4 +174,5 @@ def _rounded(
 def precision_of(manifest: Manifest) -> Precision:
     """How a bundle's graph computes in ONNX Runtime."""
     quantization = manifest.cache.quantization
-    return Precision("onnxruntime", manifest.dtype, quantization.dtype if quantization is not None else None)
+    stored = quantization.dtype if quantization is not None else None
+    return Precision("onnxruntime", manifest.dtype, stored, rounded=manifest.weights is not None)
