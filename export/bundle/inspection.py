@@ -193,7 +193,8 @@ def render_targets(targets: Sequence[Facts]) -> None:
 def render_families() -> None:
     """Print what tests try as a table on standard output, a row for each model type."""
     table = Table(box=None, pad_edge=False)
-    for name in ("model type", "road", "random model", "real weights", "TensorRT network"):
+    table.add_column("model type", no_wrap=True, min_width=max(len(row.model_type) for row in TRIED))
+    for name in ("road", "random model", "real weights", "TensorRT network"):
         table.add_column(name, overflow="fold")
     for row in sorted(TRIED, key=lambda row: row.model_type):
         table.add_row(row.model_type, row.road, row.refused or "proven", row.real, ", ".join(row.tensorrt))

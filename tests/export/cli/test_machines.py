@@ -86,9 +86,9 @@ def test_every_module_imports_where_python_has_no_unix() -> None:
     """As on Windows."""
     code = """
 import importlib, pkgutil, headfold.export, headfold.plugins, headfold.runtime
+unix, lacking = {"resource", "fcntl", "pwd", "grp", "termios"}, sys.meta_path.pop(0)
 packages = (headfold.export, headfold.plugins, headfold.runtime)
 names = [m.name for package in packages for m in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
-unix, lacking = {"resource", "fcntl", "pwd", "grp", "termios"}, sys.meta_path.pop(0)
 for blocked in (False, True):  # first everybody else's modules, which know Windows themselves
     for name in [name for name in sys.modules if name in unix or name.startswith("headfold.")]:
         del sys.modules[name]

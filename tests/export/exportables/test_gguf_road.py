@@ -63,6 +63,7 @@ def test_is_the_model_that_was_written(architecture, tmp_path) -> None:
     np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "model_type", "layers"), [("gemma2", "gemma2", 46), ("gemma3", "gemma3_text", 62)]
 )

@@ -88,7 +88,7 @@ CASES: dict[str, tuple[QuantizedTensor, Form]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_every_number_is_kept(case) -> None:
     part, form = CASES[case]
-    rounding = kept(of(part), "w")
+    rounding = kept(of(part), "w", torch.float32)
     assert rounding is not None
     assert rounding.form == form
     assert torch.equal(restored(rounding), part.dequantize())
@@ -97,7 +97,7 @@ def test_every_number_is_kept(case) -> None:
 def test_columns_of_groups_that_do_not_follow_one_another_are_stored_in_their_order() -> None:
     groups = torch.arange(384)[torch.randperm(384, generator=torch.Generator().manual_seed(0))] // 128
     part = replace(GROUPS, groups=groups)
-    rounding = kept(of(part), "w")
+    rounding = kept(of(part), "w", torch.float32)
     assert rounding is not None
     assert torch.equal(restored(rounding), part.dequantize())
     assert rounding.form == Form(4, 128, zeros=True, order=rounding.form.order)
@@ -113,7 +113,7 @@ def test_columns_of_groups_that_do_not_follow_one_another_are_stored_in_their_or
 @pytest.mark.parametrize("case", CASES)
 def test_what_a_graph_stores_is_it_too(case) -> None:
     part, form = CASES[case]
-    rounding = kept(of(part), "w")
+    rounding = kept(of(part), "w", torch.float32)
     assert rounding is not None
     stored = {name: stored_part(rounding, name) for name in stored_shapes("w", form, *part.values.shape)}
     assert {name: tuple(x.shape) for name, x in stored.items()} == stored_shapes("w", form, *part.values.shape)
@@ -137,7 +137,7 @@ def test_what_a_graph_stores_is_it_too(case) -> None:
 def test_kinds_of_gguf(kind, form) -> None:
     weight = np.random.default_rng(0).normal(0, 0.05, (8, 512)).astype(np.float32)
     part = blocks_of(type("Tensor", (), {"data": quantized(weight, kind), "tensor_type": kind}))
-    rounding = kept(of(part), "w")
+    rounding = kept(of(part), "w", torch.float32)
     assert rounding is not None
     assert rounding.form == form
 
@@ -145,7 +145,7 @@ def test_kinds_of_gguf(kind, form) -> None:
 @pytest.mark.parametrize("kind", [Kind.Q4_K, Kind.Q5_K])
 def test_kinds_of_gguf_whose_scales_are_products(kind) -> None:
     part = blocks_of(type("Tensor", (), {"data": quantized(np.zeros((8, 512)), kind), "tensor_type": kind}))
-    rounding = kept(of(part), "w")
+    rounding = kept(of(part), "w", torch.float32)
     assert rounding is not None
     assert (rounding.bits, rounding.form.block, rounding.form.offsets) == (4 if kind == Kind.Q4_K else 8, 32, True)
 
@@ -160,16 +160,16 @@ def test_kinds_of_gguf_whose_scales_are_products(kind) -> None:
     ids=["groups of other sizes", "groups of 20", "float8"],
 )
 def test_what_no_form_holds_is_not_kept(part) -> None:
-    assert kept(of(part), "w") is None
-    assert kept_forms(of(part), ["w"]) == {}
+    assert kept(of(part), "w", torch.float32) is None
+    assert kept_forms(of(part), ["w"], torch.float32) == {}
 
 
 def test_an_embedding_is_kept_without_zero_points_only() -> None:
-    assert kept(of(GROUPS, EMBEDDING), EMBEDDING) is None
+    assert kept(of(GROUPS, EMBEDDING), EMBEDDING, torch.float32) is None
     symmetric, _ = CASES["symmetric: zero points of 8"]
-    assert kept(of(symmetric, EMBEDDING), EMBEDDING) is not None
+    assert kept(of(symmetric, EMBEDDING), EMBEDDING, torch.float32) is not None
 
 
 def test_parts_that_are_not_what_is_read_are_not_kept() -> None:
     other = replace(of(GROUPS), tensors={"w": GROUPS.dequantize() + 1})
-    assert kept(other, "w") is None
+    assert kept(other, "w", torch.float32) is None

@@ -64,7 +64,9 @@ def assert_computes_what_transformers_does(bundle: Path, model: PreTrainedModel)
     np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize(("model_type", "count"), [("gemma3_text", 19), ("phi3", 11)])
+@pytest.mark.parametrize(
+    ("model_type", "count"), [("gemma3_text", 19), pytest.param("phi3", 11, marks=pytest.mark.slow)]
+)
 def test_a_model_of_transformers_computes_with_what_its_file_holds(model_type, count, tmp_path) -> None:
     save_random(model_type, tmp_path / "model")
     code, output = run("export", tmp_path / "model", "-o", tmp_path / "out", "--weights", "int4", "--max-kl", "9", "-q")
@@ -80,6 +82,7 @@ def test_a_model_of_transformers_computes_with_what_its_file_holds(model_type, c
     assert_computes_what_transformers_does(tmp_path / "out", random_model(model_type))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["mixed", "w8a8"])
 def test_other_schemes_of_a_model_of_transformers_are_proven(scheme, tmp_path) -> None:
     save_random("gemma3_text", tmp_path / "model", num_hidden_layers=2, layer_types=["sliding_attention"] * 2)
