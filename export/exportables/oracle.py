@@ -171,9 +171,13 @@ def as_array(x: Tensor) -> Array:
 
 
 def nudge(module: nn.Module, seed: int) -> None:
-    """Change each weight by less than float32 can tell: by a random part of eps of itself, 1.2e-7 at most, up or down."""
+    """Change each weight by less than float32 can tell: by a random part of eps of itself, 1.2e-7 at most, up or down.
+
+    Only those in float64: a large model's layers have none but while they compute, and stay as they are.
+    """
     random = torch.Generator().manual_seed(seed)
     eps = torch.finfo(torch.float32).eps
     for parameter in module.parameters():
-        change = torch.rand(parameter.shape, generator=random, dtype=parameter.dtype) * 2 - 1
-        parameter.data = parameter.data * (1 + eps * change)  # not in place: others may hold the same numbers
+        if parameter.dtype == torch.float64:
+            change = torch.rand(parameter.shape, generator=random, dtype=parameter.dtype) * 2 - 1
+            parameter.data = parameter.data * (1 + eps * change)  # not in place: others may hold the same numbers
