@@ -70,7 +70,7 @@ def serve(
 
     `headfold serve smol` and then `OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="-")`
 
-    `HEADFOLD_APIKEY=$(openssl rand -hex 24) headfold serve smol qwen --host 0.0.0.0`
+    `HEADFOLD_API_KEY=$(openssl rand -hex 24) headfold serve smol qwen --host 0.0.0.0`
 
     SIGTERM and Ctrl-C end it once what is being answered is complete; a second one at once.
     """
