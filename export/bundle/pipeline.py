@@ -127,8 +127,7 @@ def export_bundle(source: Exportable, output: Path, options: ExportOptions, repo
             tensors = source.tensors(dtype)
         with reporter.step("trace the graph"):
             stored = options.cache.dtype if options.cache else None
-            asked = (options.all_logits, stored, options.hidden_states)
-            model = export_graph(source, tensors, dtype, capacity, *asked)
+            model = export_graph(source, tensors, dtype, capacity, options.all_logits, stored, options.hidden_states)
         prepared: Prepared | None
         stored_tensors: Tensors
         prepared, stored_tensors, traced = None, tensors, _peak_memory()

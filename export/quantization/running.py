@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from headfold.export.exportables.base import Exportable, Tensors, first_names
+from headfold.export.exportables.foreign.widening import is_large
 from headfold.export.model.decoder import Cache, Output
-
-RESIDENT = 3 << 29  # bytes of a model's layers that stay in memory
 
 
 class _Reached(Exception):  # no error: the layers that are wanted have run
@@ -39,7 +38,7 @@ class Running:
         self._others = dict[str, Tensor]()  # weights that are not the tensors'
         self._outputs = 0  # of a layer; 0: the stream alone
         own = {id(x) for layer in self._layers for x in layer.parameters()}
-        self.streams = 4 * sum(math.prod(x.shape) for x in self._master.decoder.parameters() if id(x) in own) > RESIDENT
+        self.streams = is_large(sum(math.prod(x.shape) for x in self._master.decoder.parameters() if id(x) in own))
         self._holding: int | None = None  # a layer whose weights stay until its block ends
         self._load("")
         for index, layer in enumerate(self._layers):

@@ -143,7 +143,7 @@ def test_weights_that_are_joined_in_the_graph_have_one_width(toy_checkpoint) -> 
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("kind", ["gemma3_text", "headfold", "module"])
 def test_a_running_model_computes_what_the_model_does(kind, streamed, tmp_path, toy_checkpoint, monkeypatch) -> None:
-    monkeypatch.setattr("headfold.export.quantization.running.RESIDENT", 0 if streamed else 1 << 30)
+    monkeypatch.setattr("headfold.export.exportables.foreign.widening.LARGE", 0 if streamed else 1 << 30)
     if kind == "module":
         module = Plain()
         source = ModuleModel(module, ModuleFacts(max_position_embeddings=64), TokenizerFiles())
@@ -169,7 +169,7 @@ def test_a_running_model_computes_what_the_model_does(kind, streamed, tmp_path, 
 def test_gptq_of_weights_that_come_and_go_finds_the_same(toy_checkpoint, monkeypatch) -> None:
     source, tokens, found = OwnModel(open_checkpoint(toy_checkpoint)), torch.arange(128).view(4, 32), []
     for resident in (1 << 30, 0):
-        monkeypatch.setattr("headfold.export.quantization.running.RESIDENT", resident)
+        monkeypatch.setattr("headfold.export.exportables.foreign.widening.LARGE", resident)
         model = Running(source, source.checkpoint, 32)
         names = [name for name in source.checkpoint.shapes() if "layers" in name and "o_proj" in name]
         found.append(gptq_layers(model, names, tokens, torch.float32, Reporter(quiet=True)))
