@@ -4,8 +4,9 @@ Prefill goes row by row (the attention kernel takes several new tokens only for 
 decode takes one token of every row.
 """
 
+import io
 import math
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -229,8 +230,10 @@ def _open(bundle: Path, manifest: Manifest, provider: str, threads: int) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = _SILENT
-    if provider != "cpu":  # why it cannot start is logged on many lines, which no option of a session silences
-        ort.set_default_logger_severity(_SILENT)
+    if provider != "cpu":
+        ort.set_default_logger_severity(_SILENT)  # why it cannot start is logged on many lines; no session's option silences it
+        with redirect_stdout(io.StringIO()):  # NVIDIA's wheels, where they are installed: nothing else makes them be found
+            ort.preload_dlls()
     try:
         session = ort.InferenceSession(bundle / MODEL, options, providers=[name], enable_fallback=0)
     except Exception as error:  # its exceptions have no other base

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What cannot be known without a GPU: the `gpu` tests, parity of ONNX Runtime CUDA and of TensorRT's engines, and their speed.
+"""What cannot be known without a GPU: the `gpu` tests, parity of ONNX Runtime CUDA and of TensorRT's engines, and all their speeds.
 
 Run it as `scripts/gpu_check`, which makes the environment. Writes one report, JSON, named after the machine and its GPU; exit code 1 if
 a test or a comparison failed, 2 where there is no GPU. What could not be built or opened is in the report with its reason.
@@ -15,20 +15,47 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from gpu_kernels import time_kernels
+
+from headfold.plugins.dtypes import DType
 from headfold.runtime.backend import Backend
 from headfold.runtime.errors import HeadfoldError, ProviderError
+from headfold.runtime.manifest import WeightsScheme
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "bundles" / "gpu_check"
 GGUF = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-DTYPE = "float16"
+CAPACITY = 2048
 PACKAGES = ("cuda-bindings", "headfold", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "torch", "triton")
 Open = Callable[[], Backend[Any]]
+
+
+class Case(NamedTuple):
+    """A bundle of SmolLM2: its dtype, and its weights' scheme where they are rounded."""
+
+    dtype: DType
+    weights: WeightsScheme | None = None
+
+    @property
+    def name(self) -> str:
+        """The bundle's."""
+        return f"{self.dtype}-{self.weights}" if self.weights else self.dtype
+
+
+ENGINES = Case("float16")  # what engines are built of
+CASES = (
+    ENGINES,
+    Case("bfloat16"),
+    Case("float32"),
+    Case("float16", weights="int4"),  # its own bits, where the file has four
+)
 
 
 def main() -> int:
@@ -45,16 +72,17 @@ def main() -> int:
     print(f"{machine['name']}: {machine['gpu']}, compute capability {machine['compute_capability']}", flush=True)
     report: dict[str, Any] = {"machine": machine, "tests": run_tests()}
     print("tests:", report["tests"], flush=True)
-    backends, report["unavailable"] = prepare(machine["compute_capability"])
-    report["parity"] = compare(backends)
+    found, report["unavailable"] = prepare(machine["compute_capability"])
+    report["parity"] = compare(found)
     for check in report["parity"]:
         verdict = "ok" if check["passed"] else "FAILED"
         print(f"{verdict:6} {check['backend']}, {check['name']}: {check['max_error']:.3g} of {check['limit']:.3g}")
-    report["timing"] = measure(backends, options.prompt, options.new, options.rounds)
+    report["timing"] = measure(found, options.prompt, options.new, options.rounds)
     for name, times in report["timing"]["backends"].items():
         print(
             f"{name}: prefill {times['prefill_tokens_per_s']:.0f}, decode {times['decode_tokens_per_s']:.1f} tokens/s"
         )
+    report["kernels"] = [asdict(timing) for timing in time_kernels()]
     path = WORK / f"{machine['name']}-{machine['gpu'].replace(' ', '_')}.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
     print(f"wrote {path}")
@@ -94,83 +122,113 @@ def run_tests() -> dict[str, Any]:
     return {"ran": ran, "failed": len(failed), "failures": failed, "skipped": skipped}
 
 
-def prepare(capability: int) -> tuple[dict[str, Open], dict[str, str]]:
-    """A bundle of SmolLM2 with every engine that can be built for this GPU: what opens each backend, and why others are not there."""
-    from headfold.export.bundle.pipeline import ExportOptions, export_bundle
-    from headfold.export.engine.build import build_engine
-    from headfold.export.engine.options import BuildOptions
-    from headfold.export.exportables.opening import open_exportable
-    from headfold.export.progress import Reporter
+def prepare(capability: int) -> tuple[dict[Case, dict[str, Open]], dict[str, str]]:
+    """The bundles, and all engines that can be built for this GPU: what opens each backend, and why others are not there."""
     from headfold.runtime.manifest import read_manifest
     from headfold.runtime.session import OrtSession
+
+    def open_cuda(bundle: Path) -> Backend[Any]:
+        return OrtSession(bundle, read_manifest(bundle), "cuda")
+
+    found: dict[Case, dict[str, Open]] = {}
+    missing: dict[str, str] = {}
+    for case in CASES:
+        try:
+            bundle = export(case)
+        except HeadfoldError as error:
+            missing[case.name] = str(error)
+            continue
+        found[case] = {f"cuda {case.name}": partial(open_cuda, bundle)}
+        if case == ENGINES:
+            found[case] |= build(bundle, capability, missing)
+        for name, open_backend in list(found[case].items()):
+            try:
+                open_backend()
+            except HeadfoldError as error:
+                del found[case][name]
+                missing[name] = str(error)
+    for name, reason in missing.items():
+        print(f"not there: {name}: {reason}", flush=True)
+    return found, missing
+
+
+def export(case: Case) -> Path:
+    """The case's bundle, made anew and not yet verified: that is `compare`."""
+    from headfold.export.bundle.pipeline import ExportOptions, export_bundle
+    from headfold.export.exportables.opening import open_exportable
+    from headfold.export.progress import Reporter
+    from headfold.export.quantization.rounding import WeightRounding
+
+    bundle = WORK / case.name
+    options = ExportOptions(
+        dtype=case.dtype,
+        capacity=CAPACITY,
+        verify=False,
+        force=True,
+        weights=WeightRounding(scheme=case.weights, method="nearest", max_kl=10.0) if case.weights else None,
+    )
+    export_bundle(open_exportable(GGUF), bundle, options, Reporter())
+    return bundle
+
+
+def build(bundle: Path, capability: int, missing: dict[str, str]) -> dict[str, Open]:
+    """What opens each engine of a bundle; why one is not built goes into `missing`."""
+    from headfold.export.engine.build import build_engine
+    from headfold.export.engine.options import BuildOptions
+    from headfold.export.progress import Reporter
+    from headfold.runtime.manifest import read_manifest
     from headfold.runtime.tensorrt_session import TensorRTSession
 
-    bundle = WORK / f"smollm2-{DTYPE}"
-    export_bundle(
-        open_exportable(GGUF),
-        bundle,
-        ExportOptions(dtype=DTYPE, capacity=2048, verify=False, force=True),
-        Reporter(),
-    )
-    found: dict[str, Open] = {"onnxruntime-cuda": lambda: OrtSession(bundle, read_manifest(bundle), "cuda")}
-    missing: dict[str, str] = {}
+    def open_engine(file: str) -> Backend[Any]:
+        manifest = read_manifest(bundle)
+        entries = [entry for entry in manifest.engines if entry.file == file]
+        return TensorRTSession(bundle, manifest.model_copy(update={"engines": entries}))
+
+    found: dict[str, Open] = {}
     for flavour in ("tensorrt-rtx", "tensorrt"):
         for attention in ("native", "plugin"):
             name = f"{flavour}-{attention}"
             sm = (capability,) if flavour == "tensorrt-rtx" else ()
+            options = BuildOptions(target=flavour, attention=attention, compute_capabilities=sm)
             try:
-                build_engine(
-                    bundle, BuildOptions(target=flavour, attention=attention, compute_capabilities=sm), Reporter()
-                )
+                build_engine(bundle, options, Reporter())
             except HeadfoldError as error:
                 missing[name] = str(error)
                 continue
-            file = f"engines/{name}.engine"
-
-            def open_engine(file: str = file) -> Backend[Any]:
-                manifest = read_manifest(bundle)
-                entries = [entry for entry in manifest.engines if entry.file == file]
-                return TensorRTSession(bundle, manifest.model_copy(update={"engines": entries}))
-
-            found[name] = open_engine
-    for name, open_backend in list(found.items()):
-        try:
-            open_backend()
-        except HeadfoldError as error:
-            del found[name]
-            missing[name] = str(error)
-    for name, reason in missing.items():
-        print(f"not there: {name}: {reason}")
-    return found, missing
+            found[name] = partial(open_engine, f"engines/{name}.engine")
+    return found
 
 
-def compare(backends: dict[str, Open]) -> list[dict[str, Any]]:
+def compare(found: dict[Case, dict[str, Open]]) -> list[dict[str, Any]]:
     """Every backend's logits against PyTorch on the CPU, through polygraphy's runners."""
     import torch
 
-    from headfold.export.checkpoints.opening import open_checkpoint
-    from headfold.export.exportables.own import OwnModel
+    from headfold.export.exportables.opening import open_exportable
     from headfold.export.parity.backends import verify_backends
     from headfold.export.parity.probes import make_prompts
+    from headfold.export.parity.verify import precision_of, reference_of
+    from headfold.runtime.manifest import read_manifest
 
-    checkpoint = open_checkpoint(GGUF)
-    prompts = make_prompts(checkpoint.config.vocab_size, 48, None)
-    checks = verify_backends(
-        lambda: OwnModel(checkpoint).reference(getattr(torch, DTYPE), 2048, torch.float32),
-        backends,
-        DTYPE,
-        prompts,
-        decode_steps=32,
-    )
+    checks = []
+    source = open_exportable(GGUF)
+    prompts = make_prompts(source.facts.vocab_size, 48, None)
+    for case, backends in found.items():
+        bundle = WORK / case.name
+        manifest = read_manifest(bundle)
+
+        def oracle(bundle: Path = bundle, manifest: Any = manifest) -> Any:
+            return reference_of(bundle, source, manifest, torch.float32)
+
+        checks += verify_backends(oracle, backends, precision_of(manifest), prompts, decode_steps=32)
     return [vars(check) for check in checks]
 
 
-def measure(backends: dict[str, Open], prompt: int, new: int, rounds: int) -> dict[str, Any]:
+def measure(found: dict[Case, dict[str, Open]], prompt: int, new: int, rounds: int) -> dict[str, Any]:
     """Tokens per second of one sequence, greedy: medians of interleaved rounds, after one that does not count."""
     import numpy as np
 
     ids = np.random.default_rng(0).integers(0, 49152, prompt)
-    opened = {name: open_backend() for name, open_backend in backends.items()}
+    opened = {name: open_() for backends in found.values() for name, open_ in backends.items()}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in opened}
     for _ in range(rounds + 1):
         for name, backend in opened.items():

@@ -22,7 +22,6 @@ from headfold.export.parity.report import compare_logits
 from headfold.export.parity.runners import Outputs, feed_metadata
 from headfold.export.parity.tolerances import Precision
 from headfold.export.progress import quiet_polygraphy
-from headfold.plugins.dtypes import DType
 from headfold.runtime.backend import Backend
 
 
@@ -80,7 +79,7 @@ class BackendRunner(BaseRunner):  # type: ignore[misc]
 def verify_backends(
     load: Callable[[], Oracle],
     backends: Mapping[str, Callable[[], Backend[Any]]],
-    dtype: DType,
+    precision: Precision,
     prompts: Sequence[NDArray[np.int64]],
     decode_steps: int,
 ) -> list[BackendCheck]:
@@ -89,7 +88,7 @@ def verify_backends(
     Args:
         load: makes the oracle, in float32 arithmetic; it is freed before the first backend is opened.
         backends: what opens each backend, by name; one is open at a time.
-        dtype: of the bundle: picks the tolerance.
+        precision: how the backends compute: picks the tolerance.
         prompts: token ids; the first is also decoded and chunked, all of them make the ragged batch.
         decode_steps: tokens decoded, at least 1.
     """
@@ -104,7 +103,7 @@ def verify_backends(
         runners = [BackendRunner(name, open_, capacity) for name, open_ in backends.items()]
         results = Comparator.run(runners, data_loader=feeds, use_subprocess=False)
     expected = [expected_outputs(step, answers, all_logits=False)["logits"] for step in steps]
-    allowed, checks = Precision("onnxruntime", dtype).tolerance, []
+    allowed, checks = precision.tolerance, []
     for name, actual in results:
         for check in dict.fromkeys(step.check for step in steps):
             pairs = [(e, a["logits"]) for s, e, a in zip(steps, expected, actual, strict=True) if s.check == check]

@@ -171,6 +171,14 @@ def _rounded(
     return RoundedTensors(weights, bits, found, stored), record
 
 
+def reference_of(directory: Path, exportable: Exportable, manifest: Manifest, arithmetic: torch.dtype) -> Oracle:
+    """The model in PyTorch with the weights that a bundle of it has, rounded where they are."""
+    stored, rounded = getattr(torch, manifest.dtype), None
+    if manifest.weights is not None:
+        rounded, _ = _rounded(directory, exportable, load_model(directory / MODEL), stored)
+    return exportable.reference(stored, manifest.cache.capacity, arithmetic, rounded)
+
+
 def precision_of(manifest: Manifest) -> Precision:
     """How a bundle's graph computes in ONNX Runtime."""
     quantization = manifest.cache.quantization

@@ -5,11 +5,12 @@ import pytest
 
 from headfold.export.exportables.own import DecoderOracle
 from headfold.export.parity.backends import verify_backends
+from headfold.export.parity.tolerances import Precision
 from headfold.runtime.manifest import read_manifest
 from headfold.runtime.session import OrtSession
 
 PROMPTS = [np.arange(1, 13), np.arange(20, 25), np.arange(30, 39)]
-
+PRECISION = Precision("onnxruntime", "float32")
 RAGGED = ("ragged batch, right padding", "ragged batch, left padding")
 
 
@@ -33,7 +34,7 @@ class Swapped(OrtSession):
 def verify(toy, **backends):
     manifest = read_manifest(toy.path)
     opened = {name: lambda kind=kind: kind(toy.path, manifest, threads=1) for name, kind in backends.items()}
-    checks = verify_backends(lambda: DecoderOracle(toy.decoder), opened, "float32", PROMPTS, decode_steps=4)
+    checks = verify_backends(lambda: DecoderOracle(toy.decoder), opened, PRECISION, PROMPTS, decode_steps=4)
     return {(check.backend, check.name): check for check in checks}
 
 
