@@ -27,6 +27,14 @@ from headfold.runtime.scheduling.host_rows import HostRows, lazy_zeros
 from headfold.runtime.weight_pages import give_back_mapped, huge_pages
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_HEAVY = {
+    "Attention",
+    "Einsum",
+    "Gemm",
+    "MatMul",
+    "RMSNormalization",
+    "Softmax",
+}  # and whatever is not of ONNX's own domain
 _SILENT, _WARNING = 4, 2  # severities of ONNX Runtime's logger; its errors come as exceptions, too
 _AGAIN = "Export it again."
 
@@ -231,9 +239,7 @@ def _open(bundle: Path, manifest: Manifest, provider: str, threads: int) -> Any:
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = _SILENT
     if provider != "cpu":
-        ort.set_default_logger_severity(_SILENT)  # why it cannot start is logged on many lines; no session's option silences it
-        with redirect_stdout(io.StringIO()):  # NVIDIA's wheels, where they are installed: nothing else makes them be found
-            ort.preload_dlls()
+        _prepare_cuda(options)
     try:
         session = ort.InferenceSession(bundle / MODEL, options, providers=[name], enable_fallback=0)
     except Exception as error:  # its exceptions have no other base
@@ -247,7 +253,35 @@ def _open(bundle: Path, manifest: Manifest, provider: str, threads: int) -> Any:
             where=f"provider {provider!r}",
             fix="Install them, or use provider 'cpu'.",
         )
+    if provider != "cpu":
+        _check_kernels(session, bundle, manifest)
     return session
+
+
+def _prepare_cuda(options: Any) -> None:
+    # Why it cannot start is logged on many lines, which no option of a session silences
+    ort.set_default_logger_severity(_SILENT)
+    # Without this, 1.31 computes in place what a CUDA node has still to read on the CPU: the limit of a Range was 0
+    options.enable_mem_reuse = False
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    with redirect_stdout(io.StringIO()):  # it prints what is missing
+        ort.preload_dlls()  # of NVIDIA's wheels; nothing else makes them be found
+
+
+def _check_kernels(session: Any, bundle: Path, manifest: Manifest) -> None:
+    """Refuse what would compute on the CPU between nodes on the GPU: slow, and a cache that is copied back and forth goes wrong.
+
+    ONNX Runtime leaves ops without a CUDA kernel to the CPU, and says nothing. What computes with shapes belongs there.
+    """
+    parts = [part for part in session.get_provider_graph_assignment_info() if part.ep_name == PROVIDERS["cpu"]]
+    nodes = [node for part in parts for node in part.get_nodes() if node.domain or node.op_type in _HEAVY]
+    if nodes:
+        ops = ", ".join(sorted({node.op_type for node in nodes}))
+        raise ProviderError(
+            f"ONNX Runtime has no CUDA kernel for {ops} in {manifest.dtype}",
+            where=bundle,
+            fix="Export with --dtype float16 or bfloat16, or use provider 'cpu'.",
+        )
 
 
 def _check_graph(session: Any, path: Path, manifest: Manifest) -> None:

@@ -1,4 +1,4 @@
-"""The attention kernels' speed on a GPU, beside what its memory allows: decode reads every key and value once.
+"""The attention kernels' speed on a GPU: decode reads every key and value once, so its measure is bytes per second.
 
 Part of `scripts/gpu_check`. Times are medians of CUDA events around graphs of many launches.
 """
@@ -19,7 +19,6 @@ from headfold.plugins.dtypes import DTYPES
 from headfold.runtime.device import Buffer, Device
 
 LAUNCHES, ROUNDS = 20, 7
-COPY = 1 << 30  # bytes: far more than any GPU's L2
 HEADS = {"SmolLM2-135M": (9, 3, 64), "Llama-3-8B": (32, 8, 128)}
 CACHES = ("float16", "int8")
 DECODES = ((1, 2048), (1, 32768), (16, 4096))  # rows, tokens behind each
@@ -28,26 +27,19 @@ PREFILL = 2048  # tokens
 
 @dataclass(frozen=True)
 class Timing:
-    """One call of the op. `gb_per_s` is of keys and values, `share` of what a copy in the GPU's memory reaches."""
+    """One call of the op; `gb_per_s` is of keys and values."""
 
     heads: str
     cache: str
     what: str
     microseconds: float
     gb_per_s: float
-    share: float
     tflop_per_s: float
 
 
 def time_kernels() -> list[Timing]:
     """Every kind of call, printed as it comes."""
     device, timings = Device(), []
-    source, target = device.allocate(COPY), device.allocate(COPY)
-    copied = _seconds(
-        device, lambda: device.call("cuMemcpyDtoDAsync", target.address, source.address, COPY, device.stream)
-    )
-    bandwidth = 2 * COPY / copied  # read and written
-    print(f"memory: {bandwidth / 1e9:.0f} GB/s, of a copy")
     for title, (num_heads, kv_num_heads, head_dim) in HEADS.items():
         for stored in CACHES:
             spec = KernelSpec(
@@ -66,13 +58,10 @@ def time_kernels() -> list[Timing]:
                 read = 2 * rows * kv_num_heads * (past + new) * head_dim * DTYPES[spec.cache_dtype].size  # K and V
                 flops = 4 * rows * num_heads * head_dim * sum(range(past + 1, past + new + 1))  # Q K^T and P V, causal
                 what = f"{rows} x {new} behind {past}"
-                rate = read / seconds
-                timing = Timing(
-                    title, stored, what, seconds * 1e6, rate / 1e9, rate / bandwidth, flops / seconds / 1e12
-                )
+                timing = Timing(title, stored, what, seconds * 1e6, read / seconds / 1e9, flops / seconds / 1e12)
                 print(
                     f"attention of {title}, {stored} cache, {what}: {timing.microseconds:.1f} us, "
-                    f"{timing.gb_per_s:.0f} GB/s ({timing.share:.0%}), {timing.tflop_per_s:.1f} TFLOP/s",
+                    f"{timing.gb_per_s:.0f} GB/s, {timing.tflop_per_s:.1f} TFLOP/s",
                     flush=True,
                 )
                 timings.append(timing)

@@ -162,6 +162,23 @@ def test_a_provider_that_does_not_start_is_an_error(toy, monkeypatch) -> None:
     assert "CUDAExecutionProvider could not start" in str(error)
 
 
+def test_what_would_compute_beside_the_gpu_is_an_error(toy, monkeypatch) -> None:
+    """Seen on an H200: attention in float32 ran on the CPU, with logits off by 23 at the second step."""
+    real = ort.InferenceSession
+
+    def pretending(path, options, **_):
+        session = real(path, options, providers=["CPUExecutionProvider"])
+        monkeypatch.setattr(session, "get_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+        return session
+
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(ort, "InferenceSession", pretending)
+    error = raised(toy.path, provider="cuda")
+    assert isinstance(error, ProviderError)
+    assert "has no CUDA kernel for Gemm, GroupQueryAttention, MatMul" in str(error)
+    assert "--dtype float16" in str(error)
+
+
 @pytest.mark.skipif("CUDAExecutionProvider" not in ort.get_available_providers(), reason="needs onnxruntime-gpu")
 @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="has a GPU")
 def test_cuda_without_a_gpu_is_one_line(toy, capfd) -> None:
