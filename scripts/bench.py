@@ -260,7 +260,8 @@ def main() -> None:
             from bench_peers import peers
 
             lengths = (32, 512, 2048)
-            table = peers(bundles / "peers", options.rounds, min(options.new, 32), threads, lengths, options.peers)
+            folder, new, read = bundles / "peers", min(options.new, 32), bandwidth(threads)
+            table = peers(folder, options.rounds, new, threads, lengths, options.peers, read)
         else:
             table = groups(bundles / "groups", options.rounds, min(options.new, 16), threads, bandwidth)
         if options.json:

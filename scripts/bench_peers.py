@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Small weights beside other engines': headfold, onnxruntime-genai's int4, llama.cpp's Q4_0 and Q8_0, OpenVINO GenAI reading Q4_0.
 
-Loading, prompts of several lengths, decoding, peak memory, and how far the next token's distribution is from float32's. Each is a
-process of its own, kept warm; rounds are interleaved and medians told. Called by `scripts/bench.py --peers`.
+Loading, prompts of several lengths, decoding alone and eight at once, peak memory, and how far the next token's distribution is from
+float32's. Each is a process of its own, kept warm; rounds are interleaved and medians told. Called by `scripts/bench.py --peers`.
 """
 
 import importlib
@@ -17,6 +17,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
 SCHEMES = ("float32", "int8", "int4", "mixed", "w8a8")
+BATCH, SHORT = 8, 32  # sequences that are decoded at once, and the tokens of their prompts
 PREFIXES = 32  # of a text, whose next tokens' distributions are compared
 Logits = NDArray[np.float32]
-Timed = tuple[float, float]  # seconds of a prompt, up to its first token, and of all tokens behind it
+Timed = tuple[float, float]  # seconds of the prompts, up to the first tokens, and of all tokens behind them
 
 
 class Headfold:
@@ -39,13 +41,13 @@ class Headfold:
 
         self.backend = load(path, threads=threads).backend
 
-    def run(self, ids: list[int], new: int) -> Timed:
-        cache, active = self.backend.new_cache(1, len(ids) + new), np.ones(1, np.bool_)
+    def run(self, rows: list[list[int]], new: int) -> Timed:
+        cache, active = self.backend.new_cache(len(rows), len(rows[0]) + new), np.ones(len(rows), np.bool_)
         start = time.perf_counter()
-        token = self.backend.prefill(cache, 0, np.array(ids)).argmax()
+        tokens = np.array([self.backend.prefill(cache, row, np.array(ids)).argmax() for row, ids in enumerate(rows)])
         first = time.perf_counter()
         for _ in range(new - 1):
-            token = self.backend.decode(cache, np.array([token]), active)[0].argmax()
+            tokens = self.backend.decode(cache, tokens, active).argmax(-1)
         return first - start, time.perf_counter() - first
 
     def logits(self, ids: list[int]) -> Logits | None:
@@ -63,15 +65,15 @@ class Genai:
         self.og, self.model = og, og.Model(config)
         self.tokenizer = og.Tokenizer(self.model)  # as the others have read theirs
 
-    def _generator(self, length: int) -> Any:
+    def _generator(self, length: int, batch: int = 1) -> Any:
         parameters = self.og.GeneratorParams(self.model)
-        parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
+        parameters.set_search_options(max_length=length, min_length=length, batch_size=batch, do_sample=False)
         return self.og.Generator(self.model, parameters)
 
-    def run(self, ids: list[int], new: int) -> Timed:
-        generator = self._generator(len(ids) + new)
+    def run(self, rows: list[list[int]], new: int) -> Timed:
+        generator = self._generator(len(rows[0]) + new, len(rows))
         start = time.perf_counter()
-        generator.append_tokens(ids)
+        generator.append_tokens(np.array(rows, np.int32))
         generator.generate_next_token()
         first = time.perf_counter()
         for _ in range(new - 1):
@@ -97,7 +99,8 @@ class LlamaCpp:
         import xllamacpp
 
         parameters = xllamacpp.CommonParams()
-        parameters.model.path, parameters.n_ctx, parameters.n_parallel, parameters.warmup = path, 4096, 1, False
+        parameters.model.path, parameters.n_ctx, parameters.warmup = path, 4096, False
+        parameters.n_parallel, parameters.kv_unified = BATCH, True
         parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
         self.server = xllamacpp.Server(parameters)
 
@@ -105,9 +108,10 @@ class LlamaCpp:
         task = {"prompt": ids, "n_predict": new, "temperature": 0, "cache_prompt": False, "ignore_eos": True}
         return self.server.handle_completions(task | more)
 
-    def run(self, ids: list[int], new: int) -> Timed:
-        took = self._ask(ids, new)["timings"]
-        return took["prompt_ms"] / 1000, took["predicted_ms"] / 1000
+    def run(self, rows: list[list[int]], new: int) -> Timed:
+        with ThreadPoolExecutor(len(rows)) as threads:
+            took = [answer["timings"] for answer in threads.map(lambda ids: self._ask(ids, new), rows)]
+        return max(x["prompt_ms"] for x in took) / 1000, max(x["predicted_ms"] for x in took) / 1000
 
     def logits(self, ids: list[int]) -> Logits | None:
         found = self._ask(ids, 1, n_probs=1 << 20)["choices"][0]["logprobs"]
@@ -130,11 +134,14 @@ class OpenVino:
         self.openvino, self.genai = openvino, openvino_genai
         self.pipeline = openvino_genai.LLMPipeline(path, "CPU", INFERENCE_NUM_THREADS=threads)
 
-    def run(self, ids: list[int], new: int) -> Timed:
+    def run(self, rows: list[list[int]], new: int) -> Timed:
         config = self.genai.GenerationConfig(max_new_tokens=new, ignore_eos=True, do_sample=False)
-        tensors = (self.openvino.Tensor(x) for x in (np.array([ids]), np.ones((1, len(ids)), np.int64)))
+        ids = np.array(rows)
+        tensors = (self.openvino.Tensor(x) for x in (ids, np.ones(ids.shape, np.int64)))
+        start = time.perf_counter()
         took = self.pipeline.generate(self.genai.TokenizedInputs(*tensors), config).perf_metrics
-        return took.get_ttft().mean / 1000, took.get_tpot().mean / 1000 * (new - 1)
+        first = took.get_ttft().mean / 1000
+        return first, time.perf_counter() - start - first
 
     def logits(self, ids: list[int]) -> Logits | None:
         return None
@@ -176,7 +183,7 @@ def worker(kind: str, path: str, threads: int) -> None:
             np.save(task["to"], np.stack([rows[number] for number in given]) if given else np.empty((0, 0)))
             answer: dict[str, Any] = {"given": given}
         else:
-            prefill, decode = engine.run(task["ids"], task["new"])
+            prefill, decode = engine.run(task["rows"], task["new"])
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             answer = {"prefill": prefill, "decode": decode, "peak": peak}
         print(json.dumps(answer), file=answers, flush=True)
@@ -192,7 +199,8 @@ class Contender:
         self.loads: list[float] = []  # behind the imports, tokenizer and all
         self.start(keep=False)
         self.prefills: dict[int, list[float]] = {}
-        self.decodes: list[float] = []  # seconds a token
+        self.decodes: list[float] = []  # tokens per second
+        self.batches: list[float] = []  # the same, of all sequences together
 
     def start(self, keep: bool) -> None:
         """Load; the first time the file may not be in memory yet, and nobody remembers anything of it."""
@@ -208,12 +216,18 @@ class Contender:
         self.process.kill()
         self.process.communicate()
 
-    def run(self, ids: list[int], new: int, keep: bool) -> None:
-        result = self.ask({"ids": ids, "new": new})
+    def run(self, rows: list[list[int]], new: int, keep: bool) -> None:
+        """Prompts of one length; several are for decoding them at once, and no measure of a prompt."""
+        result = self.ask({"rows": rows, "new": new})
+        if not keep:
+            return
+        rate = len(rows) * (new - 1) / result["decode"]
+        if len(rows) > 1:
+            self.batches.append(rate)
+            return
         self.peak = float(result["peak"])
-        if keep:
-            self.prefills.setdefault(len(ids), []).append(result["prefill"])
-            self.decodes.append(result["decode"] / (new - 1))
+        self.prefills.setdefault(len(rows[0]), []).append(result["prefill"])
+        self.decodes.append(rate)
 
     def ask(self, task: dict[str, Any]) -> dict[str, Any]:
         assert self.process.stdin is not None
@@ -229,19 +243,24 @@ class Contender:
         return dict(json.loads(line))
 
 
-def peers(folder: Path, rounds: int, new: int, threads: int, prompts: Sequence[int], subject: str) -> dict[str, Any]:
-    """Make the models, measure, print the table, and return it."""
+def peers(
+    folder: Path, rounds: int, new: int, threads: int, prompts: Sequence[int], subject: str, read: float
+) -> dict[str, Any]:
+    """Make the models, measure, print the table, and return it. `read` are bytes per second of memory."""
     from bench_peers_models import CONTENDERS, models  # of the other environment: it needs torch
 
     paths = models(folder / subject, subject)
     contenders = {name: Contender(kind, paths[name], threads) for name, kind in CONTENDERS.items() if name in paths}
     random = np.random.default_rng(0)
     for number in range(rounds + 1):  # the first one warms up
-        for length in prompts:
-            ids = random.integers(100, 40000, length).tolist()  # new ones: some engines remember prompts
+        for length, count in [
+            *((length, 1) for length in prompts),
+            (SHORT, BATCH),
+        ]:  # the last adds to what memory is held
+            rows = random.integers(100, 40000, (count, length)).tolist()  # new ones: some engines remember prompts
             everyone = itertools.islice(itertools.cycle(contenders.values()), number, number + len(contenders))
             for contender in everyone:
-                contender.run(ids, new, keep=number > 0)
+                contender.run(rows, new, keep=number > 0)
     costs = distances(contenders, prefixes(paths["headfold float32"]), folder)
     for contender in contenders.values():
         contender.stop()
@@ -253,28 +272,38 @@ def peers(folder: Path, rounds: int, new: int, threads: int, prompts: Sequence[i
     load = os.getloadavg()[1]
     print(f"{subject}, {cpu}, {threads} threads, medians of {rounds} rounds; load of the machine {load:.1f}")
     heads = "".join(f"{f'prompt {length}':>13}" for length in prompts)
-    print(f"{'':28}{heads}{'decode':>9}{'import s':>10}{'load s':>8}{'peak MiB':>10}{'KL':>9}{'top-1':>7}")
+    print(
+        f"{'':28}{heads}{'decode':>9}{f'{BATCH} at once':>11}{'import s':>10}{'load s':>8}{'peak MiB':>10}{'KL':>9}{'top-1':>7}"
+    )
     table: dict[str, Any] = {"cpu": cpu, "threads": threads, "load": load}
     for name, contender in contenders.items():
         speeds = [length / statistics.median(contender.prefills[length]) for length in prompts]
-        decode = 1 / statistics.median(contender.decodes)
+        decode, batch = statistics.median(contender.decodes), statistics.median(contender.batches)
         importing, loading = statistics.median(contender.imports), statistics.median(contender.loads)
         kl, top1 = costs.get(name, (float("nan"), float("nan")))
         cells = "".join(f"{speed:13.0f}" for speed in speeds)
-        print(
-            f"{name:28}{cells}{decode:9.1f}{importing:10.2f}{loading:8.2f}{contender.peak / 2**20:10,.0f}{kl:9.4f}{top1:7.0%}",
-            flush=True,
-        )
+        memory = f"{contender.peak / 2**20:10,.0f}"
+        print(f"{name:28}{cells}{decode:9.1f}{batch:11.1f}{importing:10.2f}{loading:8.2f}{memory}{kl:9.4f}{top1:7.0%}")
         table[name] = {
             "prefill": dict(zip(map(str, prompts), speeds, strict=True)),
             "decode": decode,
+            f"decode_{BATCH}": batch,
             "import_seconds": importing,
             "load_seconds": loading,
             "peak_bytes": contender.peak,
             "kl": kl,
             "top1": top1,
         }
+        if contender.kind == "headfold":
+            share = decode * weight_bytes(contender.path) / read
+            table[name]["share_of_memory_bound"] = share
+            print(f"{'':28}{share:.0%} of what memory allows, which gives {read / 1e9:.1f} GB/s", flush=True)
     return table
+
+
+def weight_bytes(bundle: Path) -> int:
+    """What a token reads of a bundle's weights: all of a tied one's, rows apart of an embedding that is no head."""
+    return (bundle / "model.onnx.data").stat().st_size
 
 
 def prefixes(bundle: Path) -> list[list[int]]:
