@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 @click.option(
     "--weights",
     type=click.Choice(["int8", "int4", "mixed", "w8a8"]),
-    help="Store weights in eight or four bits, blocks of 32 with a scale; embedding and head in eight. mixed: each weight in four or "
+    help="Store weights in eight or four bits, blocks of 32 with a scale; embedding and head in eight. mixed: these, too, in four or "
     "eight, by what four cost in it. w8a8: products of integers, for long prompts. What is quantized already keeps its own bits, "
     "but in w8a8. [default: in --dtype]",
 )

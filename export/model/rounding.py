@@ -56,7 +56,7 @@ class Rounded:
 
 SCALES, ZEROS, OFFSETS = ".scales", ".zeros", ".offsets"  # what the names of parts end in
 ORDER = "order."  # what the name of an order begins with: all weights of that order share it
-# In eight bits always: four there cost most (issue 13, measured)
+# In eight bits but of "mixed": four there cost most (issue 13, measured)
 _WIDE = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -68,9 +68,10 @@ def bits_of(
 ) -> dict[str, Width]:
     """Which of a decoder's tensors are rounded, and to how many bits: its matrices, [out, in], that have whole blocks.
 
-    (For seven bits none are needed.) Of "mixed" this is the least that they can have; those that are `wide` have eight.
+    (For seven bits none are needed.) Those that are `wide` have eight. Of "mixed" this is the least that they can have, four for all.
     """
-    widths = {name: 8 if name in wide else _WIDTHS[scheme] for name, shape in shapes.items() if len(shape) == 2}
+    eight = () if scheme == "mixed" else wide
+    widths = {name: 8 if name in eight else _WIDTHS[scheme] for name, shape in shapes.items() if len(shape) == 2}
     return {name: width for name, width in widths.items() if width == 7 or shapes[name][1] % BLOCK == 0}
 
 

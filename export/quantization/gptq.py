@@ -15,6 +15,7 @@ from headfold.export.quantization.running import Running
 from headfold.plugins.quantized.schema import BLOCK, Bits
 from headfold.runtime.errors import ConfigError
 
+_ROWS = 1 << 13  # of the head that are rounded at a time: they are as many as there are tokens
 _TOGETHER = 2048  # tokens that go through a layer at a time
 _DAMPING = 0.01  # of the mean of the second moments' diagonal, added to it (section 3.3 there)
 _TRIED = [1 - 0.02 * step for step in range(16)]  # of the scale that holds the block's largest weight
@@ -48,6 +49,16 @@ def gptq_layers(
                 found |= here
             advance(1)
     return found
+
+
+@torch.inference_mode()
+def gptq_head(model: Running, tokens: Tensor, scales: torch.dtype, reporter: Reporter) -> Rounded:
+    """The head in four bits, calibrated on what enters it, as `gptq_layers`. Its rows, a token's each, know nothing of each other."""
+    with reporter.step("round the head with GPTQ"):
+        inputs = (model.entering_head(part).flatten(0, -2) for part in together(tokens))
+        moments = torch.stack([(x.T @ x).double() for x in inputs]).sum(0)
+        parts = [gptq(rows, moments, 4, scales) for rows in torch.split(model.read(model.head), _ROWS)]
+    return Rounded(4, torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts]))
 
 
 def gptq(weight: Tensor, moments: Tensor, bits: Bits, dtype: torch.dtype = torch.float32) -> Rounded:

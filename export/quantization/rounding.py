@@ -21,7 +21,7 @@ from headfold.export.model.rounding import Form, Rounded, Width, bits_of, restor
 from headfold.export.progress import Reporter
 from headfold.export.quantization.cost import Reference, reference
 from headfold.export.quantization.gate import MAX_KL
-from headfold.export.quantization.gptq import gptq_layers
+from headfold.export.quantization.gptq import gptq_head, gptq_layers
 from headfold.export.quantization.running import Running
 from headfold.export.quantization.sensitivity import TOKENS as SENSITIVITY
 from headfold.export.quantization.sensitivity import choose_bits, sensitivities
@@ -124,7 +124,10 @@ def prepare(
             narrow = {name for name, width in bits.items() if width == 4 and not is_held(tensors, name, dtype)}
             eight = RoundedTensors(tensors, {name: width for name, width in bits.items() if width == 8}, scales=dtype)
             with model.replaced({name: eight.read(name) for name in eight.forms}):
-                gptq = gptq_layers(model, narrow, tokens[~measured], dtype, reporter) if narrow else {}
+                if model.head in narrow:
+                    gptq[model.head] = gptq_head(model, tokens[~measured], dtype, reporter)
+                with model.replaced({name: restored(weight) for name, weight in gptq.items()}):
+                    gptq |= gptq_layers(model, narrow, tokens[~measured], dtype, reporter) if narrow else {}
         if isinstance(source, OwnModel):
             weights = RoundedCheckpoint(source.checkpoint, bits, gptq, kept, dtype)
         else:

@@ -76,6 +76,22 @@ class Running:
         logits, present, hidden = self._master(input_ids, mask, cache or self.new_cache(*input_ids.shape))
         return Output(logits, present, hidden)
 
+    @property
+    def head(self) -> str:
+        """The weight that makes the logits, [V, hidden]; the embedding, where it is tied to it."""
+        named = self._master.decoder.named_modules()
+        linears = [f"{name}.weight" for name, module in named if isinstance(module, nn.Linear)]
+        heads = [name for name in linears if self.layer_of(name) is None]
+        return self._first[heads[-1]] if heads else "model.embed_tokens.weight"
+
+    def entering_head(self, tokens: Tensor) -> Tensor:
+        """What the head is given, [N, S, hidden]."""
+        self._master.hidden_states = True
+        try:
+            return self(tokens).hidden_states[-1]
+        finally:
+            self._master.hidden_states = False
+
     def enter(self, tokens: Tensor) -> Tensor:
         """What enters the first layer, [N, S, hidden], of int64 tokens [N, S]."""
         heard = list[Tensor]()

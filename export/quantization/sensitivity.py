@@ -3,7 +3,8 @@
 Weights that the graph joins into one product (query, key and value) have one width, and count as one.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,16 +20,24 @@ TOKENS = 256  # measured on; each weight takes about half a forward pass
 def sensitivities(
     model: Running, groups: Collection[tuple[str, ...]], tokens: Tensor, reporter: Reporter
 ) -> dict[tuple[str, ...], float]:
-    """KL(as it is || with these weights of one layer in four bits), nats, a mean over tokens [N, S]; a group's weights together."""
+    """KL(as it is || with these weights in four bits), nats, a mean over tokens [N, S]; a group's weights together.
+
+    They are of one layer, or of none: embedding and head.
+    """
     entering = model.enter(tokens)  # [N, S, hidden]
     exact, costs = model.run_from(0, tokens, entering).log_softmax(-1), dict[tuple[str, ...], float]()
+
+    def measure(index: int | None, run: Callable[[], Tensor]) -> None:
+        for names in (names for names in groups if model.layer_of(names[0]) == index):
+            with model.replaced({name: restored(rounded(model.read(name), 4)) for name in names}):
+                now = run().log_softmax(-1)
+            costs[names] = (exact.exp() * (exact - now)).sum(-1).mean().item()
+            advance(1)
+
     with reporter.step("measure what four bits in each weight cost", len(groups)) as advance:
+        measure(None, lambda: model(tokens).logits)  # embedding and head
         for index in range(model.count):
-            for names in (names for names in groups if model.layer_of(names[0]) == index):
-                with model.replaced({name: restored(rounded(model.read(name), 4)) for name in names}):
-                    now = model.run_from(index, tokens, entering).log_softmax(-1)
-                costs[names] = (exact.exp() * (exact - now)).sum(-1).mean().item()
-                advance(1)
+            measure(index, partial(model.run_from, index, tokens, entering))
             entering = model.run_layer(index, tokens, entering)
     return costs
 

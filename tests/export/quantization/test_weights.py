@@ -220,6 +220,18 @@ def test_mixed_weights_have_the_bits_that_were_asked_for_where_they_are_worth_mo
     assert code == 0, output
 
 
+def test_all_weights_can_have_four_bits_the_head_by_gptq_too(source, tmp_path) -> None:
+    code, output = run(
+        "export", source, "-o", tmp_path / "out", "--weights", "mixed", "--bits", "4", "--max-kl", "9", "-q"
+    )
+    assert code == 0, output
+    tensors = json.loads((tmp_path / "out" / "weights.json").read_text())["tensors"]
+    assert {(tensor["bits"], tensor["method"]) for tensor in tensors.values()} == {(4, "gptq")}
+    assert read_manifest(tmp_path / "out").weights.bits == 4
+    code, output = run("verify", tmp_path / "out", "--against", source, "-q")
+    assert code == 0, output
+
+
 @pytest.mark.parametrize("part", ["int4", "int4.scales"])
 def test_weights_that_no_rule_finds_are_held_to_their_record(part, mixed, source, tmp_path) -> None:
     shutil.copytree(mixed, tmp_path, dirs_exist_ok=True)
