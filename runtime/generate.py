@@ -29,7 +29,7 @@ from headfold.runtime.scheduling.answers import (
     deliver_in_loop,
 )
 from headfold.runtime.scheduling.cache_state import CacheState
-from headfold.runtime.scheduling.drafting import Draft
+from headfold.runtime.scheduling.drafting import Draft, check_draft
 from headfold.runtime.scheduling.request import Delta, Ids
 from headfold.runtime.scheduling.scheduler import Scheduler, Status
 from headfold.runtime.templates.chat_template import Messages
@@ -269,13 +269,7 @@ class Model:
             yield self._scheduler.run(partial(self.backend.hidden_states, cache, 0, row[start : start + _PART]))
 
     def _draft(self, text: Text, manifest: Manifest, backend: Backend[Any]) -> Draft:
-        if not self.backend.gives_all_logits:
-            raise InputError(
-                "computes the last token's logits only, so what a draft guesses cannot be checked",
-                where=self.bundle,
-                fix="Export it with --all-logits, or leave the draft out.",
-            )
-        self._text.check_same_tokens(text)
+        check_draft(self._text, self.backend.gives_all_logits, text)
         return Draft(backend, min(manifest.vocab_size, self.manifest.vocab_size))
 
     def _check_fits(self, length: int) -> None:

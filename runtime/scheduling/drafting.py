@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from headfold.runtime.backend import CHUNK, Backend
+from headfold.runtime.errors import InputError
 from headfold.runtime.scheduling.lookup import Timing, alike
+from headfold.runtime.text import Text
 
 _MOST = 8  # tokens of a guess
 _MARGIN = 1.05
@@ -18,6 +20,17 @@ _MEMORY = 0.7  # weight of what is known of a draft once one more guess was chec
 _RIGHT, _TRIED = 1.5, 2.0  # tokens that are counted as guessed before anything is known
 _FIRST_PAUSE, _LONGEST_PAUSE = 32, 256  # tokens without guesses once they did not pay, but for one at the end
 _BEHIND = 32  # tokens: a draft that lacks more catches up before it is asked
+
+
+def check_draft(text: Text, all_logits: bool, draft: Text) -> None:
+    """Raise InputError if one bundle, of all logits or not, cannot have another one guess for it."""
+    if not all_logits:
+        raise InputError(
+            "computes the last token's logits only, so what a draft guesses cannot be checked",
+            where=text.bundle,
+            fix="Export it with --all-logits, or leave the draft out.",
+        )
+    text.check_same_tokens(draft)
 
 
 class Draft:

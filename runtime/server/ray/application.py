@@ -10,8 +10,10 @@ from ray.serve.config import RequestRouterConfig
 
 from headfold.runtime.errors import HeadfoldError
 from headfold.runtime.manifest import check_files, read_manifest
+from headfold.runtime.scheduling.drafting import check_draft
 from headfold.runtime.server.ray.arguments import Arguments
 from headfold.runtime.server.ray.deployments import Ingress, ModelServer
+from headfold.runtime.text import Text
 
 _ROUTER = "headfold.runtime.server.ray.routing:PrefixRouter"
 
@@ -20,8 +22,8 @@ def app(arguments: Mapping[str, Any]) -> Application:
     """The application of these `Arguments`.
 
     Raises:
-        InputError: an argument is unknown, missing or wrong.
-        BundleError: the bundle is none, or altered. Under a command of Ray's, each is one line and an exit code.
+        InputError: an argument is unknown, missing or wrong, or the draft cannot guess for the bundle.
+        BundleError: the bundle or its draft is none, or altered. Under a command of Ray's, each is one line and an exit code.
     """
     try:
         return _application(Arguments.read(arguments))
@@ -39,8 +41,17 @@ class _Told(click.ClickException):
         self.exit_code = error.exit_code  # type: ignore[misc]  # click says that instances may have their own
 
 
+def _check_bundles(given: Arguments) -> None:
+    """What a replica would refuse, again and again. Raises BundleError, InputError."""
+    manifest = read_manifest(given.bundle)
+    check_files(given.bundle, manifest)
+    if given.draft is not None:
+        check_files(given.draft, read_manifest(given.draft))
+        check_draft(Text(given.bundle), manifest.logits == "all", Text(given.draft))
+
+
 def _application(given: Arguments) -> Application:
-    check_files(given.bundle, read_manifest(given.bundle))
+    _check_bundles(given)
     name, settings = given.name or given.bundle.resolve().name, given.settings
     slack = max(1, given.slots // 2)  # requests more than another replica has, for a beginning that is computed
     at_once = 2 * given.slots  # of a replica: beside those that are written, some that need not be sent for
@@ -64,5 +75,5 @@ def _application(given: Arguments) -> Application:
         graceful_shutdown_timeout_s=given.drain_seconds,
         ray_actor_options={"num_cpus": 0},
     )
-    model = servers.bind(given.bundle.absolute(), name, settings, **given.loading)
+    model = servers.bind(given.bundle, name, settings, **given.loading)
     return ingress.bind(model, settings)

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -25,7 +27,8 @@ from headfold.runtime.errors import InputError
 from headfold.runtime.scheduling.scheduler import KEEP_BYTES, SLOTS
 from headfold.runtime.server.settings import KEY, WAITING, Limits, Settings
 
-_LOADING = {"backend", "provider", "attention", "threads", "slots", "waiting", "keep_bytes"}
+_LOADING = {"backend", "provider", "attention", "threads", "slots", "waiting", "keep_bytes", "draft"}
+_Directory = Annotated[Path, AfterValidator(Path.absolute)]  # the same on every node
 
 
 def _parsed(value: Any) -> Any:
@@ -43,7 +46,8 @@ class Arguments(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    bundle: Path  # on every node
+    bundle: _Directory
+    draft: _Directory | None = None  # a smaller bundle with the same tokenizer, whose guesses are checked
     name: str | None = None  # of the model; by default the directory's
     replicas: PositiveInt = 1
     autoscaling_config: Annotated[AutoscalingConfig | None, BeforeValidator(_parsed)] = None  # in place of replicas
@@ -59,7 +63,7 @@ class Arguments(BaseModel):
     max_new_tokens: PositiveInt | None = Limits.new_tokens
     max_seconds: PositiveFloat = Limits.seconds
     max_body: PositiveInt = Limits.body_bytes
-    drain_seconds: PositiveFloat = 60  # for answers on their way when a replica ends
+    drain_seconds: NonNegativeFloat = 60  # for answers on their way when a replica ends
     api_key: SecretStr | None = Field(default_factory=_key)  # what clients must send
     no_auth: bool = False
 
@@ -72,6 +76,8 @@ class Arguments(BaseModel):
             raise ValueError("provider is of ONNX Runtime: leave it out, or backend=onnxruntime")
         if self.backend != "tensorrt" and self.attention is not None:
             raise ValueError("attention chooses a TensorRT engine: leave it out, or backend=tensorrt")
+        if not self.reuse and "keep_bytes" in given:
+            raise ValueError("keep_bytes is of prompts that are kept: leave it out, or reuse=true")
         if self.api_key is not None and self.no_auth:
             raise ValueError("an API key and no_auth contradict each other: give one of them")
         if self.api_key is None and not self.no_auth:

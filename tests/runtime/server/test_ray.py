@@ -32,8 +32,10 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.scripts import cli
 
+from headfold.export.cli.using.serve import serve as headfold_serve
 from headfold.runtime import load
 from headfold.runtime.errors import InputError
+from headfold.runtime.scheduling.lookup import Timing
 from headfold.runtime.server.app import make_app
 from headfold.runtime.server.ray import app
 from headfold.runtime.server.ray.arguments import Arguments
@@ -70,10 +72,20 @@ def test_serve_run_tells_what_is_wrong_in_one_line_before_anything_starts(toy, c
         ([bundle, "no_auth=true", 'autoscaling_config={"min_replicas": 3, "max_replicas": 2}'], "max_replicas"),
         ([bundle, "no_auth=true", "autoscaling_config={"], "autoscaling_config: "),
         ([bundle, "no_auth=true", "attention=plugin"], "chooses a TensorRT engine"),
+        ([bundle, "no_auth=true", "reuse=false", "keep_bytes=1"], "keep_bytes is of prompts that are kept"),
+        ([bundle, "no_auth=true", "draft=/nowhere"], "/nowhere: no such bundle directory"),
+        ([bundle, "no_auth=true", f"draft={altered}"], "tokenizer.json: has 2 bytes, not the"),
+        ([bundle, "no_auth=true", f"draft={toy.path}"], "--all-logits"),
     ):
         code, lines = told(*arguments)
         assert (code, len(lines)) == (2, 1), arguments
         assert what in lines[0]
+
+
+def test_it_takes_what_headfold_serve_takes() -> None:
+    """But for the address, which is Ray's, and --no-reuse, which is reuse=false; an application has one bundle."""
+    served = {option.name for option in headfold_serve.params} - {"bundles", "names", "host", "port", "no_reuse"}
+    assert served | {"bundle", "name", "reuse"} <= set(Arguments.model_fields)
 
 
 def test_python_gets_headfold_s_own_errors() -> None:
@@ -209,6 +221,26 @@ def test_a_client_that_goes_away_ends_its_answer() -> None:
     servers = Servers([None])
     assert ask(servers, gone=True) == (499, b"")
     assert servers.cancelled == 1
+
+
+def test_a_replica_s_draft_guesses(make_toy, monkeypatch) -> None:
+    monkeypatch.setattr(Timing, "cost", 1.0)
+    here = SimpleNamespace(replica_id=SimpleNamespace(unique_id="r1"))
+    monkeypatch.setattr(serve, "get_replica_context", lambda: here)
+    bundle, draft = make_toy(all_logits=True).path, make_toy().path
+    given = Arguments.read({"bundle": bundle, "draft": draft, "slots": "2", "no_auth": "true"})
+    server = ModelServer(given.bundle, "toy", given.settings, **given.loading)
+    asked = body(model="toy", prompt=[5, 17, 200], max_tokens=40, ignore_eos=True)
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": headers}
+
+    async def answered() -> tuple[list[Any], str]:
+        return [message async for message in server.answer(scope, asked, ())], (await server.metrics())[1]
+
+    messages, metrics = asyncio.run(answered())
+    assert messages[0]["status"] == 200
+    accepted = next(line for line in metrics.splitlines() if line.startswith("headfold_accepted_tokens_total{"))
+    assert float(accepted.split()[-1]) > 20
 
 
 def test_a_replica_stops_writing_an_answer_that_nobody_takes(tmp_path) -> None:
