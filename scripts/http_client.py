@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parents[1]
+GGUF = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 INT4 = ROOT / "bundles" / "smollm2-int4"
 HEADFOLD = ROOT / ".venv" / "bin" / "headfold"
 
@@ -22,9 +23,9 @@ HEADFOLD = ROOT / ".venv" / "bin" / "headfold"
 def smollm2_int4() -> Path:
     """The bundle that both ask; exported once."""
     if not INT4.is_dir():
-        gguf = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+        INT4.parent.mkdir(exist_ok=True)
         subprocess.run(
-            [HEADFOLD, "export", gguf, "-o", INT4, "--weights", "int4", "--max-kl", "1", "--no-verify"], check=True
+            [HEADFOLD, "export", GGUF, "-o", INT4, "--weights", "int4", "--max-kl", "1", "--no-verify"], check=True
         )
     return INT4
 
