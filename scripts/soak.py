@@ -2,8 +2,8 @@
 """Many clients at one server for minutes: prompts and answers of random lengths, clients that leave, requests that are wrong.
 
 Exit code 1 if a finished answer is not the one a lone client got, if memory grows, a slot stays taken, or SIGTERM is not a drain.
-Where the cache has all of a prompt but its last token, kernels for one token compute that, and may round otherwise: a lone client asks
-twice, and either answer will do. What is neither is counted as a near-tie where the two likeliest tokens were nearly as likely.
+Where the cache has most of a prompt, the rest is computed in a smaller part, which may round otherwise: a lone client asks twice, and
+either answer will do. What is neither is counted as a near-tie where the two likeliest tokens were nearly as likely.
 """
 
 import argparse

@@ -22,13 +22,14 @@ from headfold.runtime.errors import CapacityError, InputError
 from headfold.runtime.scheduling.drafting import Draft
 from headfold.runtime.scheduling.lookup import Timing
 from headfold.runtime.scheduling.request import Ids, Request
-from headfold.runtime.scheduling.slots import Slot, Slots
+from headfold.runtime.scheduling.slots import Slot, Slots, next_part
 from headfold.runtime.scheduling.waiting import Waiting
 
 SLOTS = 16  # rows that decode together at most, by default
 MOST_WAITING = 1024  # prompts
 KEEP_BYTES = 1 << 30  # of the cache, for prompts that begin like earlier ones
 _BESIDE = 128  # tokens of a prompt computed at a time where another row decodes or another prompt waits its turn
+_LEAST = 3  # tokens that are left of a turn for one more prompt to have a part of it
 _Result = TypeVar("_Result")
 
 
@@ -110,8 +111,10 @@ class Scheduler:
 
     def compute(self, cache: Any, ids: Ids) -> None:
         """Append tokens to the first row of a cache of one's own; others have their turns between its parts."""
-        for begin in range(0, len(ids), CHUNK):
-            self.run(partial(self._backend.prefill, cache, 0, ids[begin : begin + CHUNK]))
+        while len(ids):
+            count = next_part(len(ids), CHUNK)
+            self.run(partial(self._backend.prefill, cache, 0, ids[:count]))
+            ids = ids[count:]
 
     def keep(self, ids: Ids, arrays: Sequence[NDArray[Any]]) -> None:
         """Remember tokens for calls that begin with them; see Slots.keep."""
@@ -198,9 +201,9 @@ class Scheduler:
     def _prefill(self, slots: Slots) -> None:
         """A part of the prompt whose turn it is, or several prompts that are no longer than that together."""
         left = CHUNK if len(slots.live) == 1 else _BESIDE
-        while left > 0 and (turn := slots.prefilling):
+        while left >= _LEAST and (turn := slots.prefilling):
             slot, request = turn[0], turn[0].request
-            count = min(left, len(slot.pending))
+            count = next_part(len(slot.pending), left)
             logits = self._backend.prefill(slots.cache, slot.row, slot.pending[:count])
             slots.advance(slot, count)
             left -= count

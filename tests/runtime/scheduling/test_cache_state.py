@@ -35,7 +35,7 @@ def test_a_loaded_prompt_is_not_computed_again(saved, toy) -> None:
         assert answer.token_ids == toy.greedy(turn, 8)
         assert model.status().prompt_tokens == 3
         assert model.generate(turn, **OPTIONS).cached_tokens == 0
-        assert model.generate([*SYSTEM[:30], 5], reuse=True, **OPTIONS).cached_tokens == 30
+        assert model.generate([*SYSTEM[:30], 5, 6], reuse=True, **OPTIONS).cached_tokens == 30
 
 
 def test_in_another_process(saved, toy) -> None:
@@ -117,8 +117,8 @@ def test_what_is_kept_takes_a_free_slot_and_disturbs_nobody() -> None:
     engine.waits.wait()
     engine.turn.release(1000)
     assert tokens_of(answers) == [answer_to([9, 9], 6)]
-    again = ask(scheduler, [*ids, 3], new=6, reuse=True)
-    assert tokens_of(again) == [answer_to([*ids, 3], 6)]
+    again = ask(scheduler, [*ids, 3, 4], new=6, reuse=True)
+    assert tokens_of(again) == [answer_to([*ids, 3, 4], 6)]
     assert again.requests[0].cached_tokens == 29
     slots = Slots(engine.new_cache(1, 50), 1 << 30)
     assert slots.place(answers.requests[0])

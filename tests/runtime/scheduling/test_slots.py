@@ -1,8 +1,10 @@
 """Where prompts go: what is shared, copied, kept and forgotten, and that rows stay together."""
 
+from typing import Any
+
 import numpy as np
 import pytest
-from token_engine import TokenEngine, answer_to, ask, tokens_of
+from token_engine import VOCAB, TokenEngine, answer_to, ask, tokens_of
 
 from headfold.runtime.scheduling.host_rows import HostRows, lazy_zeros
 from headfold.runtime.scheduling.scheduler import Scheduler
@@ -26,7 +28,7 @@ def test_a_prompt_starts_from_what_the_cache_has_of_it(host) -> None:
     turn = A + answer_to(A, 4) + [7, 8]
     assert answered(scheduler, turn) == len(A) + 3  # the last token of an answer is never computed
     assert engine.calls[-4] == ("prefill", 0, 3)
-    assert answered(scheduler, turn) == len(turn) - 1  # the last one's logits are wanted
+    assert answered(scheduler, turn) == len(turn) - 2  # the last one's logits are wanted, and it is not computed alone
     assert answered(scheduler, A[:30] + B) == 30
     assert answered(scheduler, [50, *A]) == 0
     assert answered(scheduler, A, reuse=False) == 0
@@ -36,7 +38,34 @@ def test_a_beginning_that_is_shared_is_copied_and_what_had_it_stays() -> None:
     scheduler = Scheduler(TokenEngine(rows=2))
     assert answered(scheduler, A) == 0
     assert answered(scheduler, [*A[:20], *B]) == 20
-    assert answered(scheduler, A) == len(A) - 1
+    assert answered(scheduler, A) == len(A) - 2
+
+
+class Rounding(TokenEngine):
+    """Has a prompt's token that it computes alone come out otherwise, as kernels for one row round otherwise."""
+
+    def prefill(self, cache: Any, row: int, ids: Any, all_logits: bool = False) -> Any:
+        return super().prefill(cache, row, ids if len(ids) > 1 else (ids + 1) % VOCAB, all_logits)
+
+
+@pytest.mark.parametrize("host", [True, False])
+def test_no_token_of_a_prompt_is_computed_alone(host) -> None:
+    """So an answer does not hang on what was cached, nor on what ran beside it."""
+    engine = Rounding(rows=8, capacity=1200, host=host)
+    scheduler, rng = Scheduler(engine), np.random.default_rng(1)
+    for length in (2, 3, 60, 513, 1025):  # parts are of 512 tokens
+        prompt = rng.integers(0, VOCAB, length).tolist()
+        for _ in range(2):
+            answered(scheduler, prompt)
+        for more in (1, 2):
+            answered(scheduler, prompt + answer_to(prompt, 4)[:3] + [5] * more)
+    for lengths in ([129, 257], [127, 50, 126, 2], [130, 2, 3, 64, 62, 65], [125, 3, 3]):  # of 128, of several prompts
+        prompts = [rng.integers(0, VOCAB, length).tolist() for length in lengths]
+        assert tokens_of(ask(scheduler, *prompts)) == [answer_to(prompt, 8) for prompt in prompts]
+    ids = rng.integers(0, VOCAB, 513)
+    cache = engine.new_cache(1, 600)
+    scheduler.compute(cache, ids)
+    assert cache.tokens[0, 0, :513, 0].tolist() == ids.tolist()
 
 
 def test_one_slot_is_the_place_for_everything() -> None:
@@ -49,19 +78,19 @@ def test_one_slot_is_the_place_for_everything() -> None:
 def test_prompts_that_come_together_compute_what_they_share_once() -> None:
     engine = TokenEngine(rows=4, capacity=400)
     stem = np.random.default_rng(0).integers(0, 101, 300).tolist()
-    prompts = [[*stem, i] for i in range(4)]
+    prompts = [[*stem, i, i] for i in range(4)]
     answers = ask(Scheduler(engine), *prompts, new=3, reuse=True)
     generations = answers.generations(answers)
     assert [one.token_ids for one in generations] == [answer_to(prompt, 3) for prompt in prompts]
     assert [one.cached_tokens for one in generations] == [0, 300, 300, 300]
-    assert sum(call[2] for call in engine.calls if call[0] == "prefill") == 304
+    assert sum(call[2] for call in engine.calls if call[0] == "prefill") == 308
 
 
 def test_what_is_kept_is_bounded_and_the_oldest_goes_first() -> None:
     scheduler = Scheduler(TokenEngine(rows=4), keep_bytes=8 * 120)  # of 8 bytes per token
     assert answered(scheduler, A) == 0
     assert answered(scheduler, B) == 0
-    assert answered(scheduler, A) == 59  # 63 + 43 tokens are kept
+    assert answered(scheduler, A) == 58  # 63 + 43 tokens are kept
     assert answered(scheduler, [80] * 30) == 0  # 33 more: B goes
     assert answered(scheduler, B) == 0
     scheduler = Scheduler(TokenEngine(), keep_bytes=0)
@@ -83,7 +112,7 @@ def test_the_token_that_a_full_row_loses_is_nobodys() -> None:
     for answers, prompt, new in ((first, [1], 40), (middle, full, 2), (last, [2], 40)):
         assert tokens_of(answers) == [answer_to(prompt, new)]
     assert ("decode", 0, 3) in engine.calls[-30:]
-    assert answered(scheduler, [*full, answer_to(full, 1)[0]], new=1) == 62
+    assert answered(scheduler, [*full, answer_to(full, 1)[0]], new=1) == 61
 
 
 def test_rows_move_together_when_neighbours_leave() -> None:
