@@ -231,6 +231,7 @@ def main() -> None:
     parser.add_argument("--roads", action="store_true", help="instead: one checkpoint exported by both roads")
     parser.add_argument("--checkpoint", type=Path, default=GGUF, help="of --roads; by default SmolLM2's GGUF file")
     parser.add_argument("--speculation", action="store_true", help="instead: what guessing tokens saves and costs")
+    parser.add_argument("--draft", action="store_true", help="of --speculation: SmolLM2 int4 guesses, too")
     parser.add_argument(
         "--peers", choices=["smollm2", "random-1b"], help="instead: small weights beside other engines', of this model"
     )
@@ -255,7 +256,7 @@ def main() -> None:
         elif options.speculation:
             from bench_speculation import speculation
 
-            table = speculation(bundles / "speculation", GGUF, options.rounds, options.new, threads)
+            table = speculation(bundles / "speculation", GGUF, options.rounds, options.new, threads, options.draft)
         elif options.peers:
             from bench_peers import peers
 

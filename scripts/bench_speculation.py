@@ -1,4 +1,5 @@
-"""What guessing tokens (`generate(…, speculate=True)`) saves and costs, on SmolLM2 with all logits.
+"""What guessing tokens (`generate(…, speculate=True)`) saves and costs, on SmolLM2 in float32 with all logits: from the text so far,
+and where that says nothing by a draft, if one is asked for: SmolLM2 in its file's own four bits.
 
 Each prompt is answered with and without, in turns; ratios are medians of neighbours in time. Then 50 prompts are answered both ways,
 and greedy tokens that differ are told, with the difference of the two best logits there: near-ties fall as kernels round.
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from http_client import smollm2_int4
 
 ARTICLE = """The harbour of the old town was built in the twelfth century, when merchants from the north brought salt, timber and \
 furs to the coast. For two hundred years it was the largest port in the region, and the families who owned its \
@@ -68,7 +70,8 @@ QUESTIONS = (
 FIFTY = [question.format(subject) for question in QUESTIONS for subject in SUBJECTS]
 
 
-def speculation(work: Path, gguf: Path, rounds: int, new: int, threads: int) -> dict[str, Any]:
+def speculation(work: Path, gguf: Path, rounds: int, new: int, threads: int, drafted: bool) -> dict[str, Any]:
+    """Measure, print, and return the figures. `drafted`: a draft guesses, too."""
     from headfold.runtime import load
 
     bundle = work / "smollm2-all-logits"
@@ -76,8 +79,8 @@ def speculation(work: Path, gguf: Path, rounds: int, new: int, threads: int) -> 
         work.mkdir(parents=True, exist_ok=True)
         command = [str(Path(sys.executable).parent / "headfold"), "export", str(gguf), "-o", str(bundle)]
         subprocess.run([*command, "--all-logits", "--no-verify", "-q"], check=True)
-    figures: dict[str, Any] = {"threads": threads, "new": new}
-    with load(bundle, threads=threads) as model:
+    figures: dict[str, Any] = {"threads": threads, "new": new, "drafted": drafted}
+    with load(bundle, threads=threads, draft=smollm2_int4() if drafted else None) as model:
 
         def ask(text: str, most: int, speculate: bool) -> tuple[list[int], float]:
             """The answer, and the seconds from its first token to its last."""
@@ -90,7 +93,8 @@ def speculation(work: Path, gguf: Path, rounds: int, new: int, threads: int) -> 
             tokens += [delta.token_id for delta in stream]
             return tokens, time.perf_counter() - begin
 
-        print(f"{threads} threads, {new} new tokens, medians of {rounds} rounds")
+        who = "the text so far, else SmolLM2 int4," if drafted else "the text so far"
+        print(f"{threads} threads, {new} new tokens, medians of {rounds} rounds; {who} guesses")
         print(f"{'':16}{'plain tok/s':>13}{'guessing':>11}{'ratio':>8}{'tokens per step':>18}")
         for kind, text in PROMPTS.items():
             plain, guessing = [], []
