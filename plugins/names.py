@@ -48,6 +48,12 @@ def is_hidden_state(name: str | None) -> bool:
     return name is not None and name.startswith("hidden_states.")
 
 
+def layer_of_output(name: str) -> int | None:
+    """The layer whose residual stream or cache an output is; None of all others."""
+    stem, _, rest = name.partition(".")
+    return int(rest.partition(".")[0]) if stem in (_PRESENT, HIDDEN_STATES) and rest else None
+
+
 def layer_input(layer: int) -> str:
     """What a layer reads of the residual stream, where it is judged alone; that of the number behind the last is the final norm's."""
     return f"layer_input.{layer}"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from headfold.export.model.decoder import Decoder, Scales
 from headfold.plugins.dtypes import Quantized
 
+_AT_ONCE = 1 << 20  # weights that are nudged together
 Array = NDArray[Any]  # float32, or float64 of an oracle that computes in it
 Tokens = NDArray[np.int64]
 
@@ -116,15 +117,38 @@ class DecoderOracle:
             decoder.quantize_cache(getattr(torch, cache.dtype), cache.scales)
         else:
             decoder.keep_cache()
-        caches = decoder.new_cache(1, start + len(tokens))
-        for pair, before in zip(caches, past.layers if past is not None else [], strict=False):
-            for all_tokens, old in zip(pair, before, strict=True):
-                all_tokens[0, :, :start] = old.to(all_tokens.dtype)
         mask = torch.ones(1, start + len(tokens), dtype=torch.long)
-        with handed_on(decoder.model.layers, given) as heard:
-            output = decoder(torch.from_numpy(tokens)[None], mask, caches, normed=True)
-        new = ((keys[0, :, start:], values[0, :, start:]) for keys, values in caches)
+        with handed_on(decoder.model.layers, given) as heard, _behind(decoder, past, len(tokens)) as new:
+            output = decoder(torch.from_numpy(tokens)[None], mask, normed=True)
         return Answer.of(output.logits[0], heard, new, output.normed[0])
+
+
+@contextmanager
+def _behind(decoder: Decoder, past: Past | None, count: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Inside the block each layer has a past behind `count` new tokens, in a cache that goes when it is done; those of the new ones.
+
+    All layers' caches together would be larger than many a model.
+    """
+    start, new = 0 if past is None else past.length, list[tuple[Tensor, Tensor]]()
+
+    def come(_layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        cache = decoder.new_layer_cache(1, start + count)
+        for all_tokens, old in zip(cache, past.layers[len(new)] if past is not None else (), strict=past is not None):
+            all_tokens[0, :, :start] = old.to(all_tokens.dtype)
+        return (*inputs[:-1], cache)
+
+    def go(_layer: nn.Module, _inputs: Any, output: tuple[Tensor, tuple[Tensor, Tensor]]) -> tuple[Tensor, None]:
+        keys, values = (all_tokens[0, :, start:].clone() for all_tokens in output[1])
+        new.append((keys, values))
+        return output[0], None
+
+    handles = [layer.register_forward_pre_hook(come) for layer in decoder.model.layers]
+    handles += [layer.register_forward_hook(go) for layer in decoder.model.layers]
+    try:
+        yield new
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -179,5 +203,10 @@ def nudge(module: nn.Module, seed: int) -> None:
     eps = torch.finfo(torch.float32).eps
     for parameter in module.parameters():
         if parameter.dtype == torch.float64:
-            change = torch.rand(parameter.shape, generator=random, dtype=parameter.dtype) * 2 - 1
-            parameter.data = parameter.data * (1 + eps * change)  # not in place: others may hold the same numbers
+            nudged = torch.empty_like(
+                parameter, memory_format=torch.contiguous_format
+            )  # others may hold the same numbers
+            for part, own in zip(*(x.reshape(-1).split(_AT_ONCE) for x in (nudged, parameter.data)), strict=True):
+                change = torch.rand(own.shape, generator=random, dtype=own.dtype).mul_(2).sub_(1)
+                torch.mul(own, change.mul_(eps).add_(1), out=part)
+            parameter.data = nudged

@@ -231,13 +231,14 @@ class Decoder(nn.Module):
 
     def new_cache(self, batch: int, capacity: int | None = None) -> Cache:
         """An empty static cache of zeros, in the dtype of the weights or quantized."""
+        return [self.new_layer_cache(batch, capacity) for _ in range(self.config.num_hidden_layers)]
+
+    def new_layer_cache(self, batch: int, capacity: int | None = None) -> tuple[Tensor, Tensor]:
+        """That of one layer, whichever."""
         c, weight = self.config, self.model.embed_tokens.weight
         shape, dtype = (batch, c.num_key_value_heads, capacity or self.capacity, c.head_dim), self.cache_dtype
-        new = [
-            torch.zeros(shape, dtype=dtype or weight.dtype, device=weight.device)
-            for _ in range(2 * c.num_hidden_layers)
-        ]
-        return list(zip(new[::2], new[1::2], strict=True))
+        keys, values = (torch.zeros(shape, dtype=dtype or weight.dtype, device=weight.device) for _ in range(2))
+        return keys, values
 
     def forward(
         self,

@@ -47,12 +47,14 @@ def find_doubts(
     """
     narrow = reference(torch.float32)
     rows_told, places_told = [rows(narrow)], [places(narrow)]
+    del narrow  # one at a time: in float64 a model is large enough
     wide = reference(torch.float64)
     right_rows, right_places = rows(wide), places(wide)
     for seed in range(_NUDGES):
         nudge(wide.module, seed)
         rows_told.append(rows(wide))
         places_told.append(places(wide))
+    del wide
     alone = [Doubt(told, right) for right, *told in zip(right_places, *places_told, strict=True)]
     half = Doubt([rows(reference(torch.float16))], rows_told[0]) if float16 else None
     return Doubts(Doubt(rows_told, right_rows), alone, half)

@@ -25,7 +25,7 @@ from headfold.export.graph.passes import widen_to_float32
 from headfold.export.graph.weights import data_file, load_model
 from headfold.export.parity.tolerances import Precision
 from headfold.plugins.dtypes import DTYPES, from_onnxruntime
-from headfold.plugins.names import HIDDEN_STATES, input_of, is_cache_input, is_cache_output
+from headfold.plugins.names import HIDDEN_STATES, input_of, is_cache_input, is_cache_output, layer_of_output
 from headfold.runtime.errors import BundleError
 
 _MAPPED = 1 << 30  # bytes of weights; more are read where they lie in their file, and not packed for speed
@@ -114,13 +114,30 @@ def _numpy(node: Any) -> Any:
 
 
 class LayersRunner(OnnxrtRunner):  # type: ignore[misc]
-    """A graph whose layers are cut apart, in ONNX Runtime. Feeds are all its inputs, caches included; in float32, as its outputs."""
+    """A graph whose layers are cut apart, in ONNX Runtime. Feeds are all its inputs, caches included; in float32, as its outputs.
+
+    Layers run one after the other, so that the long caches of one are in memory at a time.
+    """
 
     def infer_impl(self, feed_dict: Any) -> Outputs:
         """Give the caches the dtype that they have in the graph."""
-        kinds = {node.name: _numpy(node) for node in self.sess.get_inputs()}
-        outputs = super().infer_impl({name: x.astype(kinds[name], copy=False) for name, x in feed_dict.items()})
-        return OrderedDict((name, x.astype(np.float32, copy=False)) for name, x in outputs.items())
+        feeds, made = dict[str, NDArray[Any]](), dict[tuple[int, Any], NDArray[Any]]()
+        for node in self.sess.get_inputs():
+            x, kind = feed_dict[node.name], _numpy(node)
+            if (id(x), kind) not in made:  # layers share what they are fed
+                made[id(x), kind] = x.astype(kind, copy=False)
+            feeds[node.name] = made[id(x), kind]
+        parts = dict[int | None, list[str]]()
+        for node in self.sess.get_outputs():
+            parts.setdefault(layer_of_output(node.name), []).append(node.name)
+        wanted = ort.RunOptions()
+        wanted.only_execute_path_to_fetches = True
+        outputs: Outputs = OrderedDict()
+        for names in parts.values():
+            for name, x in zip(names, self.sess.run(names, feeds, wanted), strict=True):
+                outputs[name] = x.astype(np.float32, copy=False)
+        self.inference_time = 0.0
+        return outputs
 
 
 class Graph:

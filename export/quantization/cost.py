@@ -37,8 +37,12 @@ def reference(model: Running | Decoder, tokens: Tensor) -> Reference:
         DataError: it computes NaN or infinity.
     """
     half = tokens.shape[1] // 2
-    parts = torch.split(tokens, max(_TOGETHER // tokens.shape[1], 1))
-    logits = np.concatenate([model(part).logits.numpy() for part in parts])
+    logits, together = (
+        np.empty((*tokens.shape, model.config.vocab_size), np.float32),
+        max(_TOGETHER // tokens.shape[1], 1),
+    )
+    for begin in range(0, len(tokens), together):
+        logits[begin : begin + together] = model(tokens[begin : begin + together]).logits.numpy()
     if not np.isfinite(logits).all():
         raise DataError(
             "the model computes NaN or infinity, so nobody can say what rounding its weights costs",

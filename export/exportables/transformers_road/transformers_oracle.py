@@ -149,7 +149,7 @@ class _KeepsNew(DynamicLayer):  # type: ignore[misc]
         self._quantization, self._index, self._dtype = cache, index, dtype
         self.new: list[Tensor] = []  # keys, values, as they are stored
         if past is not None:
-            self.keys, self.values = (self._real(x[None], part) for part, x in enumerate(past))
+            self.keys, self.values = (x[None] for x in past)  # as they are stored: wide only while the layer computes
             self.is_initialized = True
 
     def _real(self, stored: Tensor, part: int) -> Tensor:
@@ -166,5 +166,5 @@ class _KeepsNew(DynamicLayer):  # type: ignore[misc]
                 stored = quantize(x, cache.scales[self._index][part], getattr(torch, cache.dtype)).float()
             self.new.append(stored)
             real = self._real(stored, part)
-            seen.append(real if before is None else torch.cat((before, real), 2))
+            seen.append(real if before is None else torch.cat((self._real(before, part), real), 2))
         return seen[0], seen[1]
