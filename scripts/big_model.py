@@ -1,11 +1,13 @@
 """Memory and time of exporting a model too large for the memory of small machines: a random llama, in shards of bfloat16.
 
-Peaks are of the exporting process: anonymous memory, which it cannot do without, and all that is resident, of which pages of mapped
-files (weights are read and checked through them) go whenever the system wants them. Shards are kept; bundles are not.
+Peaks are of the exporting process. Anonymous memory is what it cannot do without. Mapped are pages of files, through which weights
+are read and checked: the system takes them back whenever it wants, and lets them stand while nobody else asks for memory. Shards are
+kept; bundles are not.
 """
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -30,7 +32,7 @@ class Peak:
     """Of a process, in bytes, and what it was doing."""
 
     anonymous: int
-    resident: int
+    mapped: int
     seconds: float
     code: int
 
@@ -90,7 +92,7 @@ def make(directory: Path, size: str) -> None:
 
 def measure(command: list[str]) -> Peak:
     """Run it, looking at its memory ten times a second (Linux)."""
-    start, anonymous, resident = time.perf_counter(), 0, 0
+    start, anonymous, mapped, told = time.perf_counter(), 0, 0, 0
     process = subprocess.Popen(command)
     status = Path(f"/proc/{process.pid}/status")
     while process.poll() is None:
@@ -100,13 +102,24 @@ def measure(command: list[str]) -> Peak:
             break
         if "RssAnon" in lines:
             now = int(lines["RssAnon"].split()[0]) << 10
-            if now > anonymous + (64 << 20):
+            if now > told + (64 << 20):
                 print(f"  {time.perf_counter() - start:6.0f} s: {now >> 20:,} MiB", file=sys.stderr)
-                anonymous = now
-            anonymous = max(anonymous, now)
-            resident = max(resident, int(lines["VmHWM"].split()[0]) << 10)
+                told = now
+            anonymous, mapped = max(anonymous, now), max(mapped, int(lines["RssFile"].split()[0]) << 10)
         time.sleep(0.1)
-    return Peak(anonymous, resident, time.perf_counter() - start, process.wait())
+    return Peak(anonymous, mapped, time.perf_counter() - start, process.wait())
+
+
+def copying(source: Path, target: Path) -> float:
+    """Seconds that a copy of the checkpoint takes until it is on the disk; it is deleted."""
+    start = time.perf_counter()
+    shutil.copytree(source, target)
+    for path in target.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    seconds = time.perf_counter() - start
+    shutil.rmtree(target)
+    return seconds
 
 
 def main() -> int:
@@ -123,12 +136,13 @@ def main() -> int:
     if "--weights" in options.options:  # random, too: text that the model writes takes a pass a token
         np.save(options.directory / "tokens.npy", np.random.default_rng(0).integers(0, VOCABULARY, 20_000))
         command += ["--data", str(options.directory / "tokens.npy")]
+    copied = copying(source, bundle)
     peak = measure(command)
     written = sum(path.stat().st_size for path in bundle.iterdir()) if bundle.is_dir() else 0
     shutil.rmtree(bundle, ignore_errors=True)
     print(
-        f"{options.parameters} B {' '.join(options.options)}: code {peak.code}, {peak.seconds:,.0f} s, bundle {written >> 20:,} MiB, "
-        f"peak {peak.anonymous >> 20:,} MiB anonymous, {peak.resident >> 20:,} MiB resident"
+        f"{options.parameters} B {' '.join(options.options)}: code {peak.code}, {peak.seconds:,.0f} s (copying takes {copied:,.0f}), "
+        f"bundle {written >> 20:,} MiB, peaks {peak.anonymous >> 20:,} MiB anonymous, {peak.mapped >> 20:,} MiB mapped"
     )
     return peak.code
 

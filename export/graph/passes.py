@@ -15,7 +15,7 @@ from headfold.export.graph.recipes import (
     shared_constant,
 )
 from headfold.plugins.attention.schema import ALL_INPUTS, DOMAIN, LAST_INDEX, OP_TYPE
-from headfold.plugins.names import hidden_state, is_cache_output, layer_input
+from headfold.plugins.names import hidden_state, layer_input
 
 
 def name_weights(model: ir.Model, prefix: str, tied: Mapping[str, str]) -> None:
@@ -143,28 +143,6 @@ def cut_layers(model: ir.Model) -> int:
             node.replace_input_with(index, given)
         model.graph.inputs.append(given)
     return len(names)
-
-
-def keep_new_rows(model: ir.Model) -> None:
-    """Of each cache only positions from `new_rows.start` to `new_rows.end`, two new inputs int64 [1], remain an output.
-
-    So a long cache is gone as soon as its layer is done.
-    """
-    bounds = [
-        ir.Value(name=f"new_rows.{end}", shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
-        for end in ("start", "end")
-    ]
-    model.graph.inputs.extend(bounds)
-    tape = ir.tape.Tape()
-    axis = tape.initializer(ir.tensor([2], name="new_rows.axis"), name="new_rows.axis")
-    model.graph.register_initializer(axis)
-    for index, whole in enumerate(model.graph.outputs):
-        if is_cache_output(whole.name):
-            rows = tape.op("Slice", [whole, *bounds, axis])
-            rows.name, whole.name = whole.name, f"{whole.name}.whole"
-            rows.type, rows.shape = whole.type, ir.Shape([None] * 4)
-            model.graph.outputs[index] = rows
-    model.graph.extend(tape.nodes)
 
 
 def widen_to_float32(model: ir.Model) -> None:

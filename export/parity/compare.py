@@ -17,7 +17,7 @@ from polygraphy.comparator import Comparator
 
 from headfold.export.exportables.facts import Facts
 from headfold.export.exportables.oracle import Answer, Array, Oracle, Past, QuantizedCache, Tokens
-from headfold.export.graph.passes import cut_layers, keep_new_rows
+from headfold.export.graph.passes import cut_layers
 from headfold.export.parity.doubts import Doubt, Doubts, find_doubts
 from headfold.export.parity.layers import Finding, ask, judge, layer_checks, layer_feed, layer_results, unsure
 from headfold.export.parity.probes import Feed, Pasts, Place, Step, make_places, make_rows, make_steps
@@ -133,7 +133,7 @@ def _run_onnxruntime(subject: Subject, asked: _Questions, capacity: int, reporte
     with reporter.step("run ONNX Runtime in float32"), wide as graph:
         actual = _run(OrtRunner(graph.open, capacity), steps())
         feeds = (layer_feed(place, asked.pasts, told) for place, told in zip(asked.places, asked.alone, strict=True))
-        layers = _run(LayersRunner(partial(graph.open, cut_layers, keep_new_rows)), feeds)
+        layers = _run(LayersRunner(partial(graph.open, cut_layers)), feeds)
     if subject.precision.dtype != "float16":
         return _Outputs(actual, layers, None)
     own = prepared(subject.path, subject.precision, widen=False)

@@ -61,14 +61,13 @@ def ask(
 
 
 def layer_feed(place: Place, pasts: Pasts, answers: Answers) -> Feed:
-    """Inputs of the graph whose layers are cut apart (`cut_layers`, `keep_new_rows`)."""
+    """Inputs of the graph whose layers are cut apart (`cut_layers`)."""
     batch, length = place.tokens.shape
     total = max(place.pasts) + length
     mask = np.zeros((batch, total), np.int64)
     for row, past in enumerate(place.pasts):
         mask[row, :past] = mask[row, total - length :] = 1
     feeds = feed(place.tokens, mask)
-    feeds |= {"new_rows.start": np.array([min(place.pasts)]), "new_rows.end": np.array([total])}
     made: dict[int, Array] = {}  # layers of equal shape have the same past
     for layer in range(len(answers[0].hidden_states)):
         for part, x in zip(PARTS, pasts.layer(layer), strict=True):
@@ -116,16 +115,13 @@ def judge(
 ) -> list[Finding]:
     """Compare what the cut graph gave with what the oracle says; `doubt` of `unsure` decides where it allows more than the limit."""
     found = []
-    start, length = min(place.pasts), place.tokens.shape[1]
-    begins = [past - start for past in place.pasts]
     update, stored = precision.layer_tolerance
     for number, (name, right, scale) in enumerate(_tensors(answers)):
         layer = number // (1 + len(PARTS))  # that of the logits is the number of layers
         actual = outputs[name]
         if name == "logits":
             actual, limit = actual[:, -1], precision.tolerance.limit(name, right)
-        elif is_cache_output(name):  # [B, Hkv, from the shortest past on, D]
-            actual = np.stack([actual[row, :, begin : begin + length] for row, begin in enumerate(begins)])
+        elif is_cache_output(name):
             limit = stored if precision.cache is not None else stored * scale
         else:
             limit = update * scale

@@ -116,11 +116,12 @@ def _numpy(node: Any) -> Any:
 class LayersRunner(OnnxrtRunner):  # type: ignore[misc]
     """A graph whose layers are cut apart, in ONNX Runtime. Feeds are all its inputs, caches included; in float32, as its outputs.
 
-    Layers run one after the other, so that the long caches of one are in memory at a time.
+    Of caches, outputs are the new rows, [B, Hkv, S, D]. Layers run one after the other: the long caches of one are in memory at a time.
     """
 
     def infer_impl(self, feed_dict: Any) -> Outputs:
         """Give the caches the dtype that they have in the graph."""
+        ends, length = feed_dict["attention_mask"].sum(1), feed_dict["input_ids"].shape[1]
         feeds, made = dict[str, NDArray[Any]](), dict[tuple[int, Any], NDArray[Any]]()
         for node in self.sess.get_inputs():
             x, kind = feed_dict[node.name], _numpy(node)
@@ -135,6 +136,8 @@ class LayersRunner(OnnxrtRunner):  # type: ignore[misc]
         outputs: Outputs = OrderedDict()
         for names in parts.values():
             for name, x in zip(names, self.sess.run(names, feeds, wanted), strict=True):
+                if is_cache_output(name):
+                    x = np.stack([row[:, end - length : end] for row, end in zip(x, ends, strict=True)])
                 outputs[name] = x.astype(np.float32, copy=False)
         self.inference_time = 0.0
         return outputs
