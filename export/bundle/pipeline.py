@@ -169,6 +169,7 @@ def export_bundle(source: Exportable, output: Path, options: ExportOptions, repo
             write_json(stage / RECORD, record_to_json(record_of(prepared.weights, prepared.costs)))
             files = manifest.files | {name: file_entry(stage / name) for name in (MODEL, RECORD)}
             manifest = manifest.model_copy(update={"files": files, "weights": spec})
+            prepared = None  # the logits of a whole text, and weights that GPTQ found
         report = None
         if options.verify:
             report = verify_bundle(stage, source, manifest, options.decode_steps, reporter)

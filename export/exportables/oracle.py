@@ -206,7 +206,9 @@ def nudge(module: nn.Module, seed: int) -> None:
             nudged = torch.empty_like(
                 parameter, memory_format=torch.contiguous_format
             )  # others may hold the same numbers
-            for part, own in zip(*(x.reshape(-1).split(_AT_ONCE) for x in (nudged, parameter.data)), strict=True):
+            for part, own in zip(
+                *(torch.split(x.reshape(-1), _AT_ONCE) for x in (nudged, parameter.data)), strict=True
+            ):
                 change = torch.rand(own.shape, generator=random, dtype=own.dtype).mul_(2).sub_(1)
                 torch.mul(own, change.mul_(eps).add_(1), out=part)
             parameter.data = nudged

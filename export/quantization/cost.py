@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from headfold.export.model.decoder import Decoder
+from headfold.export.quantization.forced import Forced, open_forced
 from headfold.export.quantization.running import Running
 from headfold.runtime.errors import DataError
 from headfold.runtime.manifest import Manifest, WeightsCost
-from headfold.runtime.session import OrtSession
 
 _TOGETHER = 512  # tokens that go through the model at a time
 
@@ -37,10 +37,8 @@ def reference(model: Running | Decoder, tokens: Tensor) -> Reference:
         DataError: it computes NaN or infinity.
     """
     half = tokens.shape[1] // 2
-    logits, together = (
-        np.empty((*tokens.shape, model.config.vocab_size), np.float32),
-        max(_TOGETHER // tokens.shape[1], 1),
-    )
+    together = max(_TOGETHER // tokens.shape[1], 1)
+    logits = np.empty((*tokens.shape, model.config.vocab_size), np.float32)  # made once: it is large
     for begin in range(0, len(tokens), together):
         logits[begin : begin + together] = model(tokens[begin : begin + together]).logits.numpy()
     if not np.isfinite(logits).all():
@@ -59,15 +57,10 @@ def reference(model: Running | Decoder, tokens: Tensor) -> Reference:
 
 def weights_cost(bundle: Path, manifest: Manifest, before: Reference) -> WeightsCost:
     """Measure a bundle, finished or staged. Where its logits are no numbers, its costs are none either."""
-    session = OrtSession(bundle, manifest)
-    tokens, (rows, length) = before.tokens, before.tokens.shape
-    everyone, cache = np.ones(rows, np.bool_), session.new_cache(rows, length)
+    forced = open_forced(bundle, manifest)
+    tokens, length = before.tokens, before.tokens.shape[1]
     kl, same, losses = [], [], []
-    for place in range(length):
-        if place == 0:
-            logits = np.stack([session.prefill(cache, row, tokens[row, :1]) for row in range(rows)])  # [N, V]
-        else:
-            logits = session.decode(cache, tokens[:, place], everyone)
+    for place, logits in enumerate(forced.logits(tokens, 1)):
         exact, now = _log_softmax(before.logits[:, place]), _log_softmax(logits)
         kl.append((np.exp(exact) * (exact - now)).sum(1))  # [N]
         same.append(exact.argmax(1) == now.argmax(1))
@@ -83,20 +76,19 @@ def weights_cost(bundle: Path, manifest: Manifest, before: Reference) -> Weights
         perplexity_before=float(perplexity_before),
         perplexity=float(perplexity),
         greedy_tokens=before.greedy.shape[1],
-        greedy_agreement=_greedy_agreement(session, before),
+        greedy_agreement=_greedy_agreement(forced, before),
     )
 
 
-def _greedy_agreement(session: OrtSession, before: Reference) -> float:
-    """How many tokens of an answer come before the first that differs, a mean over the answers."""
-    rows, steps = before.greedy.shape
-    everyone, cache = np.ones(rows, np.bool_), session.new_cache(rows, 2 * steps)
-    logits = np.stack([session.prefill(cache, row, before.tokens[row, :steps]) for row in range(rows)])
-    answers = [logits.argmax(1)]
-    while len(answers) < steps:
-        answers.append(session.decode(cache, answers[-1], everyone).argmax(1))
-    equal = np.stack(answers, 1) == before.greedy  # [N, steps]
-    return float(np.cumprod(equal, 1).sum(1).mean())
+def _greedy_agreement(forced: Forced, before: Reference) -> float:
+    """How many tokens of an answer come before the first that differs, a mean over the answers.
+
+    Up to there the bundle would have been given its own answer, which is the same.
+    """
+    half = before.greedy.shape[1]
+    given = np.concatenate([before.tokens[:, :half], before.greedy[:, :-1]], 1)  # [N, S - 1]
+    answers = np.stack([logits.argmax(1) for logits in forced.logits(given, half)], 1)  # [N, steps]
+    return float(np.cumprod(answers == before.greedy, 1).sum(1).mean())
 
 
 def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:

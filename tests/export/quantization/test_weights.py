@@ -25,6 +25,7 @@ from headfold.export.model.decoder import Decoder
 from headfold.export.model.rounding import bits_of
 from headfold.export.parity.verify import verify_bundle
 from headfold.export.progress import Reporter
+from headfold.export.quantization import forced
 from headfold.export.quantization.cost import reference, weights_cost
 from headfold.export.quantization.gate import pass_gate
 from headfold.export.quantization.products import set_level_in_file
@@ -122,11 +123,19 @@ def test_onnx_runtime_decodes_as_pytorch_with_the_rounded_weights_does(exact, so
         logits = backend.decode(cache, np.array([token]), np.ones(1, np.bool_))[0]
 
 
-def test_the_cost_is_that_of_the_rounded_weights_in_pytorch(exact, source) -> None:
+@pytest.mark.parametrize("largest", [forced.LARGE, 0], ids=["whole", "layer by layer"])
+def test_the_cost_is_that_of_the_rounded_weights_in_pytorch(exact, source, largest, monkeypatch) -> None:
+    monkeypatch.setattr(forced, "LARGE", largest)
+    assert isinstance(forced.open_forced(exact, read_manifest(exact)), forced._Whole) == (largest > 0)
     tokens, original = torch.arange(160).view(5, 32), open_checkpoint(source)
     before = reference(load_decoder(original), tokens)
     cost = weights_cost(exact, read_manifest(exact), before)
-    after = load_decoder(rounding(source))(tokens).logits.double().log_softmax(-1)
+    decoder, ids = load_decoder(rounding(source)), tokens[:, :16]
+    for _ in range(16):
+        ids = torch.cat((ids, decoder(ids, last_only=True).logits.argmax(-1)), 1)
+    equal = np.cumprod(ids[:, 16:].numpy() == before.greedy, 1)
+    assert cost.greedy_agreement == pytest.approx(equal.sum(1).mean())
+    after = decoder(tokens).logits.double().log_softmax(-1)
     exact = torch.from_numpy(before.logits).double().log_softmax(-1)
     kl = (exact.exp() * (exact - after)).sum(-1)
     losses = [-x[:, :-1].gather(2, tokens[:, 1:, None]).mean() for x in (exact, after)]
