@@ -6,6 +6,7 @@ nothing but speed and size depend on it (`scripts/bench.py` measured what huge p
 """
 
 import ctypes
+import gc
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,10 @@ from pathlib import Path
 
 MOVER = "headfold-huge-pages"  # the thread that moves
 _HUGE = 2 << 20  # bytes; where huge pages are larger, the kernel declines
+_MMAP_THRESHOLD, _LARGE_BLOCK = (
+    -3,
+    4 << 20,
+)  # a parameter of glibc's, and bytes: such blocks go back when they are freed
 _COLLAPSE, _DONTNEED = 25, 4  # MADV_COLLAPSE: at once, and even where huge pages are only for those who ask ("madvise")
 _MAPPINGS = Path("/proc/self/smaps")
 _FULL = 0.9  # share of a mapping that must be in memory: collapsing an empty one would fill it
@@ -46,6 +51,18 @@ def give_back_mapped(path: Path) -> None:
     """
     if sys.platform == "linux":
         _advise(list(_mapped(path)), _DONTNEED)
+
+
+def give_back_freed() -> None:
+    """Let go of memory that nothing uses: models in cycles with their hooks, and what glibc keeps of freed blocks.
+
+    It keeps larger and larger ones, up to 32 MiB, the more it has seen: from now on only small ones.
+    """
+    gc.collect()
+    c = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if c is not None and hasattr(c, "malloc_trim"):  # other C libraries keep little
+        c.mallopt(_MMAP_THRESHOLD, _LARGE_BLOCK)
+        c.malloc_trim(0)
 
 
 def _advise(ranges: Sequence[tuple[int, int]], advice: int) -> None:

@@ -125,14 +125,14 @@ class DecoderOracle:
 
 @contextmanager
 def _behind(decoder: Decoder, past: Past | None, count: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Inside the block each layer has a past behind `count` new tokens, in a cache that goes when it is done; those of the new ones.
+    """Inside the block each layer has a past behind `count` new tokens, in a cache that is then the next one's; those of the new ones.
 
     All layers' caches together would be larger than many a model.
     """
     start, new = 0 if past is None else past.length, list[tuple[Tensor, Tensor]]()
+    cache = decoder.new_layer_cache(1, start + count)
 
     def come(_layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        cache = decoder.new_layer_cache(1, start + count)
         for all_tokens, old in zip(cache, past.layers[len(new)] if past is not None else (), strict=past is not None):
             all_tokens[0, :, :start] = old.to(all_tokens.dtype)
         return (*inputs[:-1], cache)
@@ -197,18 +197,13 @@ def as_array(x: Tensor) -> Array:
 def nudge(module: nn.Module, seed: int) -> None:
     """Change each weight by less than float32 can tell: by a random part of eps of itself, 1.2e-7 at most, up or down.
 
-    Only those in float64: a large model's layers have none but while they compute, and stay as they are.
+    In place, and only those in float64, which `widened` copied: a large model's layers have none but while they compute, and stay.
     """
     random = torch.Generator().manual_seed(seed)
     eps = torch.finfo(torch.float32).eps
     for parameter in module.parameters():
         if parameter.dtype == torch.float64:
-            nudged = torch.empty_like(
-                parameter, memory_format=torch.contiguous_format
-            )  # others may hold the same numbers
-            for part, own in zip(
-                *(torch.split(x.reshape(-1), _AT_ONCE) for x in (nudged, parameter.data)), strict=True
-            ):
-                change = torch.rand(own.shape, generator=random, dtype=own.dtype).mul_(2).sub_(1)
-                torch.mul(own, change.mul_(eps).add_(1), out=part)
-            parameter.data = nudged
+            parameter.data = parameter.data.contiguous()
+            for part in torch.split(parameter.data.view(-1), _AT_ONCE):
+                change = torch.rand(part.shape, generator=random, dtype=part.dtype)
+                part *= change.mul_(2).sub_(1).mul_(eps).add_(1)

@@ -15,7 +15,7 @@ from headfold.export.graph.recipes import (
     shared_constant,
 )
 from headfold.plugins.attention.schema import ALL_INPUTS, DOMAIN, LAST_INDEX, OP_TYPE
-from headfold.plugins.names import hidden_state, layer_input
+from headfold.plugins.names import hidden_state, layer_input, layer_of_output
 
 
 def name_weights(model: ir.Model, prefix: str, tied: Mapping[str, str]) -> None:
@@ -143,6 +143,23 @@ def cut_layers(model: ir.Model) -> int:
             node.replace_input_with(index, given)
         model.graph.inputs.append(given)
     return len(names)
+
+
+def split_layers(model: ir.Model) -> list[ir.Model]:
+    """A model as one for each layer, cut apart, and a last one of what comes behind them; each has the inputs that it reads.
+
+    Weights stay where they are, and are shared.
+    """
+    count = cut_layers(model)
+    made = []
+    for layer in (*range(count), None):
+        outputs = [value for value in model.graph.outputs if layer_of_output(value.name or "") == layer]
+        graph = ir.convenience.extract(model.graph, model.graph.inputs, outputs)
+        inputs = [value for value in graph.inputs if value.uses()]
+        graph.inputs.clear()
+        graph.inputs.extend(inputs)
+        made.append(ir.Model(graph, ir_version=model.ir_version, functions=tuple(model.functions.values())))
+    return made
 
 
 def widen_to_float32(model: ir.Model) -> None:

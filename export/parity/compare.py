@@ -6,7 +6,6 @@ The oracle computes every sequence alone and in one go, so caches, chunks, batch
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from polygraphy.comparator import Comparator
 
 from headfold.export.exportables.facts import Facts
 from headfold.export.exportables.oracle import Answer, Array, Oracle, Past, QuantizedCache, Tokens
-from headfold.export.graph.passes import cut_layers
 from headfold.export.parity.doubts import Doubt, Doubts, find_doubts
 from headfold.export.parity.layers import Finding, ask, judge, layer_checks, layer_feed, layer_results, unsure
 from headfold.export.parity.probes import Feed, Pasts, Place, Step, make_places, make_rows, make_steps
@@ -27,6 +25,7 @@ from headfold.export.parity.tolerances import Precision
 from headfold.export.progress import Reporter, quiet_polygraphy
 from headfold.plugins.names import HIDDEN_STATES, PARTS, cache_output, hidden_state, is_cache_output
 from headfold.runtime.errors import BundleError
+from headfold.runtime.weight_pages import give_back_freed
 
 
 @dataclass(frozen=True)
@@ -109,12 +108,14 @@ def verify_graph(
     with quiet_polygraphy():
         with reporter.step("run the oracle"):
             asked = _ask(subject, prompts, max(decode_steps, 0), also)
+        give_back_freed()
         capacity = max(map(len, asked.rows)) + 1
         if candidate is not None:
             with reporter.step(f"run {candidate.title}"):
                 actual = _run(candidate.open(capacity), (step.feed for step in asked.steps))
             return _report(candidate.precision, asked, subject, _Outputs(actual, None, None))
         outputs = _run_onnxruntime(subject, asked, capacity, reporter)
+    give_back_freed()
     precision = dataclasses.replace(subject.precision, dtype="float32")
     report = _report(precision, asked, subject, outputs)
     if not report.passed and all(check.passed for check in asked.others):
@@ -133,7 +134,7 @@ def _run_onnxruntime(subject: Subject, asked: _Questions, capacity: int, reporte
     with reporter.step("run ONNX Runtime in float32"), wide as graph:
         actual = _run(OrtRunner(graph.open, capacity), steps())
         feeds = (layer_feed(place, asked.pasts, told) for place, told in zip(asked.places, asked.alone, strict=True))
-        layers = _run(LayersRunner(partial(graph.open, cut_layers)), feeds)
+        layers = _run(LayersRunner(graph.open_layers), feeds)
     if subject.precision.dtype != "float16":
         return _Outputs(actual, layers, None)
     own = prepared(subject.path, subject.precision, widen=False)

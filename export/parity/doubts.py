@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from headfold.export.exportables.oracle import Answer, Oracle, nudge
+from headfold.runtime.weight_pages import give_back_freed
 
 Answers = Sequence[Answer]
 _NUDGES = 2
@@ -48,13 +49,16 @@ def find_doubts(
     narrow = reference(torch.float32)
     rows_told, places_told = [rows(narrow)], [places(narrow)]
     del narrow  # one at a time: in float64 a model is large enough
+    give_back_freed()
     wide = reference(torch.float64)
     right_rows, right_places = rows(wide), places(wide)
     for seed in range(_NUDGES):
         nudge(wide.module, seed)
+        give_back_freed()
         rows_told.append(rows(wide))
         places_told.append(places(wide))
     del wide
+    give_back_freed()
     alone = [Doubt(told, right) for right, *told in zip(right_places, *places_told, strict=True)]
     half = Doubt([rows(reference(torch.float16))], rows_told[0]) if float16 else None
     return Doubts(Doubt(rows_told, right_rows), alone, half)

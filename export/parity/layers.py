@@ -61,7 +61,7 @@ def ask(
 
 
 def layer_feed(place: Place, pasts: Pasts, answers: Answers) -> Feed:
-    """Inputs of the graph whose layers are cut apart (`cut_layers`)."""
+    """Inputs of the graph whose layers are cut apart (`split_layers`)."""
     batch, length = place.tokens.shape
     total = max(place.pasts) + length
     mask = np.zeros((batch, total), np.int64)

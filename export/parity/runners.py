@@ -6,7 +6,7 @@ goes on with the ones it has. Outputs are the logits, and keys and values of all
 
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ from polygraphy.common import TensorMetadata
 from polygraphy.datatype import DataType
 
 from headfold.export.graph.bodies import round_no_inputs, widen_float8_caches
-from headfold.export.graph.passes import widen_to_float32
+from headfold.export.graph.passes import split_layers, widen_to_float32
 from headfold.export.graph.weights import data_file, load_model
 from headfold.export.parity.tolerances import Precision
 from headfold.plugins.dtypes import DTYPES, from_onnxruntime
-from headfold.plugins.names import HIDDEN_STATES, input_of, is_cache_input, is_cache_output, layer_of_output
+from headfold.plugins.names import HIDDEN_STATES, input_of, is_cache_input, is_cache_output
 from headfold.runtime.errors import BundleError
 
 _MAPPED = 1 << 30  # bytes of weights; more are read where they lie in their file, and not packed for speed
@@ -113,32 +113,42 @@ def _numpy(node: Any) -> Any:
     return DTYPES[from_onnxruntime(node.type)].numpy
 
 
-class LayersRunner(OnnxrtRunner):  # type: ignore[misc]
-    """A graph whose layers are cut apart, in ONNX Runtime. Feeds are all its inputs, caches included; in float32, as its outputs.
+class LayersRunner(BaseRunner):  # type: ignore[misc]
+    """Layers of a graph, each alone in ONNX Runtime. Feeds are all their inputs, caches included; in float32, as their outputs.
 
-    Of caches, outputs are the new rows, [B, Hkv, S, D]. Layers run one after the other: the long caches of one are in memory at a time.
+    Of caches, outputs are the new rows, [B, Hkv, S, D]. One after the other: the long caches of one layer are in memory at a time.
     """
+
+    def __init__(self, load: Callable[[], Sequence[ort.InferenceSession]]) -> None:
+        super().__init__(name="onnxruntime, layers", prefix="onnxruntime, layers")
+        self._load, self._sessions = load, list[ort.InferenceSession]()
+
+    def activate_impl(self) -> None:
+        """Open the sessions."""
+        self._sessions = list(self._load())
+
+    def deactivate_impl(self) -> None:
+        """Close them."""
+        self._sessions = []
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        """See there."""
+        metadata = TensorMetadata()
+        for node in (node for session in self._sessions for node in session.get_inputs()):
+            dtype = DataType.INT64 if _numpy(node) == "int64" else DataType.FLOAT32
+            metadata.add(node.name, dtype=dtype, shape=[x if isinstance(x, int) else -1 for x in node.shape])
+        return metadata
 
     def infer_impl(self, feed_dict: Any) -> Outputs:
         """Give the caches the dtype that they have in the graph."""
         ends, length = feed_dict["attention_mask"].sum(1), feed_dict["input_ids"].shape[1]
-        feeds, made = dict[str, NDArray[Any]](), dict[tuple[int, Any], NDArray[Any]]()
-        for node in self.sess.get_inputs():
-            x, kind = feed_dict[node.name], _numpy(node)
-            if (id(x), kind) not in made:  # layers share what they are fed
-                made[id(x), kind] = x.astype(kind, copy=False)
-            feeds[node.name] = made[id(x), kind]
-        parts = dict[int | None, list[str]]()
-        for node in self.sess.get_outputs():
-            parts.setdefault(layer_of_output(node.name), []).append(node.name)
-        wanted = ort.RunOptions()
-        wanted.only_execute_path_to_fetches = True
         outputs: Outputs = OrderedDict()
-        for names in parts.values():
-            for name, x in zip(names, self.sess.run(names, feeds, wanted), strict=True):
-                if is_cache_output(name):
+        for session in self._sessions:
+            feeds = {x.name: feed_dict[x.name].astype(_numpy(x), copy=False) for x in session.get_inputs()}
+            for node, x in zip(session.get_outputs(), session.run(None, feeds), strict=True):
+                if is_cache_output(node.name):
                     x = np.stack([row[:, end - length : end] for row, end in zip(x, ends, strict=True)])
-                outputs[name] = x.astype(np.float32, copy=False)
+                outputs[node.name] = x.astype(np.float32, copy=False)
         self.inference_time = 0.0
         return outputs
 
@@ -155,22 +165,46 @@ class Graph:
         Raises:
             BundleError: ONNX Runtime, or onnx, cannot load it.
         """
+        with self._errors():
+            model = load_model(self.path)
+            exact = round_no_inputs(model)  # what rounding a product's inputs costs is for the gate
+            if not passes and not exact:
+                return ort.InferenceSession(self.path, self._options(), providers=["CPUExecutionProvider"])
+            for change in passes:
+                change(model)
+            return self._sessions([model], self._options())[0]
+
+    def open_layers(self) -> list[ort.InferenceSession]:
+        """A session for each layer alone, and one for what comes behind the last; see `split_layers`.
+
+        Raises:
+            BundleError: ONNX Runtime, or onnx, cannot load it.
+        """
+        with self._errors():
+            model, options = load_model(self.path), self._options()
+            round_no_inputs(model)
+            options.enable_cpu_mem_arena = options.enable_mem_pattern = (
+                False  # a session would keep what one long cache takes
+            )
+            return self._sessions(split_layers(model), options)
+
+    def _options(self) -> ort.SessionOptions:
         options = ort.SessionOptions()
         options.log_severity_level = 4  # what goes wrong is raised too
         if self.path.is_file() and data_file(self.path).is_file() and data_file(self.path).stat().st_size > _MAPPED:
             options.add_session_config_entry("session.disable_prepacking", "1")
+        return options
+
+    def _sessions(self, models: Sequence[ir.Model], options: ort.SessionOptions) -> list[ort.InferenceSession]:
+        folder = str(data_file(self.path).resolve().parent)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        contents = (ir.to_proto(model).SerializeToString() for model in models)
+        return [ort.InferenceSession(content, options, providers=["CPUExecutionProvider"]) for content in contents]
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
         try:
-            model = load_model(self.path)
-            exact = round_no_inputs(model)  # what rounding a product's inputs costs is for the gate
-            if not passes and not exact:
-                return ort.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
-            for change in passes:
-                change(model)
-            options.add_session_config_entry(
-                "session.model_external_initializers_file_folder_path", str(data_file(self.path).resolve().parent)
-            )
-            content = ir.to_proto(model).SerializeToString()
-            return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+            yield
         except Exception as error:  # ONNX Runtime's have no other base
             raise BundleError(
                 f"ONNX Runtime cannot load it: {error}", where=self.path, fix="Export it again."

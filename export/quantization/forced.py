@@ -12,9 +12,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from headfold.export.graph.passes import cut_layers
+from headfold.export.graph.passes import split_layers
 from headfold.export.graph.weights import data_file, load_model
 from headfold.plugins.dtypes import DTYPES
 from headfold.plugins.names import PARTS, cache_input, cache_output, hidden_state, is_cache_input, layer_input
@@ -159,24 +158,13 @@ class _Layers:
 
 def _parts(path: Path) -> list[bytes] | None:
     """Each layer of a graph, and what comes behind the last, as graphs of their own; None if one reads more than the stream."""
-    parts, count = list[bytes](), cut_layers(load_model(path))
-    for layer in range(count + 1):
-        model = load_model(path)
-        cut_layers(model)
-        wanted = {hidden_state(layer), *(cache_output(layer, part) for part in PARTS)} if layer < count else {"logits"}
-        outputs = [value for value in model.graph.outputs if value.name in wanted]
-        model.graph.outputs.clear()
-        model.graph.outputs.extend(outputs)
-        RemoveUnusedNodesPass()(model)
-        inputs = [value for value in model.graph.inputs if value.uses()]
-        model.graph.inputs.clear()
-        model.graph.inputs.extend(inputs)
+    parts = split_layers(load_model(path))
+    for layer, part in enumerate(parts):
         own = {"input_ids", "attention_mask", *(cache_input(layer, part) for part in PARTS)}
         own |= {layer_input(layer)} if layer else set()
-        if any(value.name not in own and not _only_its_shape(value) for value in inputs):
+        if any(value.name not in own and not _only_its_shape(value) for value in part.graph.inputs):
             return None
-        parts.append(ir.to_proto(model).SerializeToString())
-    return parts
+    return [ir.to_proto(part).SerializeToString() for part in parts]
 
 
 def _only_its_shape(value: ir.Value) -> bool:

@@ -36,14 +36,15 @@ def widened(
         stored: dtype that parameters are rounded to first; None for as they are.
         weights: what to compute with in place of its own parameters; what is changed in them is not rounded.
     """
+    copy = arithmetic == torch.float64  # such weights are nudged, and a checkpoint of float64 keeps its own
     names = {id(x): name for name, x in reversed(list(module.named_parameters(remove_duplicate=False)))}
 
     def wide(parameter: nn.Parameter, own: Tensor) -> Tensor:
         name = names[id(parameter)]
         if weights is not None and name in weights.changed:
-            return weights.read(name).to(arithmetic)
+            return weights.read(name).to(arithmetic, copy=copy)
         x = own if weights is None else weights.read(name)
-        return (x if stored is None else x.to(stored)).to(arithmetic)
+        return (x if stored is None else x.to(stored)).to(arithmetic, copy=copy)
 
     parameters = list(module.parameters())
     apart = [list(layer.parameters()) for layer in layers] if is_large(sum(x.numel() for x in parameters)) else []
