@@ -16,10 +16,8 @@ from pathlib import Path
 
 MOVER = "headfold-huge-pages"  # the thread that moves
 _HUGE = 2 << 20  # bytes; where huge pages are larger, the kernel declines
-_MMAP_THRESHOLD, _LARGE_BLOCK = (
-    -3,
-    4 << 20,
-)  # a parameter of glibc's, and bytes: such blocks go back when they are freed
+_MMAP_THRESHOLD = -3  # glibc's name of a parameter
+_LARGE_BLOCK = 4 << 20  # bytes: such blocks go back to the system when they are freed
 _COLLAPSE, _DONTNEED = 25, 4  # MADV_COLLAPSE: at once, and even where huge pages are only for those who ask ("madvise")
 _MAPPINGS = Path("/proc/self/smaps")
 _FULL = 0.9  # share of a mapping that must be in memory: collapsing an empty one would fill it
