@@ -1,6 +1,5 @@
 """The main job: a checkpoint becomes a verified bundle. Graph, weights, tokenizer, parity, manifest, then it is published."""
 
-import gc
 import math
 import sys
 from contextlib import suppress
@@ -49,6 +48,7 @@ from headfold.runtime.manifest import (
     cache_spec,
 )
 from headfold.runtime.text import Text
+from headfold.runtime.weight_pages import give_back_freed
 
 PARITY = "parity.json"
 _STATUS = Path("/proc/self/status")  # of Linux
@@ -133,7 +133,7 @@ def export_bundle(source: Exportable, output: Path, options: ExportOptions, repo
         prepared, stored_tensors, traced = None, tensors, _peak_memory()
         if rounding is not None:
             prepared = prepare(source, tensors, roundable(model), capacity, dtype, rounding, reporter)
-            gc.collect()  # hooks hold the model that was run, and it holds them
+            give_back_freed()  # hooks hold the model that was run, and it holds them
             _forget_peak_memory()
             round_weights(model, prepared.weights)
             stored_tensors = StoredTensors(prepared.weights)
