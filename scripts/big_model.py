@@ -71,7 +71,8 @@ def make(directory: Path, size: str) -> None:
         }
         save_file(tensors, directory / file, {"format": "pt"})
         places |= dict.fromkeys(shard, file)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    index = {"metadata": {}, "weight_map": places}  # transformers wants both
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     config = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
