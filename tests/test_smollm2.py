@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
-from headfold.export.graph.bodies import set_body
-from headfold.plugins.attention.onnx_functions import standard_body
+from headfold.export.graph.bodies import use_standard_body
 from headfold.runtime import load
 
 pytestmark = pytest.mark.real
@@ -59,7 +58,7 @@ def test_the_standard_body_gives_the_same_logits(exported, smollm2) -> None:
     path, _ = exported
     model = ir.load(path / "model.onnx")
     config = open_checkpoint(smollm2).config
-    set_body(model, standard_body(config.rotary_dim))
+    use_standard_body(model)
     options = ort.SessionOptions()
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path))
     ids = np.array([load(path, check=False).tokenizer.encode("The gate decides what passes through.").ids])

@@ -15,6 +15,7 @@ from onnx_ir.passes import common as common_passes
 
 from headfold.export.graph.bodies import block_sums, call_plugin, inline_standard_body, rounds_inputs
 from headfold.export.graph.experts import experts_nodes
+from headfold.export.graph.joining import unpack_inputs
 from headfold.export.graph.passes import attention_nodes
 from headfold.export.graph.recipes import remove_unread
 from headfold.plugins.attention.schema import DOMAIN, OP_TYPE, Attention, AttentionInputs
@@ -55,6 +56,7 @@ def lower_model(model: ir.Model, path: Path, attention: Attention, capacity: int
     ):
         if present:
             raise BuildError(f"the model has {what}, which headfold has not in TensorRT", where=path, fix=_ELSEWHERE)
+    unpack_inputs(model)
     drop_hidden_states(model)
     fix_capacity(model, capacity)
     spell_out_quantized(model, path)

@@ -39,8 +39,8 @@ def use_standard_body(model: ir.Model, zeroed: bool = False) -> None:
     """Give the attention op the body of standard ops; `zeroed` as there."""
     inputs = _inputs(model)
     rotary_dim = 2 * _columns(inputs.cos_cache) if inputs.cos_cache is not None else 0
-    sinks = inputs.head_sink is not None
-    set_body(model, standard_body(rotary_dim, inputs.norms is not None, _stored(inputs), zeroed, sinks=sinks))
+    sinks, packed, norms = inputs.head_sink is not None, inputs.packed, inputs.norms is not None
+    set_body(model, standard_body(rotary_dim, norms, _stored(inputs), zeroed, sinks=sinks, packed=packed))
 
 
 def onnxruntime_can(model: ir.Model) -> bool:
@@ -54,9 +54,15 @@ def onnxruntime_can(model: ir.Model) -> bool:
 def use_onnxruntime_body(model: ir.Model) -> None:
     """Give the attention op the body that is ONNX Runtime's own kernel."""
     inputs = _inputs(model)
-    rotary, sinks = inputs.tables is not None, inputs.head_sink is not None
-    head_dim = _columns(inputs.past_key)
-    set_body(model, onnxruntime_body(inputs.norms is not None, head_dim, _stored(inputs), rotary=rotary, sinks=sinks))
+    body = onnxruntime_body(
+        inputs.norms is not None,
+        _columns(inputs.past_key),
+        _stored(inputs),
+        rotary=inputs.tables is not None,
+        sinks=inputs.head_sink is not None,
+        packed=inputs.packed,
+    )
+    set_body(model, body)
 
 
 def _inputs(model: ir.Model) -> AttentionInputs[ir.Value]:

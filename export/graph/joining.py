@@ -1,11 +1,18 @@
-"""The products that make queries, keys and values of the same input become one: a runtime starts one for each token, not three."""
+"""The products that make queries, keys and values of the same input become one: a runtime starts one for each token, not three.
+
+ONNX Runtime's attention then takes it as it is, packed; for other kernels it is taken apart again.
+"""
+
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from headfold.export.graph.passes import attention_nodes
 from headfold.export.graph.recipes import WeightRecipe, add_weight, recipe_of, remove_unread, shared_constant
-from headfold.plugins.attention.schema import AttentionInputs
+from headfold.plugins.attention.schema import ALL_INPUTS, AttentionInputs
+
+_PARTS = ("query", "key", "value")
 
 
 def join_projections(model: ir.Model) -> None:
@@ -19,6 +26,67 @@ def join_projections(model: ir.Model) -> None:
         _join(model, projections)
 
 
+def pack_inputs(model: ir.Model) -> None:
+    """The attention op takes queries, keys and values packed, if all layers split them off one value and none has norms of heads."""
+    nodes = attention_nodes(model)
+    splits = [split for node in nodes if (split := _split_of(node)) is not None]
+    if len(splits) < len(nodes):
+        return
+    for node, split in zip(nodes, splits, strict=True):
+        packed, *sizes = split.inputs
+        assert packed is not None
+        packed.type, packed.shape = split.outputs[0].type, _shape(model, sum(map(_columns, split.outputs)))
+        for name, value in zip(_PARTS, (packed, None, None), strict=True):
+            node.replace_input_with(ALL_INPUTS.index(name), value)
+        model.graph.remove(split, safe=True)
+        remove_unread(model, sizes)
+
+
+def unpack_inputs(model: ir.Model) -> None:
+    """Undo `pack_inputs`."""
+    for node in attention_nodes(model):
+        inputs = AttentionInputs[ir.Value | None].of_node(node.inputs)
+        if not inputs.packed or inputs.query is None:
+            continue
+        size, attributes = _columns(inputs.past_key), node.attributes
+        sizes = [size * attributes[heads].as_int() for heads in ("num_heads", "kv_num_heads", "kv_num_heads")]
+        tape = ir.tape.Tape()
+        outputs = _split(model, tape, inputs.query, sizes)
+        model.graph.insert_before(node, tape.nodes)
+        for name, output, width in zip(_PARTS, outputs, sizes, strict=True):
+            output.name, output.type, output.shape = f"{node.name}.{name}", inputs.query.type, _shape(model, width)
+            node.replace_input_with(ALL_INPUTS.index(name), output)
+
+
+def _split_of(node: ir.Node) -> ir.Node | None:
+    """What splits one value into a layer's queries, keys and values, which nothing else reads."""
+    inputs = AttentionInputs[ir.Value | None].of_node(node.inputs)
+    values = inputs.query, inputs.key, inputs.value
+    split = inputs.query.producer() if inputs.query is not None else None
+    if split is None or split.op_type != "Split" or split.domain or split.outputs != values or inputs.norms is not None:
+        return None
+    alone = all(len(output.uses()) == 1 for output in split.outputs)
+    return split if alone and split.attributes.get_int("axis", 0) in (-1, 2) else None
+
+
+def _split(model: ir.Model, tape: ir.tape.Tape, value: ir.Value, sizes: list[int]) -> Sequence[ir.Value]:
+    widths = shared_constant(model, "widths." + ".".join(map(str, sizes)), np.array(sizes))  # the same in most layers
+    return tape.op_multi_out("Split", [value, widths], {"axis": -1}, num_outputs=len(sizes))
+
+
+def _shape(model: ir.Model, width: int) -> ir.Shape:
+    """[B, S, width]."""
+    ids = next(value for value in model.graph.inputs if value.name == "input_ids")
+    assert ids.shape is not None
+    return ir.Shape([*ids.shape, width])
+
+
+def _columns(value: ir.Value | None) -> int:
+    assert value is not None
+    assert value.shape is not None
+    return int(value.shape[-1])  # type: ignore[arg-type]  # of a layer's inputs: a number
+
+
 class _Projection:
     """A product with a weight, and a bias if it has one; `output` is read by the attention alone."""
 
@@ -26,12 +94,6 @@ class _Projection:
         self.output, self.product, self.bias = output, product, bias
         self.x, self.weight = product.inputs
         assert self.weight is not None
-
-    @property
-    def width(self) -> int:
-        assert self.weight is not None
-        assert self.weight.shape is not None
-        return int(self.weight.shape[1])  # type: ignore[arg-type]  # of a weight: a number
 
 
 def _projection(value: ir.Value | None) -> _Projection | None:
@@ -56,9 +118,7 @@ def _join(model: ir.Model, parts: list[_Projection]) -> None:
     product = tape.op("MatMul", [parts[0].x, weight])
     if parts[0].bias is not None:
         product = tape.op("Add", [product, _joined(model, [part.bias for part in parts])])
-    sizes = [part.width for part in parts]  # the same in most layers
-    widths = shared_constant(model, "widths." + ".".join(map(str, sizes)), np.array(sizes))
-    outputs = tape.op_multi_out("Split", [product, widths], {"axis": -1}, num_outputs=len(parts))
+    outputs = _split(model, tape, product, [_columns(part.weight) for part in parts])
     model.graph.insert_before(parts[0].product, tape.nodes)
     for part, output in zip(parts, outputs, strict=True):
         output.type, output.shape, output.name = part.output.type, part.output.shape, part.output.name

@@ -22,7 +22,7 @@ import headfold.plugins.experts.torch_op  # noqa: F401  # registers the op that 
 from headfold.export.exportables.base import Exportable, Tensors, first_names
 from headfold.export.graph.bodies import onnxruntime_can, use_onnxruntime_body, use_standard_body
 from headfold.export.graph.experts import alternate_experts, use_experts_body
-from headfold.export.graph.joining import join_projections
+from headfold.export.graph.joining import join_projections, pack_inputs
 from headfold.export.graph.norms import fold_norms
 from headfold.export.graph.passes import fold_transposes, name_weights, share_last_index, split_at_once
 from headfold.export.graph.reshapes import drop_idle_reshapes
@@ -136,6 +136,7 @@ def export_graph(
     alternate_experts(model)
     use_experts_body(model)
     if onnxruntime_can(model):
+        pack_inputs(model)
         use_onnxruntime_body(model)
     else:
         use_standard_body(model)

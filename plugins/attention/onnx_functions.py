@@ -2,7 +2,7 @@
 
 ONNX Runtime inlines `onnxruntime_body` and runs its own kernel; `standard_body` has only standard ops, for everybody else.
 Both obey `headfold.plugins.attention.schema`. A body belongs to one model: whether it has q/k norms or sinks, how much of a head
-RoPE rotates and how its cache is stored are the same in all its layers.
+RoPE rotates, how its cache is stored and whether its inputs are packed are the same in all its layers.
 """
 
 from collections.abc import Sequence
@@ -27,6 +27,7 @@ from headfold.plugins.attention.schema import (
 from headfold.plugins.dtypes import DTYPES, FLOATS, QUANTIZED, Quantized
 from headfold.plugins.onnx_body import OPSET, Body, Operator
 
+_HEADS = {"query": "num_heads", "key": "kv_num_heads", "value": "kv_num_heads"}
 _SINK_INPUT = 11  # of com.microsoft.GroupQueryAttention
 _OPERATOR = Operator(DOMAIN, OP_TYPE, VERSION, AttentionInputs, Attributes, OUTPUTS)
 
@@ -48,15 +49,16 @@ def onnxruntime_body(
     *,
     rotary: bool = True,
     sinks: bool = False,
+    packed: bool = False,
 ) -> FunctionProto:
     """One com.microsoft.GroupQueryAttention node, which takes the last valid index of each sequence, not past lengths.
 
     Its CPU kernel refuses q/k norms, so they are applied before it. `cache` is the dtype of a quantized cache, and
     needs `head_dim`: the kernel wants a scale per channel, and ONNX Runtime repeats ours once, when it loads the graph.
-    `rotary` and `sinks` tell whether the nodes have rotary tables and sinks.
+    `rotary` and `sinks` tell whether the nodes have rotary tables and sinks, `packed` whether they lack keys and values.
     """
     body = Body(_OPERATOR)
-    replaced = {"past_lengths": LAST_INDEX}
+    replaced = {"past_lengths": LAST_INDEX} | (dict.fromkeys(("key", "value"), "") if packed else {})
     if qk_norm:
         body("Constant", [], "flat", value_ints=[0, 0, -1])
         for name, heads in (("query", "num_heads"), ("key", "kv_num_heads")):
@@ -96,13 +98,15 @@ def standard_body(
     zeroed: bool = False,
     *,
     sinks: bool = False,
+    packed: bool = False,
 ) -> FunctionProto:
     """TensorScatter, RotaryEmbedding and Attention of opset 24 under an explicit mask; no contrib ops.
 
     `rotary_dim` is R, 0 for nodes without rotary tables; `sinks` tells whether they have sinks, which then must not have a soft
-    cap: the Attention op would cap them too. `cache` is the dtype of a quantized cache: it may then also be kept in a wider dtype that
-    holds the same numbers, for tools that cannot compute with the narrow one. `zeroed`: who runs it zeroes a new cache, so that what
-    lies behind a sequence's last token is always a number; otherwise it is read as zero, for even masked, NaN would be seen.
+    cap: the Attention op would cap them too; `packed` whether they lack keys and values. `cache` is the dtype of a quantized cache: it
+    may then also be kept in a wider dtype that holds the same numbers, for tools that cannot compute with the narrow one. `zeroed`: who
+    runs it zeroes a new cache, so that what lies behind a sequence's last token is always a number; otherwise it is read as zero, for
+    even masked, NaN would be seen.
 
     The mask is explicit because importers differ in what they make of Attention's causal and length inputs.
     """
@@ -125,8 +129,10 @@ def standard_body(
     body("Unsqueeze", ["past_lengths", "one"], "past_column")  # [B, 1]
     body("Add", ["past_column", "offsets"], "positions")  # [B, S]
     # Heads, norms, RoPE, [B, H, S, D]
-    for name, heads in (("query", "num_heads"), ("key", "kv_num_heads"), ("value", "kv_num_heads")):
-        current = _split_heads(body, name, heads)  # [B, S, H, D]
+    if packed:
+        _unpack(body)
+    for name, heads in _HEADS.items():
+        current = f"{name}_heads" if packed else _split_heads(body, name, heads)  # [B, S, H, D]
         if qk_norm and name != "value":
             current = _norm(body, current, f"{name[0]}_norm_weight", f"{name}_normed")
         current = body("Transpose", [current], f"{name}_by_head", perm=[0, 2, 1, 3])  # [B, H, S, D]
@@ -190,13 +196,27 @@ def _inputs(quantized: bool, sinks: bool) -> Sequence[str]:
 
 def _split_heads(body: Body, name: str, heads: str) -> str:
     """[B, S, H*D] to [B, S, H, D]; the number of heads is an attribute of the function."""
-    body("Constant", [], f"{name}_count", refs={"value_int": heads})
     body("Constant", [], f"{name}_same", value_ints=[0, 0])
-    body("Constant", [], f"{name}_axis", value_ints=[0])
     body("Constant", [], f"{name}_rest", value_ints=[-1])
-    body("Unsqueeze", [f"{name}_count", f"{name}_axis"], f"{name}_count_vector")
-    body("Concat", [f"{name}_same", f"{name}_count_vector", f"{name}_rest"], f"{name}_shape", axis=0)
+    body("Concat", [f"{name}_same", _count(body, name, heads), f"{name}_rest"], f"{name}_shape", axis=0)
     return body("Reshape", [name, f"{name}_shape"], f"{name}_heads")
+
+
+def _count(body: Body, name: str, heads: str) -> str:
+    """The number of heads as a vector [1]."""
+    body("Constant", [], f"{name}_count", refs={"value_int": heads})
+    body("Constant", [], f"{name}_axis", value_ints=[0])
+    return body("Unsqueeze", [f"{name}_count", f"{name}_axis"], f"{name}_count_vector")
+
+
+def _unpack(body: Body) -> None:
+    """[B, S, (Hq + 2 Hkv)*D] to the heads of queries, keys and values, [B, S, H, D] each."""
+    body.ints("packed_same", 0, 0, -1)
+    body("Shape", ["past_key"], "head_size", start=3, end=4)
+    body("Concat", ["packed_same", "head_size"], "packed_shape", axis=0)
+    body("Reshape", ["query", "packed_shape"], "packed_heads")  # [B, S, Hq + 2 Hkv, D]
+    body("Concat", [_count(body, name, heads) for name, heads in _HEADS.items()], "packed_counts", axis=0)
+    body("Split", ["packed_heads", "packed_counts"], [f"{name}_heads" for name in _HEADS], axis=2)
 
 
 def _with_sinks(body: Body, query: str, keys: str, values: str, mask: str) -> tuple[str, str, str]:

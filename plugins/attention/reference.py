@@ -32,11 +32,11 @@ def grouped_query_attention(inputs: AttentionInputs[Array], attributes: Attribut
     batch, length, _ = x.query.shape
     capacity, head_dim = x.past_key.shape[2:]
     group = a.num_heads // a.kv_num_heads
-    q: Array = x.query.astype(np.float64).reshape(batch, length, a.num_heads, head_dim)
-    k: Array = x.key.astype(np.float64).reshape(batch, length, a.kv_num_heads, head_dim)
-    v = x.value.astype(np.float64).reshape(batch, length, a.kv_num_heads, head_dim)
+    given = np.concatenate([part for part in (x.query, x.key, x.value) if part is not None], -1).astype(np.float64)
+    heads = given.reshape(batch, length, -1, head_dim)
+    q, k, v = np.split(heads, [a.num_heads, a.num_heads + a.kv_num_heads], 2)  # [B, S, H, D]
     if x.norms is not None:
-        q, k = (rms_norm(heads, weight, a.qk_norm_epsilon) for heads, weight in zip((q, k), x.norms, strict=True))
+        q, k = (rms_norm(part, weight, a.qk_norm_epsilon) for part, weight in zip((q, k), x.norms, strict=True))
 
     present_key, present_value = x.past_key.astype(np.float64), x.past_value.astype(np.float64)
     key_scale, value_scale = x.scales or (None, None)
@@ -53,7 +53,7 @@ def grouped_query_attention(inputs: AttentionInputs[Array], attributes: Attribut
             key, query = k[b, s], q[b, s]
             if x.tables is not None:
                 cos, sin = (table[position].astype(np.float64) for table in x.tables)  # [R/2]
-                key, query = (rotate(heads, cos, sin, bool(a.rotary_interleaved)) for heads in (key, query))
+                key, query = (rotate(part, cos, sin, bool(a.rotary_interleaved)) for part in (key, query))
             present_key[b, :, position] = quantize(key, key_scale, x.past_key.dtype)
             present_value[b, :, position] = quantize(v[b, s], value_scale, x.past_value.dtype)
             first = max(0, position + 1 - a.local_window_size) if a.local_window_size > 0 else 0
@@ -74,7 +74,7 @@ def grouped_query_attention(inputs: AttentionInputs[Array], attributes: Attribut
         if x.past_key.dtype == np.int8:  # nearly integers
             present_key, present_value = np.rint(present_key), np.rint(present_value)
     return (
-        output.reshape(x.query.shape).astype(x.query.dtype),
+        output.reshape(batch, length, -1).astype(x.query.dtype),
         present_key.astype(x.past_key.dtype),
         present_value.astype(x.past_value.dtype),
     )

@@ -22,9 +22,11 @@ T = TypeVar("T")  # an array, a tensor, a value of a graph, an address
 class AttentionInputs(Generic[T]):
     """The operator's inputs, in the order of an ONNX node's; one that is None is left empty there."""
 
-    query: T  # [B, S, Hq*D]
-    key: T  # [B, S, Hkv*D] of the new tokens, before the op's RoPE
-    value: T  # [B, S, Hkv*D]
+    # [B, S, Hq*D]. Packed, in ONNX graphs only: with neither key nor value, and no q/k norms, it is all three, end to end in this
+    # order, [B, S, (Hq + 2 Hkv)*D]: as ONNX Runtime's kernel takes them. A Split takes 2% of SmolLM2's time per token in int4.
+    query: T
+    key: T | None = None  # [B, S, Hkv*D] of the new tokens, before the op's RoPE
+    value: T | None = None  # [B, S, Hkv*D]
     past_key: (
         T | None
     )  # [B, Hkv, C, D], rotated; rows at and after past_lengths are undefined; int8 or float8_e4m3fn if quantized
@@ -57,6 +59,11 @@ class AttentionInputs(Generic[T]):
     def given(self) -> dict[str, T]:
         """Those that are there, by name."""
         return {name: value for name in ALL_INPUTS if (value := getattr(self, name)) is not None}
+
+    @property
+    def packed(self) -> bool:
+        """Whether `query` is queries, keys and values."""
+        return self.key is None and self.value is None
 
     @property
     def tables(self) -> tuple[T, T] | None:

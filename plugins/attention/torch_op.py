@@ -25,6 +25,8 @@ def attend(inputs: AttentionInputs[Tensor], attributes: Attributes) -> Tensor:
         [B, S, Hq*D] in the dtype of `query`.
     """
     a, x = attributes, inputs
+    assert x.key is not None
+    assert x.value is not None
     batch, length, _ = x.query.shape
     head_dim = x.query.shape[-1] // a.num_heads
     q = x.query.view(batch, length, a.num_heads, head_dim).transpose(1, 2)  # [B, Hq, S, D]

@@ -61,14 +61,16 @@ def model(function: onnx.FunctionProto, attributes: Attributes, feeds: Feeds) ->
 def run_onnxruntime(attributes: Attributes, feeds: Feeds) -> list[np.ndarray]:
     feeds = feeds | {LAST_INDEX: (feeds["past_lengths"] + feeds["query"].shape[1] - 1).astype(np.int32)}
     rotary, sinks = "cos_cache" in feeds, SINK in feeds
-    body = onnxruntime_body("q_norm_weight" in feeds, HEAD_DIM, cache_of(feeds), rotary=rotary, sinks=sinks)
+    norms, packed = "q_norm_weight" in feeds, "key" not in feeds
+    body = onnxruntime_body(norms, HEAD_DIM, cache_of(feeds), rotary=rotary, sinks=sinks, packed=packed)
     proto = model(body, attributes, feeds)
     return ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feeds)
 
 
 def standard(attributes: Attributes, feeds: Feeds) -> onnx.ModelProto:
     rotary_dim = 2 * feeds["cos_cache"].shape[1] if "cos_cache" in feeds else 0
-    body = standard_body(rotary_dim, "q_norm_weight" in feeds, cache_of(feeds), sinks=SINK in feeds)
+    norms, packed = "q_norm_weight" in feeds, "key" not in feeds
+    body = standard_body(rotary_dim, norms, cache_of(feeds), sinks=SINK in feeds, packed=packed)
     return model(body, attributes, wide(feeds))
 
 
@@ -207,6 +209,34 @@ def test_optional_inputs_of_version_2(case: str, rotary: bool, sinks: bool, back
     if sinks:
         feeds[SINK] = rng.standard_normal(6).astype(np.float32)
     compare(backend, attributes, feeds, close)
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "torch"])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)], ids=["MHA", "GQA"])
+@pytest.mark.parametrize("cache", ["float32", "int8"])
+@pytest.mark.parametrize("rotary", [False, True], ids=["no RoPE", "RoPE"])
+@pytest.mark.parametrize("sinks", [False, True], ids=["no sinks", "sinks"])
+@pytest.mark.parametrize(
+    "case", ["prefill of two", "second chunk of a prefill", "window, ragged decode", "partial RoPE"]
+)
+def test_packed_inputs_are_queries_then_keys_then_values(case, sinks, rotary, cache, heads, backend) -> None:
+    past, new, options = CASES[case]
+    attributes = Attributes(*heads, scale=HEAD_DIM**-0.5, **options)
+    rng = np.random.default_rng(0)
+    rotated = HEAD_DIM // 2 if case == "partial RoPE" else HEAD_DIM
+    feeds = make_feeds(rng, attributes, past, new, rotated, False, cache)
+    if not rotary:
+        feeds = {name: x for name, x in feeds.items() if name not in TABLES}
+    if sinks:
+        feeds[SINK] = rng.standard_normal(heads[0]).astype(np.float32)
+    whole = {name: x for name, x in feeds.items() if name not in {"key", "value"}}
+    whole["query"] = np.concatenate([feeds[name] for name in ("query", "key", "value")], -1)
+    expected = grouped_query_attention(AttentionInputs(**feeds), attributes)
+    for actual in (grouped_query_attention(AttentionInputs(**whole), attributes), BACKENDS[backend](attributes, whole)):
+        close(actual[0], expected[0])
+        for row, length in enumerate(past):  # behind the last token the cache is undefined
+            for output in (1, 2):
+                close(*(x[output][row, :, : length + new].astype(np.float32) for x in (actual, expected)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -13,12 +13,12 @@ from onnx.reference import ReferenceEvaluator
 
 from headfold.export.checkpoints.opening import load_decoder
 from headfold.export.exportables.own import OwnModel
-from headfold.export.graph.bodies import set_body
-from headfold.export.graph.passes import expose_hidden_states
+from headfold.export.graph.bodies import use_onnxruntime_body, use_standard_body
+from headfold.export.graph.joining import pack_inputs, unpack_inputs
+from headfold.export.graph.passes import attention_nodes, expose_hidden_states
 from headfold.export.graph.trace import export_graph
-from headfold.export.graph.weights import attach_weights, save_model
+from headfold.export.graph.weights import attach_weights, load_model, save_model
 from headfold.export.model.config import FEED_FORWARDS, RopeConfig
-from headfold.plugins.attention.onnx_functions import standard_body
 from headfold.runtime import CheckpointError
 
 CAPACITY = 32
@@ -47,7 +47,7 @@ def save(checkpoint, directory: Path, dtype=torch.float32, all_logits=True, stan
     model = export_graph(source, checkpoint, dtype, CAPACITY, all_logits)
     attach_weights(model, checkpoint, source.tables(dtype, CAPACITY), allow_nan=False)
     if standard:
-        set_body(model, standard_body(checkpoint.config.rotary_dim, checkpoint.config.qk_norm))
+        use_standard_body(model)
     if hidden:
         expose_hidden_states(model)
     path = directory / "model.onnx"
@@ -76,7 +76,7 @@ def test_prefill_and_decode_equal_the_decoder(variant, config, memory_checkpoint
     checkpoint = memory_checkpoint(config)
     path = save(checkpoint, tmp_path)
     swapped = ir.load(path)
-    set_body(swapped, standard_body(config.rotary_dim, config.qk_norm))
+    use_standard_body(swapped)
     ir.save(swapped, tmp_path / "standard.onnx")  # beside the same weights
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, config.vocab_size, (2, 9)))
     expected = load_decoder(checkpoint)(ids).logits.numpy()
@@ -171,13 +171,11 @@ def test_hidden_states_can_be_exposed(config, memory_checkpoint, tmp_path) -> No
 def test_one_product_projects_queries_keys_and_values(bias, config, memory_checkpoint, tmp_path) -> None:
     checkpoint = memory_checkpoint(replace(config, qkv_bias=bias))
     model = ir.load(save(checkpoint, tmp_path))
-    nodes = [node for node in model.graph if node.op_type == "GroupedQueryAttention"]
+    nodes = attention_nodes(model)
     assert len(nodes) == config.num_hidden_layers
     for layer, node in enumerate(nodes):
-        split = node.inputs[0].producer()
-        assert split.op_type == "Split"
-        assert tuple(node.inputs[:3]) == split.outputs
-        product = split.inputs[0].producer()
+        assert list(node.inputs[1:3]) == [None, None]  # packed
+        product = node.inputs[0].producer()
         if bias:
             assert product.op_type == "Add"
             product = next(value.producer() for value in product.inputs if value.producer() is not None)
@@ -185,6 +183,34 @@ def test_one_product_projects_queries_keys_and_values(bias, config, memory_check
         stored = product.inputs[1].const_value.numpy()  # [hidden, (Hq + 2 Hkv) D]
         parts = [checkpoint.read(f"model.layers.{layer}.self_attn.{name}_proj.weight").numpy() for name in "qkv"]
         np.testing.assert_array_equal(stored, np.concatenate(parts).T)
+
+
+def test_norms_of_heads_want_queries_and_keys_apart(config, memory_checkpoint, tmp_path) -> None:
+    model = ir.load(save(memory_checkpoint(replace(config, qk_norm=True)), tmp_path))
+    for node in attention_nodes(model):
+        (split,) = {value.producer() for value in node.inputs[:3]}
+        assert split.op_type == "Split"
+
+
+def test_packed_inputs_are_taken_apart_again(config, memory_checkpoint, tmp_path) -> None:
+    checkpoint = memory_checkpoint(config)
+    path = save(checkpoint, tmp_path)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 5))
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)} | empty_cache(config, 2)
+    packed = open_session(path).run(None, feeds)
+    model = load_model(path)
+    unpack_inputs(model)
+    use_onnxruntime_body(model)
+    widths = [heads * config.head_dim for heads in (config.num_attention_heads, *[config.num_key_value_heads] * 2)]
+    for node in attention_nodes(model):
+        assert [value.shape[2] for value in node.inputs[:3]] == widths
+    apart = tmp_path / "apart.onnx"
+    save_model(model, apart, lambda name, size: None)
+    for actual, expected in zip(open_session(apart).run(None, feeds), packed, strict=True):
+        np.testing.assert_array_equal(actual, expected)
+    pack_inputs(model)
+    assert all(list(node.inputs[1:3]) == [None, None] for node in attention_nodes(model))
+    assert not any(node.op_type == "Split" for node in model.graph)
 
 
 def test_standard_body_has_no_contrib_ops_left(config, memory_checkpoint, tmp_path) -> None:
