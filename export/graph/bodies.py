@@ -158,7 +158,8 @@ def use_quantized_bodies(model: ir.Model, standard: bool = False) -> None:
     if ROUNDED in used:
         set_body(model, standard_rounded_matmul() if standard else onnxruntime_rounded_matmul())
     if GATHER in used:
-        set_body(model, gather())
+        lookups = [node for node in model.graph if node.domain == DOMAIN and node.op_type == GATHER]
+        set_body(model, gather(eight=all(node.attributes["bits"].as_int() == 8 for node in lookups)))
     for node in products if standard and zeros else ():
         if len(node.inputs) < len(MATMUL_INPUTS):
             scales, bits = node.inputs[MATMUL_INPUTS.index("scales")], node.attributes["bits"].as_int()

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common as common_passes
 
 from headfold.export.exportables.rounded import RoundedTensors
-from headfold.export.graph.bodies import block_sums, in_blocks, set_level, use_quantized_bodies
+from headfold.export.graph.bodies import block_sums, in_blocks, quantized_products, set_level, use_quantized_bodies
 from headfold.export.graph.experts import experts_nodes
 from headfold.export.graph.recipes import (
     WeightRecipe,
@@ -116,7 +117,28 @@ def round_weights(model: ir.Model, checkpoint: RoundedTensors) -> None:
         remove_unread(model, [weight])
     if left := [name for name in forms if name not in done]:
         raise RuntimeError(f"the graph reads {left[0]} in a way that cannot be rounded")
+    _drop_flattening(model)
     use_quantized_bodies(model)
+
+
+def _drop_flattening(model: ir.Model) -> None:
+    """`Reshape(product(Reshape(x)))` becomes `product(x)`: a Gemm wants rows of a matrix, products of ours take x [..., K]."""
+    for node in quantized_products(model):
+        flat, product = node.inputs[0], node.outputs[0]
+        before = flat.producer() if flat is not None else None
+        after = next((reader for reader, _ in product.uses()), None)
+        if before is None or after is None or before.op_type != "Reshape" or after.op_type != "Reshape":
+            continue
+        x, result = before.inputs[0], after.outputs[0]
+        if x is None or x.shape is None or result.shape is None or len(product.uses()) > 1:
+            continue
+        columns, rows = (node.attributes[name].as_int() for name in ("K", "N"))  # of the matrix
+        if x.shape[-1] != columns or [*x.shape[:-1], rows] != list(result.shape):
+            continue
+        node.replace_input_with(0, x)
+        product.name, product.type, product.shape, result.name = result.name, result.type, result.shape, product.name
+        ir.convenience.replace_all_uses_with(result, product, replace_graph_outputs=True)
+    common_passes.RemoveUnusedNodesPass()(model)
 
 
 def set_level_in_file(path: Path, level: Level) -> None:

@@ -66,17 +66,20 @@ def standard_matmul(zeros: bool = False) -> FunctionProto:
     return body.function({"": OPSET}, MATMUL_INPUTS if zeros else MATMUL_INPUTS[:-1])
 
 
-def gather() -> FunctionProto:
-    """Only the rows that are looked up become wide."""
+def gather(eight: bool = False) -> FunctionProto:
+    """Only the rows that are looked up become wide. With `eight` all calls are of eight bits: there is nothing to unpack."""
     body = Body(_GATHER)
-    _shifts(body)
-    body("Gather", ["values", "indices"], "packed")  # [B, S, G, block * bits / 8]
-    _unpack(body, "packed", "numbers")  # [B, S, G, block * bits / 8, 8 / bits]
-    body("CastLike", ["numbers", "scales"], "positive")
+    numbers, behind = body("Gather", ["values", "indices"], "packed"), [-1]  # [B, S, G, block * bits / 8]
+    if eight:
+        body("Constant", [], "half", value=numpy_helper.from_array(np.array(128, np.uint8)))
+    else:
+        _shifts(body)
+        numbers, behind = _unpack(body, "packed", "numbers"), [-1, -2]  # [B, S, G, block * bits / 8, 8 / bits]
+    body("CastLike", [numbers, "scales"], "positive")
     body("CastLike", ["half", "scales"], "wide_half")
     body("Sub", ["positive", "wide_half"], "signed")
     body("Gather", ["scales", "indices"], "scales_of_rows")  # [B, S, G]
-    body.ints("behind", -1, -2)
+    body.ints("behind", *behind)
     body("Unsqueeze", ["scales_of_rows", "behind"], "scales_of_blocks")
     body("Mul", ["signed", "scales_of_blocks"], "wide")
     body.ints("rows_shape", 0, 0, -1)
@@ -142,8 +145,8 @@ def _shifts(body: Body) -> None:
     body.ints("last", -1)
 
 
-def _unpack(body: Body, packed: str, numbers: str) -> None:
+def _unpack(body: Body, packed: str, numbers: str) -> str:
     """From bytes the numbers in them, lower bits first, uint8 with an axis more."""
     body("Unsqueeze", [packed, "last"], f"{packed}_column")
     body("BitShift", [f"{packed}_column", "shifts"], f"{packed}_shifted", direction="RIGHT")
-    body("BitwiseAnd", [f"{packed}_shifted", "mask"], numbers)
+    return body("BitwiseAnd", [f"{packed}_shifted", "mask"], numbers)

@@ -102,6 +102,14 @@ def test_a_tied_head_and_embedding_share_one_matrix(bundle) -> None:
     assert (bundle / "model.onnx.data").stat().st_size < weights / 3
 
 
+def test_nothing_is_reshaped_or_unpacked_for_a_matrix_of_eight_bits(bundle) -> None:
+    model = ir.load(bundle / "model.onnx")
+    lookup = {node.op_type for node in model.functions["headfold", "QuantizedGather", ""]}
+    assert "Gather" in lookup
+    assert not {"BitShift", "BitwiseAnd"} & lookup
+    assert not any(node.op_type == "Reshape" for node in model.graph)
+
+
 @pytest.fixture(scope="module")
 def exact(bundle) -> Path:
     """The bundle with float32 inputs of its products."""

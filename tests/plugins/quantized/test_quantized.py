@@ -46,10 +46,10 @@ def product(
     return model(node, body, {"x": x}, weights), {"x": x}
 
 
-def rows(bits: Bits) -> tuple[onnx.ModelProto, Feeds]:
+def rows(bits: Bits, body: onnx.FunctionProto) -> tuple[onnx.ModelProto, Feeds]:
     node = helper.make_node(GATHER, GATHER_INPUTS, ["out"], domain=DOMAIN, bits=bits)
     indices = np.array([[0, N - 1, 7], [7, 7, 3]])
-    return model(node, gather(), {"indices": indices}, matrix(bits)), {"indices": indices}
+    return model(node, body, {"indices": indices}, matrix(bits)), {"indices": indices}
 
 
 def model(node: onnx.NodeProto, body: onnx.FunctionProto, feeds: Feeds, weights: Feeds) -> onnx.ModelProto:
@@ -89,9 +89,9 @@ def test_level_four_rounds_the_input_to_eight_bits(bits: Bits) -> None:
     assert (wrong <= np.abs(dequantized(**matrix(bits), bits=bits)).sum(1) * steps.max() / 2 * 1.01).all()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_rows_are_those_of_the_matrix(bits: Bits) -> None:
-    proto, feeds = rows(bits)
+@pytest.mark.parametrize(("bits", "eight"), [(4, False), (8, False), (8, True)])
+def test_rows_are_those_of_the_matrix(bits: Bits, eight: bool) -> None:
+    proto, feeds = rows(bits, gather(eight))
     right = quantized_gather(**matrix(bits), **feeds, bits=bits)
     np.testing.assert_array_equal(in_onnxruntime(proto, feeds), right)  # one rounding each
     np.testing.assert_array_equal(ReferenceEvaluator(proto).run(None, feeds)[0], right)
