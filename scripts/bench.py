@@ -233,7 +233,9 @@ def main() -> None:
     parser.add_argument("--speculation", action="store_true", help="instead: what guessing tokens saves and costs")
     parser.add_argument("--draft", action="store_true", help="of --speculation: SmolLM2 int4 guesses, too")
     parser.add_argument(
-        "--peers", choices=["smollm2", "random-1b"], help="instead: small weights beside other engines', of this model"
+        "--peers",
+        choices=["smollm2", "smollm2-trained", "random-1b"],
+        help="instead: small weights beside other engines', of this model",
     )
     parser.add_argument("--worker", nargs=2, metavar=("KIND", "PATH"), help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -26,7 +26,14 @@ from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
-SCHEMES = ("float32", "int8", "int4", "mixed", "w8a8")
+EXPORTS = {  # options of headfold export, beside --max-kl
+    "float32": (),
+    "int8": ("--weights", "int8"),
+    "int4": ("--weights", "int4"),
+    "mixed5": ("--weights", "mixed", "--bits", "5"),
+    "mixed4": ("--weights", "mixed", "--bits", "4"),  # head and all, as onnxruntime-genai's int4
+    "w8a8": ("--weights", "w8a8"),
+}
 BATCH, SHORT = 8, 32  # sequences that are decoded at once, and the tokens of their prompts
 PREFIXES = 32  # of a text, whose next tokens' distributions are compared
 Logits = NDArray[np.float32]

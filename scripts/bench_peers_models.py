@@ -1,4 +1,6 @@
-"""The models of `scripts/bench.py --peers`, made once: SmolLM2, or a random llama of a billion parameters with its vocabulary."""
+"""The models of `scripts/bench.py --peers`, made once: SmolLM2; SmolLM2 after some steps of training, whose weights lie on no grid any
+more; or a random llama of a billion parameters with its vocabulary.
+"""
 
 import pydoc_data.topics
 import subprocess
@@ -9,7 +11,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from bench_peers import SCHEMES, genai_builder
+from bench_peers import EXPORTS, genai_builder
+from corpus import corpus
 from numpy.typing import NDArray
 
 from headfold.export.checkpoints.base import Checkpoint, MemoryCheckpoint
@@ -23,9 +26,11 @@ from gguf_of_decoder import gguf_name, interleave
 from gguf_of_transformers import add_sizes
 
 ROOT = Path(__file__).resolve().parents[1]
+HEADFOLD = str(Path(sys.executable).parent / "headfold")
 SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-SUBJECTS = ("smollm2", "random-1b")
-CONTENDERS = {f"headfold {scheme}": "headfold" for scheme in SCHEMES} | {
+SUBJECTS = ("smollm2", "smollm2-trained", "random-1b")
+STEPS, ROWS, LENGTH = 300, 2, 64  # of the training: enough that every weight has moved
+CONTENDERS = {f"headfold {name}": "headfold" for name in EXPORTS} | {
     "onnxruntime-genai int4": "onnxruntime-genai",
     "llama.cpp Q4_0": "llama.cpp",
     "llama.cpp Q8_0": "llama.cpp",
@@ -34,16 +39,16 @@ CONTENDERS = {f"headfold {scheme}": "headfold" for scheme in SCHEMES} | {
 
 
 def models(folder: Path, subject: str) -> dict[str, Path]:
-    """Those that are there already are kept. "mixed" is not made of the random one, in which no weight is worth more than another."""
+    """Those that are there already are kept. Of the random one no mixed ones are made: in it no weight is worth more than another."""
     folder.mkdir(parents=True, exist_ok=True)
     source = folder / "hf"
     if not source.exists():
         save_source(source, subject)
-    schemes = SCHEMES if subject == "smollm2" else [scheme for scheme in SCHEMES if scheme != "mixed"]
-    paths = {f"headfold {scheme}": folder / scheme for scheme in schemes}
-    for scheme in schemes:
-        if not (folder / scheme).exists():
-            _run(_export(source, folder, scheme, subject))
+    names = [name for name in EXPORTS if subject != "random-1b" or "mixed" not in name]
+    paths = {f"headfold {name}": folder / name for name in names}
+    for name in names:
+        if not (folder / name).exists():
+            _run(_export(source, folder, name, subject))
     genai = folder / "genai"
     if not genai.exists():
         _run(genai_builder(source, genai, folder / "cache", "int4"))
@@ -59,6 +64,15 @@ def save_source(path: Path, subject: str) -> None:
     original = open_checkpoint(SMOLLM2)
     if subject == "smollm2":
         save_hf(path, original, torch.float32)
+        return
+    if subject == "smollm2-trained":
+        train, validation, _ = corpus(path.parent / "corpus")
+        short = path.parent / "validation.txt"
+        short.write_text(validation.read_text()[:2500])  # nobody looks at it
+        save_hf(path.parent / "original", original, torch.float32)
+        command = [HEADFOLD, "uptrain", str(path.parent / "original"), "-o", str(path), "--data", str(train), "--validation", str(short)]
+        command += ["--tokens", str(STEPS * ROWS * LENGTH), "--batch", str(ROWS), "--sequence", str(LENGTH)]
+        _run([*command, "--loss", "ce", "--cpu"])
         return
     config = ModelConfig(
         model_type="llama",
@@ -78,17 +92,26 @@ def save_source(path: Path, subject: str) -> None:
     save_hf(path, MemoryCheckpoint(path, config, tensors, original.tokenizer), torch.bfloat16)
 
 
-def _export(source: Path, folder: Path, scheme: str, subject: str) -> list[str]:
-    command = [str(Path(sys.executable).parent / "headfold"), "export", str(source), "-o", str(folder / scheme)]
-    command += ["--quiet", "--no-verify", "--capacity", "4096"]
-    if scheme == "float32":
+def _export(source: Path, folder: Path, name: str, subject: str) -> list[str]:
+    command = [
+        HEADFOLD,
+        "export",
+        str(source),
+        "-o",
+        str(folder / name),
+        "--quiet",
+        "--no-verify",
+        "--capacity",
+        "4096",
+    ]
+    if not EXPORTS[name]:
         return command
-    command += ["--weights", scheme, "--max-kl", "1000"]
-    if subject == "smollm2":
+    command += [*EXPORTS[name], "--max-kl", "1000"]
+    if subject != "random-1b":
         return command
     text = folder / "text.txt"
     text.write_text("\n".join(pydoc_data.topics.topics.values()))
-    return [*command, "--data", str(text), *(("--rounding", "nearest") if scheme == "int4" else ())]
+    return [*command, "--data", str(text), *(("--rounding", "nearest") if name == "int4" else ())]
 
 
 def write_gguf(path: Path, checkpoint: Checkpoint, kind: gguf.GGMLQuantizationType) -> None:
