@@ -6,7 +6,8 @@ decode takes one token of every row.
 
 import io
 import math
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -241,12 +242,10 @@ def _open(bundle: Path, manifest: Manifest, provider: str, threads: int) -> Any:
     if provider != "cpu":
         _prepare_cuda(options)
     try:
-        session = ort.InferenceSession(bundle / MODEL, options, providers=[name], enable_fallback=0)
+        with silenced():
+            session = ort.InferenceSession(bundle / MODEL, options, providers=[name], enable_fallback=0)
     except Exception as error:  # its exceptions have no other base
         raise BundleError(f"ONNX Runtime cannot load it: {error}", where=bundle / MODEL, fix=_AGAIN) from error
-    finally:
-        if provider != "cpu":
-            ort.set_default_logger_severity(_WARNING)  # its default
     if session.get_providers()[0] != name:
         raise ProviderError(
             f"{name} could not start: a GPU or its libraries (CUDA, cuDNN) are missing",
@@ -258,9 +257,20 @@ def _open(bundle: Path, manifest: Manifest, provider: str, threads: int) -> Any:
     return session
 
 
-def _prepare_cuda(options: Any) -> None:
-    # Why it cannot start is logged on many lines, which no option of a session silences
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Inside the block ONNX Runtime does not log what no option of a session silences.
+
+    That is why CUDA cannot start, on many lines; and that experts in few bits multiply inputs that are not rounded, as they should.
+    """
     ort.set_default_logger_severity(_SILENT)
+    try:
+        yield
+    finally:
+        ort.set_default_logger_severity(_WARNING)  # its default
+
+
+def _prepare_cuda(options: Any) -> None:
     # Without this, 1.31 computes in place what a CUDA node has still to read on the CPU: the limit of a Range was 0
     options.enable_mem_reuse = False
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
@@ -271,9 +281,14 @@ def _prepare_cuda(options: Any) -> None:
 def _check_kernels(session: Any, bundle: Path, manifest: Manifest) -> None:
     """Refuse what would compute on the CPU between nodes on the GPU: slow, and a cache that is copied back and forth goes wrong.
 
-    ONNX Runtime leaves ops without a CUDA kernel to the CPU, and says nothing. What computes with shapes belongs there.
+    ONNX Runtime leaves ops without a CUDA kernel to the CPU, and says nothing. What computes with shapes belongs there. Its CUDA kernel
+    for experts in few bits is another one, which nobody has held to the proof.
     """
-    parts = [part for part in session.get_provider_graph_assignment_info() if part.ep_name == PROVIDERS["cpu"]]
+    all_parts = session.get_provider_graph_assignment_info()
+    if any(node.op_type == "QMoE" for part in all_parts for node in part.get_nodes()):
+        fix = "Use provider 'cpu', or export without --weights."
+        raise ProviderError("experts in four or eight bits have not been tried with CUDA", where=bundle, fix=fix)
+    parts = [part for part in all_parts if part.ep_name == PROVIDERS["cpu"]]
     nodes = [node for part in parts for node in part.get_nodes() if node.domain or node.op_type in _HEAVY]
     if nodes:
         ops = ", ".join(sorted({node.op_type for node in nodes}))

@@ -29,7 +29,7 @@ from headfold.export.parity.report import ParityReport
 from headfold.export.parity.verify import verify_bundle
 from headfold.export.progress import Reporter
 from headfold.export.quantization.gate import pass_gate
-from headfold.export.quantization.products import round_weights, roundable
+from headfold.export.quantization.products import round_weights, roundable, transposed
 from headfold.export.quantization.rounding import Prepared, WeightRounding, prepare
 from headfold.plugins.dtypes import DType, Quantized
 from headfold.runtime.choosing.generation_settings import read_generation_settings
@@ -132,7 +132,9 @@ def export_bundle(source: Exportable, output: Path, options: ExportOptions, repo
         stored_tensors: Tensors
         prepared, stored_tensors, traced = None, tensors, _peak_memory()
         if rounding is not None:
-            prepared = prepare(source, tensors, roundable(model), capacity, dtype, rounding, reporter)
+            prepared = prepare(
+                source, tensors, roundable(model), transposed(model), capacity, dtype, rounding, reporter
+            )
             give_back_freed()  # hooks hold the model that was run, and it holds them
             _forget_peak_memory()
             round_weights(model, prepared.weights)

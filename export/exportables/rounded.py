@@ -1,6 +1,7 @@
 """A model whose weights are rounded: as a graph stores them, and as they are when restored, which is what it is compared with."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -124,6 +125,7 @@ class RoundedTensors:
         bits: of each rounded weight.
         found: those that are rounded already; the others are, to the nearest, as they are read.
         scales: the dtype of their scales in a graph.
+        transposed: those that the checkpoint has transposed; see Form.
     """
 
     kept: Mapping[str, Form] = MappingProxyType({})
@@ -134,10 +136,12 @@ class RoundedTensors:
         bits: Mapping[str, Width],
         found: Mapping[str, Rounded] | None = None,
         scales: torch.dtype = torch.float32,
+        transposed: Collection[str] = (),
     ) -> None:
         self.original: Tensors = tensors
         self.found, self.scales, shapes = found or {}, scales, tensors.shapes()
-        self.forms = {name: form_of(width, shapes[name][1]) for name, width in bits.items()}
+        forms = {name: form_of(width, shapes[name][1]) for name, width in bits.items()}
+        self.forms = {name: replace(form, transposed=name in transposed) for name, form in forms.items()}
         self._last: tuple[str, Rounded] | None = None  # a graph asks for numbers and scales one after the other
 
     @property
@@ -168,7 +172,8 @@ class RoundedTensors:
 
     def made(self, name: str) -> Rounded:
         """One that is not found already."""
-        return rounded(self.original.read(name), self.forms[name].bits, self.scales)
+        form = self.forms[name]
+        return rounded(self.original.read(name), form.bits, self.scales, form.transposed)
 
 
 class RoundedCheckpoint(ChangedCheckpoint, RoundedTensors):
@@ -225,8 +230,7 @@ class StoredTensors:
         self._checkpoint, self.path, self._whole = checkpoint, checkpoint.path, dict[str, str]()
         self._shapes = dict(checkpoint.shapes())
         for name, form in checkpoint.forms.items():
-            rows, columns = self._shapes.pop(name)
-            parts = stored_shapes(name, form, rows, columns)
+            parts = stored_shapes(name, form, self._shapes.pop(name))
             self._shapes |= parts
             self._whole |= dict.fromkeys(parts, name)
 

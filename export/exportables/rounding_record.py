@@ -39,11 +39,12 @@ class WeightRecord:
     zero_points: bool = False
     offsets: bool = False  # of blocks, which are added: GGUF's minima
     order: str | None = None  # of its columns where they are not stored as they come (GPTQ's act-order)
+    transposed: bool = False  # in the checkpoint: some experts' matrices
 
     @property
     def form(self) -> Form:
         """How the graph has it."""
-        return Form(self.bits, self.block_size, self.zero_points, self.offsets, self.order)
+        return Form(self.bits, self.block_size, self.zero_points, self.offsets, self.order, self.transposed)
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def record_of(checkpoint: RoundedTensors, costs: Mapping[str, float]) -> Roundin
         method: Method | Literal["kept"] = (
             "kept" if name in checkpoint.kept else "gptq" if name in checkpoint.found else "nearest"
         )
-        more = form.block, form.zeros, form.offsets, form.order
+        more = form.block, form.zeros, form.offsets, form.order, form.transposed
         records[name] = WeightRecord(form.bits, method, error, digest(rounding), kind, costs.get(name), *more)
     original = checkpoint.original
     return RoundingRecord(records, original.exponents if isinstance(original, SmoothedCheckpoint) else {})
@@ -76,8 +77,13 @@ def record_of(checkpoint: RoundedTensors, costs: Mapping[str, float]) -> Roundin
 
 def relative_squared_error(rounding: Rounded, weight: Tensor) -> float:
     """See WeightRecord."""
-    exact = weight.double()
-    return (restored(rounding).double() - exact).square().sum().item() / (exact.square().sum().item() or 1.0)
+    pairs = zip(restored(rounding), weight, strict=True) if weight.dim() == 3 else [(restored(rounding), weight)]
+    lost = kept = 0.0
+    for now, before in pairs:
+        exact = before.double()
+        lost += (now.double() - exact).square().sum().item()
+        kept += exact.square().sum().item()
+    return lost / (kept or 1.0)
 
 
 def digest(rounding: Rounded) -> str:
@@ -109,8 +115,13 @@ def read_record(path: Path, shapes: Mapping[str, tuple[int, ...]], config: Model
         raise BundleError(f"is no record of rounded weights: {error}", where=path, fix=fix) from error
     for name, record in records.items():
         kept, block, shape = record.method == "kept", record.block_size, shapes.get(name, ())
-        known = len(shape) == 2 and record.bits in get_args(Width) and (record.method in get_args(Method) or kept)
-        if known and record.bits == 7:
+        known = record.bits in get_args(Width) and (record.method in get_args(Method) or kept)
+        if known and len(shape) == 3:
+            known = record.method == "nearest" and record.form == Form(record.bits, transposed=record.transposed)
+            known = known and record.bits != 7 and shape[1] % block == shape[2] % block == 0
+        elif len(shape) != 2:
+            known = False
+        elif known and record.bits == 7:
             known = record.method == "nearest" and record.form == form_of(7, shape[1])
         elif known:
             known = (kept or record.form == Form(record.bits)) and block in _BLOCKS and shape[1] % block == 0

@@ -7,11 +7,16 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common as common_passes
 
+from headfold.export.graph.experts import attributes_of, experts_nodes
 from headfold.export.graph.passes import attention_nodes
 from headfold.export.graph.recipes import shared_constant
 from headfold.plugins.attention.onnx_functions import onnxruntime_body, standard_body
 from headfold.plugins.attention.schema import ALL_INPUTS, DOMAIN, LAST_INDEX, TABLES, VERSION, AttentionInputs
 from headfold.plugins.dtypes import DTYPES, QUANTIZED, Quantized
+from headfold.plugins.experts import onnx_functions as experts_functions
+from headfold.plugins.experts.schema import OP_TYPE as EXPERTS
+from headfold.plugins.experts.schema import QUANTIZED as QUANTIZED_EXPERTS
+from headfold.plugins.experts.schema import ExpertsInputs, QuantizedExpertsAttributes
 from headfold.plugins.quantized.onnx_functions import (
     exact_rounded_matmul,
     gather,
@@ -21,6 +26,7 @@ from headfold.plugins.quantized.onnx_functions import (
     standard_rounded_matmul,
 )
 from headfold.plugins.quantized.schema import GATHER, MATMUL, MATMUL_INPUTS, ROUNDED, Level
+from headfold.runtime.errors import ConfigError
 
 
 def set_body(model: ir.Model, function: onnx.FunctionProto) -> None:
@@ -171,6 +177,41 @@ def use_quantized_bodies(model: ir.Model, standard: bool = False) -> None:
             node.replace_input_with(MATMUL_INPUTS.index("zeros"), default)
 
 
+def use_experts_bodies(model: ir.Model) -> None:
+    """Give mixtures of experts their bodies: ONNX Runtime's kernel where that has it, otherwise standard ops. Nothing without experts.
+
+    With eight bits it has to be kept from rounding inputs where they are not to be.
+
+    Raises:
+        ConfigError: the layers' experts differ in what a body is made for.
+    """
+    nodes, bodies = experts_nodes(model), dict[str, onnx.FunctionProto]()
+    exact = any(_rounds_all_the_same(node) for node in nodes)
+    for node in nodes:
+        body = _experts_body(node, exact)
+        if bodies.setdefault(node.op_type, body) != body:
+            raise ConfigError("the experts of its layers have different activations", fix="headfold wants them alike.")
+    for op_type in (EXPERTS, QUANTIZED_EXPERTS):
+        model.functions.pop((DOMAIN, op_type, ""), None)
+    for body in bodies.values():
+        set_body(model, body)
+
+
+def _rounds_all_the_same(node: ir.Node) -> bool:
+    match attributes_of(node):
+        case QuantizedExpertsAttributes(bits=8, accuracy_level=1):
+            return True
+    return False
+
+
+def _experts_body(node: ir.Node, exact: bool) -> onnx.FunctionProto:
+    attributes, inputs = attributes_of(node), ExpertsInputs[ir.Value | None].of_node(node.inputs)
+    quantized = node.op_type == QUANTIZED_EXPERTS
+    if not experts_functions.onnxruntime_can(attributes):
+        return experts_functions.standard_body(attributes, inputs.gate_up_bias is not None)
+    return experts_functions.onnxruntime_quantized_body(exact) if quantized else experts_functions.onnxruntime_body()
+
+
 def block_sums(model: ir.Model, tape: ir.tape.Tape, x: ir.Value, block: int) -> ir.Value:
     """Of x [..., K] the sum of each block, [..., K / block]: what multiplies the offsets of a matrix's blocks."""
     last = shared_constant(model, "blocks.last", np.array([-1]))
@@ -185,10 +226,13 @@ def in_blocks(model: ir.Model, tape: ir.tape.Tape, x: ir.Value, block: int) -> i
 
 
 def set_level(model: ir.Model, level: Level) -> bool:
-    """Have all products with matrices of four or eight bits compute at this level; whether there are any."""
-    products = quantized_products(model)
+    """Have all products with matrices of four or eight bits compute at this level, experts' too; whether there are any."""
+    experts = [node for node in experts_nodes(model) if node.op_type == QUANTIZED_EXPERTS]
+    products = [*quantized_products(model), *experts]
     for node in products:
         node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
+    if experts:
+        use_experts_bodies(model)
     return bool(products)
 
 

@@ -20,8 +20,8 @@ from torch.onnx import OnnxExporterError
 
 import headfold.plugins.experts.torch_op  # noqa: F401  # registers the op that the table below names
 from headfold.export.exportables.base import Exportable, Tensors, first_names
-from headfold.export.graph.bodies import onnxruntime_can, use_onnxruntime_body, use_standard_body
-from headfold.export.graph.experts import alternate_experts, use_experts_body
+from headfold.export.graph.bodies import onnxruntime_can, use_experts_bodies, use_onnxruntime_body, use_standard_body
+from headfold.export.graph.experts import alternate_experts
 from headfold.export.graph.joining import join_projections, pack_inputs
 from headfold.export.graph.norms import fold_norms
 from headfold.export.graph.passes import fold_transposes, name_weights, share_last_index, split_at_once
@@ -134,7 +134,7 @@ def export_graph(
     )(model)
     share_last_index(model)
     alternate_experts(model)
-    use_experts_body(model)
+    use_experts_bodies(model)
     if onnxruntime_can(model):
         pack_inputs(model)
         use_onnxruntime_body(model)

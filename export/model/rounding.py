@@ -30,28 +30,33 @@ class Form:
     zeros: bool = False  # whether its blocks have zero points
     offsets: bool = False
     order: str | None = None  # of the columns, by name; None where they are stored as they come
+    transposed: bool = (
+        False  # whether the checkpoint has its last two axes the other way round: some experts' [E, K, N]
+    )
 
 
 @dataclass(frozen=True)
 class Rounded:
     """A weight of K / G stored columns in each block g, one after the other: stored column j is column k = order[j].
 
+    Those of experts have an axis before, one matrix for each; they have no zeros, offsets or order.
     w[n, k] = (values[n, j] - zeros[n, g]) * scales[n, g] + offsets[n, g].
     """
 
     bits: Width
-    values: Tensor  # int8 [N, K], of as many bits
-    scales: Tensor  # float32 [N, G]
+    values: Tensor  # int8 [(E,) N, K], of as many bits
+    scales: Tensor  # float32 [(E,) N, G]
     zeros: Tensor | None = None  # as the values [N, G]; None: 0
     offsets: Tensor | None = None  # as the scales; None: 0
     order: Tensor | None = None  # int64 [K]; None: j
+    transposed: bool = False  # see Form
 
     @property
     def form(self) -> Form:
         """What of it the graph must know."""
-        block = self.values.shape[1] // self.scales.shape[1]
+        block = self.values.shape[-1] // self.scales.shape[-1]
         order = hashlib.sha256(self.order.numpy().tobytes()).hexdigest()[:16] if self.order is not None else None
-        return Form(self.bits, block, self.zeros is not None, self.offsets is not None, order)
+        return Form(self.bits, block, self.zeros is not None, self.offsets is not None, order, self.transposed)
 
 
 SCALES, ZEROS, OFFSETS = ".scales", ".zeros", ".offsets"  # what the names of parts end in
@@ -66,13 +71,17 @@ _WIDTHS: dict[WeightsScheme, Width] = {"int8": 8, "w8a8": 7, "int4": 4, "mixed":
 def bits_of(
     shapes: Mapping[str, tuple[int, ...]], scheme: WeightsScheme, wide: Collection[str] = _WIDE
 ) -> dict[str, Width]:
-    """Which of a decoder's tensors are rounded, and to how many bits: its matrices, [out, in], that have whole blocks.
+    """Which of a decoder's tensors are rounded, and to how many bits: its matrices, [out, in], that have whole blocks, and experts'.
 
-    (For seven bits none are needed.) Those that are `wide` have eight. Of "mixed" this is the least that they can have, four for all.
+    (For seven bits none are needed, and there are no experts of them.) Those that are `wide` have eight. Of "mixed" this is the least
+    that they can have, four for all.
     """
     eight = () if scheme == "mixed" else wide
-    widths = {name: 8 if name in eight else _WIDTHS[scheme] for name, shape in shapes.items() if len(shape) == 2}
-    return {name: width for name, width in widths.items() if width == 7 or shapes[name][1] % BLOCK == 0}
+    ranks = (2,) if scheme == "w8a8" else (2, 3)
+    widths = {name: 8 if name in eight else _WIDTHS[scheme] for name, shape in shapes.items() if len(shape) in ranks}
+    # An expert's inputs are either of its axes
+    whole = {name for name, shape in shapes.items() if all(size % BLOCK == 0 for size in shape[1:])}
+    return {name: width for name, width in widths.items() if width == 7 or name in whole}
 
 
 def form_of(bits: Width, columns: int) -> Form:
@@ -80,14 +89,18 @@ def form_of(bits: Width, columns: int) -> Form:
     return Form(bits, columns if bits == 7 else BLOCK)
 
 
-def rounded(weight: Tensor, bits: Width, scales: torch.dtype = torch.float32) -> Rounded:
-    """The nearest numbers, and the scales of their blocks, of a weight [N, K].
+def rounded(weight: Tensor, bits: Width, scales: torch.dtype = torch.float32, transposed: bool = False) -> Rounded:
+    """The nearest numbers, and the scales of their blocks, of a weight [N, K]; of experts [E, N, K], or `transposed` [E, K, N].
 
     In eight bits the scale is the block's largest magnitude over 127; in four its extreme, with its sign, over -8, so that all 16
     numbers are used (both as in ggml's reference quantization); in seven an output's largest magnitude over 63. A block of zeros has
     scale 1. `scales` is the dtype that holds these: a graph's.
     """
-    blocks = weight.float().view(len(weight), -1, form_of(bits, weight.shape[1]).block)  # [N, G, block]
+    if weight.dim() == 3:  # one after the other: what is wide in between is one of them
+        each = [rounded(expert, bits, scales) for expert in (weight.mT if transposed else weight)]
+        values, found = torch.stack([expert.values for expert in each]), torch.stack([expert.scales for expert in each])
+        return Rounded(bits, values, found, transposed=transposed)
+    blocks = weight.float().reshape(len(weight), -1, form_of(bits, weight.shape[1]).block)  # [N, G, block]
     found = block_scales(blocks, bits, scales)
     return Rounded(bits, nearest(blocks, found[..., None], bits).to(torch.int8).flatten(1), found)
 
@@ -106,14 +119,16 @@ def nearest(weights: Tensor, scales: Tensor, bits: Width) -> Tensor:
 
 
 def restored(rounding: Rounded) -> Tensor:
-    """What it stands for, float32 [N, K]: every operation is rounded, none of them twice."""
+    """What it stands for, float32, as the checkpoint has its axes: every operation is rounded, none of them twice."""
     blocks = rounding.values.float().view(*rounding.scales.shape, -1)
     if rounding.zeros is not None:
         blocks = blocks - rounding.zeros.float()[..., None]
-    blocks = blocks * rounding.scales[..., None]
+    blocks *= rounding.scales[..., None]
     if rounding.offsets is not None:
         blocks = blocks + rounding.offsets[..., None]
-    columns = blocks.flatten(1)
+    columns = blocks.flatten(-2)
+    if rounding.transposed:
+        return columns.mT
     return columns if rounding.order is None else columns[:, rounding.order.argsort()]
 
 
@@ -124,13 +139,13 @@ def rounded_rows(x: Tensor) -> Tensor:
 
 
 def packed(values: Tensor, bits: Bits) -> Tensor:
-    """Numbers [N, M] as `headfold.plugins.quantized.schema` has them: uint8 [N, M * bits / 8], rounded up."""
+    """Numbers [..., M] as `headfold.plugins.quantized.schema` has them: uint8 [..., M * bits / 8], rounded up."""
     positive = (values.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
     if bits == 8:
         return positive
-    if positive.shape[1] % 2:
+    if positive.shape[-1] % 2:
         positive = F.pad(positive, (0, 1))
-    return positive[:, ::2] | positive[:, 1::2] << 4
+    return positive[..., ::2] | positive[..., 1::2] << 4
 
 
 def unpacked(stored: Tensor, bits: Bits) -> Tensor:
@@ -139,9 +154,15 @@ def unpacked(stored: Tensor, bits: Bits) -> Tensor:
     return (positive.flatten(1).to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
 
 
-def stored_shapes(name: str, form: Form, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
-    """The parts of the weight `name` [rows, columns] among a graph's weights: numbers, scales, and what else the form has, in order."""
+def stored_shapes(name: str, form: Form, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """The parts of the weight `name` among a graph's weights: numbers, scales, and what else the form has, in order.
+
+    `shape` is the checkpoint's; what is stored is [N, K], or of experts [E, N, K].
+    """
+    *experts, rows, columns = (*shape[:-2], shape[-1], shape[-2]) if form.transposed else shape
     base, blocks = f"{name}.int{form.bits}", columns // form.block
+    if experts:
+        return {base: (*experts, rows, columns * form.bits // 8), f"{base}{SCALES}": (*experts, rows, blocks)}
     if form.bits == 7:
         return {base: (rows, columns), f"{base}{SCALES}": (rows,)}
     shapes: dict[str, tuple[int, ...]] = {
@@ -175,4 +196,5 @@ def stored_part(rounding: Rounded, part: str) -> Tensor:
         if part.endswith(end):
             assert numbers is not None
             return packed(numbers, rounding.bits) if end == ZEROS else numbers
-    return packed(rounding.values, rounding.bits).view(*rounding.scales.shape, -1)
+    numbers = packed(rounding.values, rounding.bits)
+    return numbers.view(*rounding.scales.shape, -1) if numbers.dim() == 2 else numbers  # see the schemas

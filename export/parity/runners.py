@@ -27,6 +27,7 @@ from headfold.export.parity.tolerances import Precision
 from headfold.plugins.dtypes import DTYPES, from_onnxruntime
 from headfold.plugins.names import HIDDEN_STATES, input_of, is_cache_input, is_cache_output
 from headfold.runtime.errors import BundleError
+from headfold.runtime.session import silenced
 
 _MAPPED = 1 << 30  # bytes of weights; more are read where they lie in their file, and not packed for speed
 Outputs = OrderedDict[str, NDArray[Any]]
@@ -204,7 +205,8 @@ class Graph:
     @contextmanager
     def _errors(self) -> Iterator[None]:
         try:
-            yield
+            with silenced():
+                yield
         except Exception as error:  # ONNX Runtime's have no other base
             raise BundleError(
                 f"ONNX Runtime cannot load it: {error}", where=self.path, fix="Export it again."

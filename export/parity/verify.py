@@ -168,7 +168,8 @@ def _rounded(
         return RoundedCheckpoint(record.smoothed(own), bits, found, kept, stored), record
     if kept:
         raise BundleError("keeps a checkpoint's own bits, of a model of another road", where=directory, fix=_AGAIN)
-    return RoundedTensors(weights, bits, found, stored), record
+    transposed = {name for name, weight in tensors.items() if weight.transposed}
+    return RoundedTensors(weights, bits, found, stored, transposed), record
 
 
 def reference_of(directory: Path, exportable: Exportable, manifest: Manifest, arithmetic: torch.dtype) -> Oracle:

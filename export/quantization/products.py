@@ -1,11 +1,11 @@
-"""Weights of few bits in a traced graph: products with them, and rows of an embedding, become ops of ours.
+"""Weights of few bits in a traced graph: products with them, rows of an embedding, and experts, become ops of ours.
 
 An embedding shares its matrix with the head that is tied to it. Why ops of ours with a kernel's node as body, and not DequantizeLinear
 and MatMul, which ONNX Runtime fuses into the same kernel: with these it loads a model of a billion parameters three to five times
 slower, and holds 42% more memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -14,8 +14,15 @@ import onnx_ir as ir
 from onnx_ir.passes import common as common_passes
 
 from headfold.export.exportables.rounded import RoundedTensors
-from headfold.export.graph.bodies import block_sums, in_blocks, quantized_products, set_level, use_quantized_bodies
-from headfold.export.graph.experts import experts_nodes
+from headfold.export.graph.bodies import (
+    block_sums,
+    in_blocks,
+    quantized_products,
+    set_level,
+    use_experts_bodies,
+    use_quantized_bodies,
+)
+from headfold.export.graph.experts import attributes_of, experts_nodes
 from headfold.export.graph.recipes import (
     WeightRecipe,
     add_weight,
@@ -26,8 +33,10 @@ from headfold.export.graph.recipes import (
 )
 from headfold.export.graph.weights import load_model
 from headfold.export.model.rounding import OFFSETS, ORDER, SCALES, stored_shapes
+from headfold.plugins.experts.onnx_functions import onnxruntime_can
+from headfold.plugins.experts.schema import QUANTIZED as EXPERTS
 from headfold.plugins.experts.schema import ExpertsInputs
-from headfold.plugins.quantized.schema import DOMAIN, GATHER, MATMUL, ROUNDED, Level, MatMulAttributes
+from headfold.plugins.quantized.schema import BLOCK, DOMAIN, GATHER, MATMUL, ROUNDED, Level, MatMulAttributes
 
 # Sums of blocks of a product's input, and its columns in another order, which other products take too
 Made = dict[tuple[ir.Value, int | ir.Value], ir.Value]
@@ -37,12 +46,17 @@ _PLACES = {"MatMul": 1, "Gemm": 1, "Gather": 0}  # of the weight among the input
 def roundable(model: ir.Model) -> dict[str, tuple[str, ...]]:
     """The weights [N, K] that the graph reads as products, or looks up rows in, and in no other way: each with those joined with it.
 
-    None that experts are chosen by: few numbers, and who is chosen should not hang on their rounding.
+    Experts' matrices, [E, N, K], are joined with their layer's others. None that experts are chosen by: few numbers, and who is chosen
+    should not hang on their rounding.
     """
     routing, found, refused = _routing(model), dict[str, tuple[str, ...]](), set[str]()
+    experts = {x: weights for node in experts_nodes(model) for weights in [_experts_weights(node)] for x in weights}
     for value in model.graph.initializers.values():
         recipe = recipe_of(value)
         if recipe is None:
+            continue
+        if value in experts:
+            found[recipe.sources[0]] = tuple(other.sources[0] for other in experts[value].values())
             continue
         if value in routing or not all(_can_be_rounded(node, place, recipe) for node, place in value.uses()):
             refused.update(recipe.sources)
@@ -50,6 +64,33 @@ def roundable(model: ir.Model) -> dict[str, tuple[str, ...]]:
             found[name] = max(found.get(name, ()), recipe.sources, key=len)
     groups = {name: sources for name, sources in found.items() if refused.isdisjoint(sources)}
     return {name: sources for name, sources in groups.items() if name not in refused}
+
+
+def transposed(model: ir.Model) -> frozenset[str]:
+    """Those of them that the checkpoint has transposed: some experts' matrices, [E, K, N]."""
+    recipes = [recipe for node in experts_nodes(model) for recipe in _experts_weights(node).values()]
+    return frozenset(recipe.sources[0] for recipe in recipes if recipe.transposed)
+
+
+def _experts_weights(node: ir.Node) -> dict[ir.Value, WeightRecipe]:
+    """The matrices of a layer's experts that can have few bits: where ONNX Runtime has a kernel, of whole blocks, and nobody else's."""
+    x, found = ExpertsInputs[ir.Value | None].of_node(node.inputs), dict[ir.Value, WeightRecipe]()
+    if not onnxruntime_can(attributes_of(node)):
+        return {}
+    for weight in (x.gate_up_weight, x.down_weight):
+        recipe = recipe_of(weight) if weight is not None else None
+        if (
+            weight is None
+            or weight.shape is None
+            or recipe is None
+            or len(recipe.sources) > 1
+            or len(weight.uses()) > 1
+        ):
+            return {}
+        if any(not isinstance(size, int) or size % BLOCK for size in weight.shape[1:]):
+            return {}
+        found[weight] = recipe
+    return found
 
 
 def _can_be_rounded(node: ir.Node, place: int, recipe: WeightRecipe) -> bool:
@@ -95,6 +136,15 @@ def round_weights(model: ir.Model, checkpoint: RoundedTensors) -> None:
     Where tensors that are joined into one product have different forms, there are as many products, and their results are joined.
     """
     forms, done, made = checkpoint.forms, set[str](), Made()
+    for node in experts_nodes(model):
+        weights = _experts_weights(node)
+        names = {recipe.sources[0] for recipe in weights.values()}
+        if not names.isdisjoint(forms):
+            if len({forms[name].bits if name in forms else None for name in names}) > 1:
+                raise RuntimeError(f"{', '.join(sorted(names))} have different forms, and one op")
+            done.update(names)
+            tape = ir.tape.Tape()
+            _replace(model, node, tape, _experts(model, tape, node, weights, checkpoint), weights)
     for node in list(model.graph):
         place = _PLACES.get(node.op_type) if not node.domain else None
         weight = node.inputs[place] if place is not None else None
@@ -109,16 +159,24 @@ def round_weights(model: ir.Model, checkpoint: RoundedTensors) -> None:
             result = _rows(model, tape, node, recipe.sources[0], checkpoint)
         else:
             result = _products(model, tape, node, recipe.sources, checkpoint, made)
-        old = node.outputs[0]
-        result.name, result.type, result.shape = old.name, old.type, old.shape
-        model.graph.insert_before(node, tape.nodes)
-        ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
-        model.graph.remove(node, safe=True)
-        remove_unread(model, [weight])
+        _replace(model, node, tape, result, [weight])
     if left := [name for name in forms if name not in done]:
         raise RuntimeError(f"the graph reads {left[0]} in a way that cannot be rounded")
     _drop_flattening(model)
     use_quantized_bodies(model)
+    use_experts_bodies(model)
+
+
+def _replace(
+    model: ir.Model, node: ir.Node, tape: ir.tape.Tape, result: ir.Value, weights: Iterable[ir.Value | None]
+) -> None:
+    """The tape's nodes stand in a node's place, whose weights go."""
+    old = node.outputs[0]
+    result.name, result.type, result.shape = old.name, old.type, old.shape
+    model.graph.insert_before(node, tape.nodes)
+    ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
+    model.graph.remove(node, safe=True)
+    remove_unread(model, weights)
 
 
 def _drop_flattening(model: ir.Model) -> None:
@@ -146,6 +204,30 @@ def set_level_in_file(path: Path, level: Level) -> None:
     model = load_model(path)
     set_level(model, level)
     path.write_bytes(ir.to_proto(model).SerializeToString())
+
+
+def _experts(
+    model: ir.Model,
+    tape: ir.tape.Tape,
+    node: ir.Node,
+    weights: Mapping[ir.Value, WeightRecipe],
+    checkpoint: RoundedTensors,
+) -> ir.Value:
+    """In place of a mixture of experts with these weights."""
+    x = ExpertsInputs[ir.Value | None].of_node(node.inputs)
+    assert x.hidden_states is not None
+    numbers, scales = list[ir.Value](), list[ir.Value]()
+    for recipe in weights.values():
+        name = recipe.sources[0]
+        form = checkpoint.forms[name]
+        parts = stored_shapes(name, form, checkpoint.shapes()[name])
+        kinds = (ir.DataType.UINT8, x.hidden_states.dtype)
+        for values, (part, shape), kind in zip((numbers, scales), parts.items(), kinds, strict=True):
+            stored = WeightRecipe((part,), alternating=recipe.alternating)
+            values.append(add_weight(model, stored, shape, kind))
+    inputs = [x.hidden_states, x.router_logits, *numbers, x.gate_up_bias, x.down_bias, *scales]
+    attributes = {**vars(attributes_of(node)), "bits": form.bits}
+    return tape.op(EXPERTS, inputs, attributes, domain=DOMAIN)
 
 
 def _rows(model: ir.Model, tape: ir.tape.Tape, node: ir.Node, name: str, checkpoint: RoundedTensors) -> ir.Value:
@@ -218,8 +300,7 @@ def _stored(
     shapes = dict[str, tuple[int, ...]]()
     each = []  # the parts of each
     for name in names:
-        rows, columns = checkpoint.shapes()[name]
-        parts = stored_shapes(name, checkpoint.forms[name], rows, columns)
+        parts = stored_shapes(name, checkpoint.forms[name], checkpoint.shapes()[name])
         shapes |= parts
         each.append(list(parts))
     values = []

@@ -59,6 +59,7 @@ def prepare(
     source: Exportable,
     tensors: Tensors,
     groups: Mapping[str, tuple[str, ...]],
+    transposed: Collection[str],
     capacity: int,
     dtype: torch.dtype,
     options: WeightRounding,
@@ -70,6 +71,7 @@ def prepare(
         source: the model.
         tensors: its weights, opened.
         groups: those that the graph can have rounded, each with those joined with it; see `roundable`.
+        transposed: those of them that are; see there.
         capacity: of the bundle.
         dtype: of the bundle's other weights, and of scales.
         options: how.
@@ -90,6 +92,7 @@ def prepare(
         kept = kept_forms(source.checkpoint, [name for name, width in bits.items() if width != 7], dtype)
     _tell(source, bits, kept, reporter)
     _tell_of_floats(shapes, bits, reporter)
+    experts = {name for name in bits if len(shapes[name]) == 3}
     least = bits | {name: form.bits for name, form in kept.items()}
     bits = {name: width for name, width in bits.items() if name not in kept}  # of those that are rounded
     smoothed = options.scheme == "w8a8" and isinstance(source, OwnModel)
@@ -110,7 +113,8 @@ def prepare(
         before = reference(model, tokens[measured])
     if options.scheme == "mixed" and calibrated:
         few = tokens[~measured][: max(SENSITIVITY // tokens.shape[1], 1)]
-        found = sensitivities(model, {groups[name] for name, width in bits.items() if width == 4}, few, reporter)
+        joined = {groups[name] for name, width in bits.items() if width == 4}
+        found = sensitivities(model, joined, transposed, few, reporter)
         max_kl = options.max_kl if options.bits is None else None
         chosen = choose_bits(least, shapes, found, max_kl, options.bits)
         bits = {name: chosen[name] for name in bits}
@@ -121,8 +125,12 @@ def prepare(
     else:
         gptq = dict[str, Rounded]()
         if calibrated and options.method == "gptq":
-            narrow = {name for name, width in bits.items() if width == 4 and not is_held(tensors, name, dtype)}
-            eight = RoundedTensors(tensors, {name: width for name, width in bits.items() if width == 8}, scales=dtype)
+            products = {name for name, width in bits.items() if width == 4} - experts
+            narrow = {name for name in products if not is_held(tensors, name, dtype)}
+            if any(bits[name] == 4 for name in experts & bits.keys()):
+                reporter.note("experts of four bits are the nearest numbers: GPTQ hears the inputs of products alone")
+            known = {name: width for name, width in bits.items() if width == 8 and name not in experts}
+            eight = RoundedTensors(tensors, known, scales=dtype)
             with model.replaced({name: eight.read(name) for name in eight.forms}):
                 if model.head in narrow:
                     gptq[model.head] = gptq_head(model, tokens[~measured], dtype, reporter)
@@ -131,7 +139,7 @@ def prepare(
         if isinstance(source, OwnModel):
             weights = RoundedCheckpoint(source.checkpoint, bits, gptq, kept, dtype)
         else:
-            weights = RoundedTensors(tensors, bits, gptq, dtype)
+            weights = RoundedTensors(tensors, bits, gptq, dtype, transposed)
     spec = WeightsSpec(
         scheme=options.scheme,
         bits=average_bits(weights),

@@ -1,8 +1,9 @@
 """What four bits in each weight alone cost the model, and which weights should have eight.
 
-Weights that the graph joins into one product (query, key and value) have one width, and count as one.
+Weights that the graph joins into one product (query, key and value) have one width, and count as one; so do all experts of a layer.
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 
@@ -18,18 +19,19 @@ TOKENS = 256  # measured on; each weight takes about half a forward pass
 
 @torch.inference_mode()
 def sensitivities(
-    model: Running, groups: Collection[tuple[str, ...]], tokens: Tensor, reporter: Reporter
+    model: Running, groups: Collection[tuple[str, ...]], transposed: Collection[str], tokens: Tensor, reporter: Reporter
 ) -> dict[tuple[str, ...], float]:
     """KL(as it is || with these weights in four bits), nats, a mean over tokens [N, S]; a group's weights together.
 
-    They are of one layer, or of none: embedding and head.
+    They are of one layer, or of none: embedding and head. For those that are `transposed` see Form.
     """
     entering = model.enter(tokens)  # [N, S, hidden]
     exact, costs = model.run_from(0, tokens, entering).log_softmax(-1), dict[tuple[str, ...], float]()
 
     def measure(index: int | None, run: Callable[[], Tensor]) -> None:
         for names in (names for names in groups if model.layer_of(names[0]) == index):
-            with model.replaced({name: restored(rounded(model.read(name), 4)) for name in names}):
+            found = {name: rounded(model.read(name), 4, transposed=name in transposed) for name in names}
+            with model.replaced({name: restored(weight) for name, weight in found.items()}):
                 now = run().log_softmax(-1)
             costs[names] = (exact.exp() * (exact - now)).sum(-1).mean().item()
             advance(1)
@@ -58,7 +60,7 @@ def choose_bits(
         max_kl: as many as bring their sum down to this, in nats; or, None,
         average: as many as the weights can have, with so many bits on average.
     """
-    size = {name: shapes[name][0] * shapes[name][1] for name in bits}
+    size = {name: math.prod(shapes[name]) for name in bits}
     chosen, left = dict(bits), sum(costs.values())
     spent = sum(bits[name] * size[name] for name in bits)
     for names in sorted(costs, key=lambda names: costs[names] / sum(size[name] for name in names), reverse=True):

@@ -1,4 +1,4 @@
-"""headfold::MixtureOfExperts in plain numpy: the oracle of every body and kernel.
+"""headfold::MixtureOfExperts, quantized or not, in plain numpy: the oracle of every body and kernel.
 
 Clear, in float64, and slow on purpose.
 """
@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headfold.plugins.experts.schema import ExpertsAttributes, ExpertsInputs
+from headfold.plugins.experts.schema import (
+    INPUTS,
+    ExpertsAttributes,
+    ExpertsInputs,
+    QuantizedExpertsAttributes,
+    QuantizedExpertsInputs,
+)
+from headfold.plugins.quantized.reference import dequantized
 
 Array = NDArray[Any]
 
@@ -34,6 +41,18 @@ def mixture_of_experts(inputs: ExpertsInputs[Array], attributes: ExpertsAttribut
                 answer = answer + x.down_bias[e]
             output[n] += weight * answer
     return output.astype(x.hidden_states.dtype)
+
+
+def quantized_mixture_of_experts(
+    inputs: QuantizedExpertsInputs[Array], attributes: QuantizedExpertsAttributes
+) -> Array:
+    """The same with the matrices that the numbers and scales stand for."""
+    given, wide = {name: getattr(inputs, name) for name in INPUTS}, dict[str, Array]()
+    for name in ("gate_up", "down"):
+        values, scales = given[f"{name}_weight"], getattr(inputs, f"{name}_scales")
+        pairs = zip(values, scales, strict=True)
+        wide[f"{name}_weight"] = np.stack([dequantized(*pair, attributes.bits) for pair in pairs])
+    return mixture_of_experts(ExpertsInputs(**given | wide), attributes)
 
 
 def gated(gate_up: Array, attributes: ExpertsAttributes) -> Array:

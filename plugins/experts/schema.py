@@ -1,9 +1,12 @@
-"""The operator headfold::MixtureOfExperts: its names, in order, and their meaning.
+"""The operators headfold::MixtureOfExperts and QuantizedMixtureOfExperts: their names, in order, and their meaning.
 
 Every body and kernel obeys this file. Shapes: N tokens, H hidden size, E experts, I intermediate size of one expert.
 Each token goes to the k experts with the largest router logits (of equal ones the first), and their answers are added, each times its
 share of the softmax over these k logits (Shazeer et al. 2017, equations 1 to 5, without noise). An expert is a gated feed-forward
 (Shazeer 2020): down(activation(gate(x)) * up(x)).
+
+QuantizedMixtureOfExperts has its experts' matrices in few bits, each as `headfold.plugins.quantized.schema` has one: in blocks of
+BLOCK, whose bytes are end to end.
 """
 
 import math
@@ -11,9 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Generic, Literal, TypeVar
 
-from headfold.plugins.attention.schema import DOMAIN as DOMAIN  # both ops are of one domain
+from headfold.plugins.attention.schema import DOMAIN as DOMAIN  # all ops are of one domain
+from headfold.plugins.quantized.schema import Bits, Level
 
 OP_TYPE = "MixtureOfExperts"
+QUANTIZED = "QuantizedMixtureOfExperts"
 OUTPUT = "output"  # [N, H]
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
@@ -37,7 +42,16 @@ class ExpertsInputs(Generic[T]):
         return cls(**dict(zip(INPUTS, values, strict=False)))  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True, kw_only=True)
+class QuantizedExpertsInputs(ExpertsInputs[T]):
+    """The inputs of QuantizedMixtureOfExperts: the other's first, of which weights are uint8 [E, N, K * bits / 8]."""
+
+    gate_up_scales: T  # [E, 2I, G], rows as those of the weight
+    down_scales: T  # [E, H, G]
+
+
 INPUTS = tuple(field.name for field in fields(ExpertsInputs))
+QUANTIZED_INPUTS = tuple(field.name for field in fields(QuantizedExpertsInputs))
 
 
 @dataclass(frozen=True)
@@ -56,3 +70,11 @@ class ExpertsAttributes:
     interleaved: int = (
         0  # 0: the gate's I rows, then up's (Hugging Face); 1: gate and up alternate (gpt-oss, ONNX Runtime)
     )
+
+
+@dataclass(frozen=True)
+class QuantizedExpertsAttributes(ExpertsAttributes):
+    """The attributes of QuantizedMixtureOfExperts: those, and how its matrices are stored and multiplied."""
+
+    bits: Bits = 8
+    accuracy_level: Level = 4

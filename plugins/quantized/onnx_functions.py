@@ -46,12 +46,12 @@ def onnxruntime_matmul() -> FunctionProto:
 def standard_matmul(zeros: bool = False) -> FunctionProto:
     """DequantizeLinear and MatMul; whatever the accuracy level, the input is not rounded. With `zeros` every call has zero points."""
     body = Body(_MATMUL)
-    _shifts(body)
+    shifts(body)
     body.ints("matrix", 0, -1)
-    _unpack(body, "values", "parts")  # [N, G, block * bits / 8, 8 / bits]
+    unpack(body, "values", "parts")  # [N, G, block * bits / 8, 8 / bits]
     body("Reshape", ["parts", "matrix"], "numbers")  # [N, K]
     if zeros:
-        _unpack(body, "zeros", "zeros_parts")  # [N, G * bits / 8, 8 / bits]
+        unpack(body, "zeros", "zeros_parts")  # [N, G * bits / 8, 8 / bits]
         body("Reshape", ["zeros_parts", "matrix"], "padded_zeros")  # [N, G], or one more
         body("Shape", ["scales"], "blocks", start=1, end=2)
         for name, axis in {"from": 0, "second": 1}.items():
@@ -73,8 +73,8 @@ def gather(eight: bool = False) -> FunctionProto:
     if eight:
         body("Constant", [], "half", value=numpy_helper.from_array(np.array(128, np.uint8)))
     else:
-        _shifts(body)
-        numbers, behind = _unpack(body, "packed", "numbers"), [-1, -2]  # [B, S, G, block * bits / 8, 8 / bits]
+        shifts(body)
+        numbers, behind = unpack(body, "packed", "numbers"), [-1, -2]  # [B, S, G, block * bits / 8, 8 / bits]
     body("CastLike", [numbers, "scales"], "positive")
     body("CastLike", ["half", "scales"], "wide_half")
     body("Sub", ["positive", "wide_half"], "signed")
@@ -130,8 +130,8 @@ def _round_rows(body: Body) -> None:
     body("QuantizeLinear", ["within_one", "step", "middle"], "u")
 
 
-def _shifts(body: Body) -> None:
-    """What unpacking needs: `shifts` to the right, a `mask`, and `half` of the numbers' range; uint8."""
+def shifts(body: Body) -> None:
+    """What `unpack` needs: `shifts` to the right, a `mask`, and `half` of the numbers' range; uint8."""
     body("Constant", [], "bits_of_it", refs={"value_int": "bits"})
     for name, value in {"zero": 0, "one": 1, "two": 2, "eight": 8}.items():
         body("Constant", [], name, value=numpy_helper.from_array(np.array(value)))
@@ -145,7 +145,7 @@ def _shifts(body: Body) -> None:
     body.ints("last", -1)
 
 
-def _unpack(body: Body, packed: str, numbers: str) -> str:
+def unpack(body: Body, packed: str, numbers: str) -> str:
     """From bytes the numbers in them, lower bits first, uint8 with an axis more."""
     body("Unsqueeze", [packed, "last"], f"{packed}_column")
     body("BitShift", [f"{packed}_column", "shifts"], f"{packed}_shifted", direction="RIGHT")

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime as ort
@@ -162,21 +163,36 @@ def test_a_provider_that_does_not_start_is_an_error(toy, monkeypatch) -> None:
     assert "CUDAExecutionProvider could not start" in str(error)
 
 
-def test_what_would_compute_beside_the_gpu_is_an_error(toy, monkeypatch) -> None:
-    """Seen on an H200: attention in float32 ran on the CPU, with logits off by 23 at the second step."""
-    real = ort.InferenceSession
+def pretend_cuda(monkeypatch, **methods) -> None:
+    """A session that runs on the CPU and says that it has a GPU; `methods` are others that it has of its own."""
+    real, providers = ort.InferenceSession, ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
     def pretending(path, options, **_):
         session = real(path, options, providers=["CPUExecutionProvider"])
-        monkeypatch.setattr(session, "get_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+        for name, method in {"get_providers": lambda: providers, **methods}.items():
+            monkeypatch.setattr(session, name, method)
         return session
 
-    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(ort, "get_available_providers", lambda: providers)
     monkeypatch.setattr(ort, "InferenceSession", pretending)
+
+
+def test_what_would_compute_beside_the_gpu_is_an_error(toy, monkeypatch) -> None:
+    """Seen on an H200: attention in float32 ran on the CPU, with logits off by 23 at the second step."""
+    pretend_cuda(monkeypatch)
     error = raised(toy.path, provider="cuda")
     assert isinstance(error, ProviderError)
     assert "has no CUDA kernel for Gemm, GroupQueryAttention, MatMul" in str(error)
     assert "--dtype float16" in str(error)
+
+
+def test_experts_in_few_bits_are_refused_on_a_gpu(toy, monkeypatch) -> None:
+    node = SimpleNamespace(domain="com.microsoft", op_type="QMoE")
+    part = SimpleNamespace(ep_name="CUDAExecutionProvider", get_nodes=lambda: [node])
+    pretend_cuda(monkeypatch, get_provider_graph_assignment_info=lambda: [part])
+    error = raised(toy.path, provider="cuda")
+    assert isinstance(error, ProviderError)
+    assert "experts in four or eight bits have not been tried with CUDA" in str(error)
 
 
 @pytest.mark.skipif("CUDAExecutionProvider" not in ort.get_available_providers(), reason="needs onnxruntime-gpu")

@@ -9,14 +9,15 @@ import numpy as np
 import onnx_ir as ir
 
 from headfold.export.graph.experts import attributes_of, experts_nodes
-from headfold.export.graph.recipes import multiplies, recipe_of
-from headfold.export.model.rounding import whole_name
+from headfold.export.graph.recipes import WeightRecipe, multiplies, recipe_of
+from headfold.export.model.rounding import Form, stored_shapes, whole_name
 from headfold.export.parity.report import CheckResult, verdict
 from headfold.plugins.attention.schema import DOMAIN
-from headfold.plugins.experts.schema import INPUTS, ExpertsInputs
+from headfold.plugins.experts.schema import INPUTS, QUANTIZED, QUANTIZED_INPUTS, ExpertsInputs
 from headfold.plugins.names import is_hidden_state
+from headfold.plugins.quantized.schema import Bits
 
-_WEIGHTS = INPUTS[INPUTS.index("gate_up_weight") :]
+_FIRST = INPUTS.index("gate_up_weight")  # the first of them that is a weight
 
 
 def prove_experts(model: ir.Model, again: ir.Model) -> CheckResult:
@@ -28,24 +29,43 @@ def prove_experts(model: ir.Model, again: ir.Model) -> CheckResult:
     spelling = _Spelling()
     for number, (node, right) in enumerate(zip(nodes, expected, strict=False)):
         where = f"experts {number}"
-        wanted = vars(attributes_of(right))
-        for name, found in vars(attributes_of(node)).items():
-            same = np.float32(found) == np.float32(wanted[name]) if isinstance(found, float) else found == wanted[name]
+        actual = vars(attributes_of(node))
+        for name, wanted in vars(attributes_of(right)).items():
+            found = actual[name]
+            same = np.float32(found) == np.float32(wanted) if isinstance(found, float) else found == wanted
             if not same:
-                faults.append((where, f"{name} is {found}, not {wanted[name]}"))
+                faults.append((where, f"{name} is {found}, not {wanted}"))
         inputs, others = (ExpertsInputs[ir.Value | None].of_node(x.inputs) for x in (node, right))
-        for name in _WEIGHTS:
-            found, other = (_weight(getattr(x, name)) for x in (inputs, others))
-            if found != other:
+        recipes, wanted_recipes = _recipes(node), _recipes(right)
+        if node.op_type == QUANTIZED:
+            wanted_recipes |= _rounded(right, actual["bits"])
+        for name, other in wanted_recipes.items():
+            if (found := recipes[name]) != other:
                 faults.append((where, f"{name} is {found}, not {other}"))
         if spelling.of(inputs.router_logits) != spelling.of(others.router_logits):
             faults.append((where, "experts are chosen in another way"))
     return verdict("experts and their routing", faults)
 
 
-def _weight(value: ir.Value | None) -> str | None:
-    recipe = recipe_of(value) if value is not None else None
-    return recipe.name if recipe is not None else None
+def _recipes(node: ir.Node) -> dict[str, str | None]:
+    """The names of a node's weights by their inputs'."""
+    names = (QUANTIZED_INPUTS if node.op_type == QUANTIZED else INPUTS)[_FIRST:]
+    values = [*node.inputs[_FIRST:], *[None] * len(names)]
+    recipes = [recipe_of(value) if value is not None else None for value in values]
+    return {name: recipe.name if recipe is not None else None for name, recipe in zip(names, recipes, strict=False)}
+
+
+def _rounded(node: ir.Node, bits: Bits) -> dict[str, str]:
+    """What the matrices of a node would be called in so many bits, and their scales."""
+    x, names = ExpertsInputs[ir.Value | None].of_node(node.inputs), dict[str, str]()
+    for matrix, value in (("gate_up", x.gate_up_weight), ("down", x.down_weight)):
+        recipe = recipe_of(value) if value is not None else None
+        if value is None or value.shape is None or recipe is None:
+            continue
+        parts = stored_shapes(recipe.sources[0], Form(bits), value.shape.numpy())
+        for part, source in zip(("weight", "scales"), parts, strict=True):
+            names[f"{matrix}_{part}"] = WeightRecipe((source,), alternating=recipe.alternating).name
+    return names
 
 
 class _Spelling:

@@ -46,7 +46,7 @@ class StoredRoundings(Mapping[str, Rounded]):
 
     def __getitem__(self, name: str) -> Rounded:
         bits = self._bits[name]
-        values, scales = (self._read(*part) for part in stored_shapes(name, Form(bits), *self._shapes[name]).items())
+        values, scales = (self._read(*part) for part in stored_shapes(name, Form(bits), self._shapes[name]).items())
         return Rounded(bits, unpacked(values, bits), scales.float())
 
     def __iter__(self) -> Iterator[str]:

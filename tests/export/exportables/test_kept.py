@@ -101,7 +101,7 @@ def test_columns_of_groups_that_do_not_follow_one_another_are_stored_in_their_or
     assert rounding is not None
     assert torch.equal(restored(rounding), part.dequantize())
     assert rounding.form == Form(4, 128, zeros=True, order=rounding.form.order)
-    parts = {name: stored_part(rounding, name) for name in stored_shapes("w", rounding.form, 6, 384)}
+    parts = {name: stored_part(rounding, name) for name in stored_shapes("w", rounding.form, (6, 384))}
     *_, (name, order) = parts.items()
     assert name == f"order.{rounding.form.order}"
     values, scales, zeros = (parts[f"w.int4{end}"].numpy() for end in ("", ".scales", ".zeros"))
@@ -115,8 +115,8 @@ def test_what_a_graph_stores_is_it_too(case) -> None:
     part, form = CASES[case]
     rounding = kept(of(part), "w", torch.float32)
     assert rounding is not None
-    stored = {name: stored_part(rounding, name) for name in stored_shapes("w", form, *part.values.shape)}
-    assert {name: tuple(x.shape) for name, x in stored.items()} == stored_shapes("w", form, *part.values.shape)
+    stored = {name: stored_part(rounding, name) for name in stored_shapes("w", form, tuple(part.values.shape))}
+    assert {name: tuple(x.shape) for name, x in stored.items()} == stored_shapes("w", form, tuple(part.values.shape))
     values, scales, *others = (x.numpy() for x in stored.values())
     zeros, offsets = others.pop(0) if form.zeros else None, others.pop() if form.offsets else np.zeros_like(scales)
     found = dequantized(values, scales, form.bits, zeros) + offsets.astype(np.float64).repeat(form.block, 1)

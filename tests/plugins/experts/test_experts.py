@@ -1,19 +1,38 @@
-"""headfold::MixtureOfExperts: the torch op and both ONNX bodies against the numpy reference; each activation, biases, both layouts."""
+"""headfold::MixtureOfExperts: the torch op and both ONNX bodies against the numpy reference; each activation, biases, both layouts.
+
+The quantized one: both bodies, in both widths.
+"""
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from onnx import helper
+from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from headfold.plugins.attention.schema import VERSION
-from headfold.plugins.experts.onnx_functions import onnxruntime_body, onnxruntime_can, schema, standard_body
-from headfold.plugins.experts.reference import mixture_of_experts
-from headfold.plugins.experts.schema import DOMAIN, INPUTS, OP_TYPE, ExpertsAttributes, ExpertsInputs
+from headfold.plugins.experts.onnx_functions import (
+    onnxruntime_body,
+    onnxruntime_can,
+    onnxruntime_quantized_body,
+    schema,
+    standard_body,
+)
+from headfold.plugins.experts.reference import mixture_of_experts, quantized_mixture_of_experts
+from headfold.plugins.experts.schema import (
+    DOMAIN,
+    INPUTS,
+    QUANTIZED,
+    QUANTIZED_INPUTS,
+    ExpertsAttributes,
+    ExpertsInputs,
+    QuantizedExpertsAttributes,
+    QuantizedExpertsInputs,
+)
 from headfold.plugins.experts.torch_op import answer, mixture_of_experts_op, routed
 from headfold.plugins.onnx_body import OPSET
+from headfold.plugins.quantized.schema import Bits
 
 TOLERANCE = 2e-5  # float32 sums of at most 48 products of order 1, in another order than float64's
 N, H, I, E = 9, 24, 20, 5  # noqa: E741  # odd sizes; 48 columns would hide what is read with a wrong stride
@@ -50,13 +69,35 @@ def expected(feeds: Feeds, attributes: ExpertsAttributes) -> np.ndarray:
     return mixture_of_experts(ExpertsInputs(**feeds), attributes)
 
 
+def quantized_problem(biases: bool, bits: Bits) -> Feeds:
+    """Of sizes that have blocks of 32: of one, and of two."""
+    rng = np.random.default_rng(bits)
+    sizes = {"gate_up": (2 * 64, 32), "down": (32, 64)}
+    feeds = {
+        "hidden_states": rng.standard_normal((N, 32), dtype=np.float32),
+        "router_logits": rng.standard_normal((N, E), dtype=np.float32),
+    }
+    for name, (rows, columns) in sizes.items():
+        blocks = columns // 32
+        feeds[f"{name}_weight"] = rng.integers(0, 256, (E, rows, columns * bits // 8), dtype=np.uint8)
+        largest = columns**-0.5 * rng.uniform(-2, 2, (E, rows, blocks))  # of four bits scales have a sign
+        feeds[f"{name}_scales"] = (largest / (1 << (bits - 1))).astype(np.float32)
+        if biases:
+            feeds[f"{name}_bias"] = rng.standard_normal((E, rows), dtype=np.float32)
+    return feeds
+
+
 def model(function: onnx.FunctionProto, attributes: ExpertsAttributes, feeds: Feeds) -> onnx.ModelProto:
-    kind = helper.np_dtype_to_tensor_dtype(feeds["hidden_states"].dtype)
-    inputs = [helper.make_tensor_value_info(name, kind, [None] * x.ndim) for name, x in feeds.items()]
-    names = [name if name in feeds else "" for name in INPUTS]
-    node = helper.make_node(OP_TYPE, names, ["output"], domain=DOMAIN, **vars(attributes))
-    output = helper.make_tensor_value_info("output", kind, [None, H])
-    graph = helper.make_graph([node], "experts", inputs, [output])
+    """Weights are in it, as ONNX Runtime's kernel of few bits wants them; other feeds are inputs."""
+    quantized, dtype = function.name == QUANTIZED, feeds["hidden_states"].dtype
+    kind = helper.np_dtype_to_tensor_dtype(dtype)
+    held = [numpy_helper.from_array(x, name) for name, x in feeds.items() if quantized and name not in INPUTS[:2]]
+    given = {name: x for name, x in feeds.items() if name not in {x.name for x in held}}
+    inputs = [helper.make_tensor_value_info(name, kind, [None] * x.ndim) for name, x in given.items()]
+    names = [name if name in feeds else "" for name in (QUANTIZED_INPUTS if quantized else INPUTS)]
+    node = helper.make_node(function.name, names, ["output"], domain=DOMAIN, **vars(attributes))
+    output = helper.make_tensor_value_info("output", kind, [None, feeds["hidden_states"].shape[1]])
+    graph = helper.make_graph([node], "experts", inputs, [output], held)
     opsets = [("", OPSET), (DOMAIN, VERSION), ("com.microsoft", 1)]
     imports = [helper.make_opsetid(*pair) for pair in opsets]
     return helper.make_model(graph, functions=[function], opset_imports=imports, ir_version=11)
@@ -64,7 +105,8 @@ def model(function: onnx.FunctionProto, attributes: ExpertsAttributes, feeds: Fe
 
 def run(function: onnx.FunctionProto, attributes: ExpertsAttributes, feeds: Feeds) -> np.ndarray:
     proto = model(function, attributes, feeds)
-    return ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feeds)[0]
+    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {x.name: feeds[x.name] for x in session.get_inputs()})[0]
 
 
 @pytest.mark.parametrize("biases", [False, True], ids=["", "biases"])
@@ -86,6 +128,32 @@ def test_the_standard_body_is_one_for_every_onnx_tool(case: str) -> None:
     onnx.checker.check_model(proto, full_check=True)
     (actual,) = ReferenceEvaluator(proto).run(None, feeds)
     np.testing.assert_allclose(actual, expected(feeds, attributes), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("biases", [False, True], ids=["", "biases"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_matrices_of_few_bits_compute_what_the_reference_does(bits: Bits, biases: bool) -> None:
+    feeds = quantized_problem(biases, bits)
+    attributes = QuantizedExpertsAttributes(2, "silu", 1.702, 1.0, 7.0, interleaved=1, bits=bits, accuracy_level=1)
+    right = quantized_mixture_of_experts(QuantizedExpertsInputs(**feeds), attributes)
+    for function in (standard_body(attributes, biases), onnxruntime_quantized_body(exact=True)):
+        np.testing.assert_allclose(run(function, attributes, feeds), right, atol=TOLERANCE)
+    # of eight bits ONNX Runtime's kernel rounds what multiplies them: by half of 1/127 of a block's largest number, in both products
+    bound = TOLERANCE if bits == 4 else 0.05 * np.abs(right).max()
+    np.testing.assert_allclose(run(onnxruntime_quantized_body(), attributes, feeds), right, atol=bound)
+    half = {name: x if x.dtype == np.uint8 else x.astype(np.float16) for name, x in feeds.items()}
+    for function in (standard_body(attributes, biases), *map(onnxruntime_quantized_body, (False, True))):
+        np.testing.assert_allclose(run(function, attributes, half), right, atol=0.05 * np.abs(right).max())
+
+
+def test_the_standard_body_of_few_bits_is_one_for_every_onnx_tool() -> None:
+    feeds = quantized_problem(biases=True, bits=4)
+    attributes = QuantizedExpertsAttributes(2, interleaved=1, bits=4)
+    proto = model(standard_body(attributes, True), attributes, feeds)
+    onnx.checker.check_model(proto, full_check=True)
+    (actual,) = ReferenceEvaluator(proto).run(None, {name: feeds[name] for name in INPUTS[:2]})
+    right = quantized_mixture_of_experts(QuantizedExpertsInputs(**feeds), attributes)
+    np.testing.assert_allclose(actual, right, atol=TOLERANCE)
 
 
 def test_float16() -> None:
