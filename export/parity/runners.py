@@ -204,6 +204,7 @@ class Graph:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
+        """Whatever goes wrong inside the block is one BundleError, and ONNX Runtime prints nothing."""
         try:
             with silenced():
                 yield
