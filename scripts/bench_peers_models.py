@@ -70,7 +70,17 @@ def save_source(path: Path, subject: str) -> None:
         short = path.parent / "validation.txt"
         short.write_text(validation.read_text()[:2500])  # nobody looks at it
         save_hf(path.parent / "original", original, torch.float32)
-        command = [HEADFOLD, "uptrain", str(path.parent / "original"), "-o", str(path), "--data", str(train), "--validation", str(short)]
+        command = [
+            HEADFOLD,
+            "uptrain",
+            str(path.parent / "original"),
+            "-o",
+            str(path),
+            "--data",
+            str(train),
+            "--validation",
+            str(short),
+        ]
         command += ["--tokens", str(STEPS * ROWS * LENGTH), "--batch", str(ROWS), "--sequence", str(LENGTH)]
         _run([*command, "--loss", "ce", "--cpu"])
         return
