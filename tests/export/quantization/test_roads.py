@@ -64,9 +64,8 @@ def assert_computes_what_transformers_does(bundle: Path, model: PreTrainedModel)
     np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("model_type", "count"), [("gemma3_text", 19), pytest.param("phi3", 11, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("model_type", "count"), [("gemma3_text", 19), ("phi3", 11)])
 def test_a_model_of_transformers_computes_with_what_its_file_holds(model_type, count, tmp_path) -> None:
     save_random(model_type, tmp_path / "model")
     code, output = run("export", tmp_path / "model", "-o", tmp_path / "out", "--weights", "int4", "--max-kl", "9", "-q")
@@ -120,6 +119,7 @@ def test_a_module_of_ones_own(tmp_path) -> None:
         export_module(Odd(), tmp_path / "no", facts, options=options)
 
 
+@pytest.mark.slow
 def test_experts_are_chosen_by_weights_that_are_not_rounded(tmp_path) -> None:
     source = open_exportable(save_random("qwen3_moe", tmp_path / "model"), "transformers")
     model = export_graph(source, source.tensors(torch.float32), torch.float32, 64)

@@ -86,7 +86,7 @@ def made(tmp_path_factory):
 
 CASES = [
     ("mixtral", "int8"),
-    ("gpt_oss", "int4"),
+    pytest.param("gpt_oss", "int4", marks=pytest.mark.slow),
     pytest.param("mixtral", "int4", marks=pytest.mark.slow),
     pytest.param("gpt_oss", "int8", marks=pytest.mark.slow),
 ]
@@ -170,6 +170,7 @@ def test_another_layers_scales_are_named(tmp_path) -> None:
         lower_model(model, tmp_path, "native", 64)
 
 
+@pytest.mark.slow
 def test_mixed_gives_the_experts_of_a_layer_one_width(tmp_path) -> None:
     save_random("qwen3_moe", tmp_path / "model", moe_intermediate_size=64, num_hidden_layers=2)
     options = ("--weights", "mixed", "--bits", "6", "--max-kl", "9")
