@@ -25,6 +25,7 @@ from http_client import Answer, Server, ask, serving, smollm2_int4
 MOST = 32  # new tokens
 NEAR = 0.05  # nats between the two likeliest tokens
 FLAT = 1.05
+GRACE = 20  # seconds after the last client in which all slots must be free
 WRONG: list[dict[str, Any]] = [
     {"messages": []},
     {"messages": [{"role": "user", "content": "x"}], "temperature": -1},
@@ -151,8 +152,12 @@ def main() -> None:
         soak.over = True
         for client in clients:
             client.join()
-        after = server.metrics()
-        stuck = after["headfold_live"] + after["headfold_waiting"]
+        after, stuck = server.metrics(), 0.0
+        for _ in range(GRACE):  # a client that has just left is noticed at the next step
+            if not (stuck := after["headfold_live"] + after["headfold_waiting"]):
+                break
+            time.sleep(1)
+            after = server.metrics()
         soak.over = False  # and once more, to be ended in the midst of it
         clients = [threading.Thread(target=soak.client, args=(1000 + seed,)) for seed in range(options.clients)]
         for client in clients:
