@@ -22,7 +22,7 @@ from headfold.export.cli import main
 from headfold.export.training.state import checkpoints
 from headfold.runtime.manifest import check_files, read_manifest
 
-_RUNS = 4  # of each command, after its first
+_RUNS = 3  # of each command, after its first
 State = str | None  # of an output: none, or which one it is
 
 
