@@ -57,6 +57,7 @@ class Master(nn.Module):
     layers: Sequence[nn.Module]  # of the decoder, in order
     all_logits: bool
     hidden_states = False
+    headless = False  # whether nobody knows which module makes the logits; then there are no `hidden_states`
 
 
 def first_names(module: nn.Module) -> dict[str, str]:

@@ -52,12 +52,15 @@ def gptq_layers(
 
 
 @torch.inference_mode()
-def gptq_head(model: Running, tokens: Tensor, scales: torch.dtype, reporter: Reporter) -> Rounded:
-    """The head in four bits, calibrated on what enters it, as `gptq_layers`. Its rows, a token's each, know nothing of each other."""
+def gptq_head(model: Running, name: str, tokens: Tensor, scales: torch.dtype, reporter: Reporter) -> Rounded:
+    """The head, of this name, in four bits, calibrated on what enters it, as `gptq_layers`.
+
+    Its rows, a token's each, know nothing of each other.
+    """
     with reporter.step("round the head with GPTQ"):
         inputs = (model.entering_head(part).flatten(0, -2) for part in together(tokens))
         moments = torch.stack([(x.T @ x).double() for x in inputs]).sum(0)
-        parts = [gptq(rows, moments, 4, scales) for rows in torch.split(model.read(model.head), _ROWS)]
+        parts = [gptq(rows, moments, 4, scales) for rows in torch.split(model.read(name), _ROWS)]
     return Rounded(4, torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts]))
 
 

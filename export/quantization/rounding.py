@@ -132,8 +132,8 @@ def prepare(
             known = {name: width for name, width in bits.items() if width == 8 and name not in experts}
             eight = RoundedTensors(tensors, known, scales=dtype)
             with model.replaced({name: eight.read(name) for name in eight.forms}):
-                if model.head in narrow:
-                    gptq[model.head] = gptq_head(model, tokens[~measured], dtype, reporter)
+                if (head := model.head) in narrow:
+                    gptq[head] = gptq_head(model, head, tokens[~measured], dtype, reporter)
                 with model.replaced({name: restored(weight) for name, weight in gptq.items()}):
                     gptq |= gptq_layers(model, narrow, tokens[~measured], dtype, reporter) if narrow else {}
         if isinstance(source, OwnModel):

@@ -77,8 +77,10 @@ class Running:
         return Output(logits, present, hidden)
 
     @property
-    def head(self) -> str:
-        """The weight that makes the logits, [V, hidden]; the embedding, where it is tied to it."""
+    def head(self) -> str | None:
+        """The weight that makes the logits, [V, hidden]; the embedding, where it is tied to it. None where nobody knows it."""
+        if self._master.headless:
+            return None
         named = self._master.decoder.named_modules()
         linears = [f"{name}.weight" for name, module in named if isinstance(module, nn.Linear)]
         heads = [name for name in linears if self.layer_of(name) is None]

@@ -81,7 +81,7 @@ class TracedMaster(Master):
     ) -> None:
         super().__init__()
         self.decoder = decoder
-        self.all_logits, self.layers, self._headless = all_logits, list(layers), head is None
+        self.all_logits, self.layers, self.headless = all_logits, list(layers), head is None
         self._wanted: Tensor | None = None
         self._every: Tensor | None = None  # the order of all tokens
         self._hidden: list[Tensor] = []
@@ -100,7 +100,7 @@ class TracedMaster(Master):
         self, input_ids: Tensor, attention_mask: Tensor, caches: Cache | None
     ) -> tuple[Tensor, Cache, list[Tensor]]:
         """See Master."""
-        if self.hidden_states and self._headless:
+        if self.hidden_states and self.headless:
             raise ConfigError(
                 "has no head of its own, so nobody knows its last hidden state", fix="Leave --hidden-states out."
             )
@@ -124,7 +124,7 @@ class TracedMaster(Master):
         self._every = layout.wanted(length, False) if self.hidden_states else None
         cache = OnePass(layout, caches)
         logits = self.logits(ids, positions, cache)
-        if self._headless:
+        if self.headless:
             logits = logits.gather(1, wanted[:, :, None].expand(-1, -1, logits.shape[2]))
         hidden, self._hidden, self._wanted, self._every = self._hidden, [], None, None
         return logits, cache, hidden

@@ -119,6 +119,29 @@ def test_a_module_of_ones_own(tmp_path) -> None:
         export_module(Odd(), tmp_path / "no", facts, options=options)
 
 
+class Headless(Plain):
+    """A product before the layers; logits are made with the embedding, by no module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.head = torch.nn.Linear(32, 32), torch.nn.Identity()
+
+    def forward(self, input_ids, positions, cache=None):
+        x = self.before(self.embedding(input_ids) + self.positions(positions))
+        for number, layer in enumerate(self.layers):
+            x = layer(x, cache, number)
+        return x @ self.embedding.weight.T
+
+
+def test_a_module_whose_head_nobody_knows_has_mixed_weights_too(tmp_path) -> None:
+    options = ExportOptions(weights=WeightRounding(scheme="mixed", bits=4.0, max_kl=9.0), decode_steps=4)
+    result = export_module(Headless(), tmp_path / "out", ModuleFacts(max_position_embeddings=64), options=options)
+    assert result.parity is not None
+    assert result.parity.passed
+    tensors = json.loads((tmp_path / "out" / "weights.json").read_text())["tensors"]
+    assert {tensors[name]["bits"] for name in ("before.weight", "embedding.weight")} == {4}
+
+
 @pytest.mark.slow
 def test_experts_are_chosen_by_weights_that_are_not_rounded(tmp_path) -> None:
     source = open_exportable(save_random("qwen3_moe", tmp_path / "model"), "transformers")
