@@ -28,15 +28,9 @@ from headfold.runtime.scheduling.host_rows import HostRows, lazy_zeros
 from headfold.runtime.weight_pages import give_back_mapped, huge_pages
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_HEAVY = {
-    "Attention",
-    "Einsum",
-    "Gemm",
-    "MatMul",
-    "RMSNormalization",
-    "Softmax",
-}  # and whatever is not of ONNX's own domain
-_SILENT, _WARNING = 4, 2  # severities of ONNX Runtime's logger; its errors come as exceptions, too
+# What must not be left to the CPU beside a GPU, with whatever is not of ONNX's own domain
+_HEAVY = {"Attention", "Einsum", "Gemm", "MatMul", "RMSNormalization", "Softmax"}
+SILENT, _WARNING = 4, 2  # severities of ONNX Runtime's logger; its errors come as exceptions, too
 _AGAIN = "Export it again."
 
 
@@ -238,7 +232,7 @@ def _open(bundle: Path, manifest: Manifest, provider: str, threads: int) -> Any:
         )
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = _SILENT
+    options.log_severity_level = SILENT
     if provider != "cpu":
         _prepare_cuda(options)
     try:
@@ -263,7 +257,7 @@ def silenced() -> Iterator[None]:
 
     That is why CUDA cannot start, on many lines; and that experts in few bits multiply inputs that are not rounded, as they should.
     """
-    ort.set_default_logger_severity(_SILENT)
+    ort.set_default_logger_severity(SILENT)
     try:
         yield
     finally:

@@ -72,7 +72,6 @@ def time_kernels() -> list[Timing]:
 def _time_call(device: Device, kernels: Kernels, rows: int, past: int, new: int) -> float:
     """Seconds of one call of the op with random numbers."""
     spec, rng, capacity = kernels.spec, np.random.default_rng(0), past + new
-    size = DTYPES[spec.cache_dtype].numpy
 
     def buffer(array: np.ndarray) -> Buffer:
         made = device.allocate(array.nbytes)
@@ -86,7 +85,7 @@ def _time_call(device: Device, kernels: Kernels, rows: int, past: int, new: int)
         shape = (rows, spec.kv_num_heads, capacity, spec.head_dim)
         if spec.cache_dtype == "int8":
             return buffer(rng.integers(-127, 128, shape, np.int8))
-        return buffer(rng.standard_normal(shape, np.float32).astype(size))
+        return normal(*shape)
 
     scale = buffer(np.full(spec.kv_num_heads, 0.02, np.float32))
     buffers = {

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import onnx_ir as ir
 from pydantic import BaseModel, Field, ValidationError
 
-from headfold.export.graph.passes import attention_nodes
+from headfold.export.graph.passes import attention_nodes, columns
 from headfold.export.progress import Reporter
 from headfold.export.publishing import publish_file, sweep
 from headfold.plugins.attention import kernel_contract, tensorrt_plugin
@@ -111,8 +111,8 @@ def _node_spec(node: ir.Node) -> KernelSpec:
             {
                 "num_heads": attributes["num_heads"].as_int(),
                 "kv_num_heads": attributes["kv_num_heads"].as_int(),
-                "head_dim": _columns(cache),
-                "rotary_dim": 2 * _columns(given["cos_cache"]),
+                "head_dim": columns(cache),
+                "rotary_dim": 2 * columns(given["cos_cache"]),
                 "rotary_interleaved": bool(attributes.get_int("rotary_interleaved", 0)),
                 "qk_norm": set(NORMS) <= set(names),
                 "softcap": attributes.get_float("softcap", 0.0),
@@ -126,12 +126,6 @@ def _node_spec(node: ir.Node) -> KernelSpec:
         raise KernelError(
             f"{field}: {first['msg']}" if field else first["msg"], where=node.name, fix=_NATIVE
         ) from error
-
-
-def _columns(value: ir.Value | None) -> int:
-    assert value is not None
-    assert value.shape is not None
-    return int(value.shape[-1])  # type: ignore[arg-type]  # of a table or a cache: a number
 
 
 def _dtype(value: ir.Value | None) -> str:

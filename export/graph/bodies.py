@@ -8,7 +8,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as common_passes
 
 from headfold.export.graph.experts import attributes_of, experts_nodes
-from headfold.export.graph.passes import attention_nodes
+from headfold.export.graph.passes import attention_nodes, columns
 from headfold.export.graph.recipes import shared_constant
 from headfold.plugins.attention.onnx_functions import onnxruntime_body, standard_body
 from headfold.plugins.attention.schema import ALL_INPUTS, DOMAIN, LAST_INDEX, TABLES, VERSION, AttentionInputs
@@ -44,7 +44,7 @@ def set_body(model: ir.Model, function: onnx.FunctionProto) -> None:
 def use_standard_body(model: ir.Model, zeroed: bool = False) -> None:
     """Give the attention op the body of standard ops; `zeroed` as there."""
     inputs = _inputs(model)
-    rotary_dim = 2 * _columns(inputs.cos_cache) if inputs.cos_cache is not None else 0
+    rotary_dim = 2 * columns(inputs.cos_cache) if inputs.cos_cache is not None else 0
     sinks, packed, norms = inputs.head_sink is not None, inputs.packed, inputs.norms is not None
     set_body(model, standard_body(rotary_dim, norms, _stored(inputs), zeroed, sinks=sinks, packed=packed))
 
@@ -52,8 +52,8 @@ def use_standard_body(model: ir.Model, zeroed: bool = False) -> None:
 def onnxruntime_can(model: ir.Model) -> bool:
     """Whether its kernel takes the sizes of all layers: of heads, and of what is rotated of them."""
     layers = [AttentionInputs[ir.Value | None].of_node(node.inputs) for node in attention_nodes(model)]
-    sizes = [_columns(layer.past_key) for layer in layers]
-    sizes += [2 * _columns(layer.cos_cache) for layer in layers if layer.cos_cache is not None]
+    sizes = [columns(layer.past_key) for layer in layers]
+    sizes += [2 * columns(layer.cos_cache) for layer in layers if layer.cos_cache is not None]
     return all(size % 16 == 0 for size in sizes)
 
 
@@ -62,7 +62,7 @@ def use_onnxruntime_body(model: ir.Model) -> None:
     inputs = _inputs(model)
     body = onnxruntime_body(
         inputs.norms is not None,
-        _columns(inputs.past_key),
+        columns(inputs.past_key),
         _stored(inputs),
         rotary=inputs.tables is not None,
         sinks=inputs.head_sink is not None,
@@ -74,12 +74,6 @@ def use_onnxruntime_body(model: ir.Model) -> None:
 def _inputs(model: ir.Model) -> AttentionInputs[ir.Value]:
     """Those of the first layer; which ones there are is the same in all of them."""
     return AttentionInputs.of_node(attention_nodes(model)[0].inputs)
-
-
-def _columns(value: ir.Value | None) -> int:
-    assert value is not None
-    assert value.shape is not None
-    return int(value.shape[-1])  # type: ignore[arg-type]  # of a table or a cache: a number
 
 
 def _stored(inputs: AttentionInputs[ir.Value]) -> Quantized | None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from headfold.export.graph.passes import attention_nodes
+from headfold.export.graph.passes import attention_nodes, columns
 from headfold.export.graph.recipes import WeightRecipe, add_weight, recipe_of, remove_unread, shared_constant
 from headfold.plugins.attention.schema import ALL_INPUTS, AttentionInputs
 
@@ -35,7 +35,7 @@ def pack_inputs(model: ir.Model) -> None:
     for node, split in zip(nodes, splits, strict=True):
         packed, *sizes = split.inputs
         assert packed is not None
-        packed.type, packed.shape = split.outputs[0].type, _shape(model, sum(map(_columns, split.outputs)))
+        packed.type, packed.shape = split.outputs[0].type, _shape(model, sum(map(columns, split.outputs)))
         for name, value in zip(_PARTS, (packed, None, None), strict=True):
             node.replace_input_with(ALL_INPUTS.index(name), value)
         model.graph.remove(split, safe=True)
@@ -48,7 +48,7 @@ def unpack_inputs(model: ir.Model) -> None:
         inputs = AttentionInputs[ir.Value | None].of_node(node.inputs)
         if not inputs.packed or inputs.query is None:
             continue
-        size, attributes = _columns(inputs.past_key), node.attributes
+        size, attributes = columns(inputs.past_key), node.attributes
         sizes = [size * attributes[heads].as_int() for heads in ("num_heads", "kv_num_heads", "kv_num_heads")]
         tape = ir.tape.Tape()
         outputs = _split(model, tape, inputs.query, sizes)
@@ -79,12 +79,6 @@ def _shape(model: ir.Model, width: int) -> ir.Shape:
     ids = next(value for value in model.graph.inputs if value.name == "input_ids")
     assert ids.shape is not None
     return ir.Shape([*ids.shape, width])
-
-
-def _columns(value: ir.Value | None) -> int:
-    assert value is not None
-    assert value.shape is not None
-    return int(value.shape[-1])  # type: ignore[arg-type]  # of a layer's inputs: a number
 
 
 class _Projection:
@@ -118,7 +112,7 @@ def _join(model: ir.Model, parts: list[_Projection]) -> None:
     product = tape.op("MatMul", [parts[0].x, weight])
     if parts[0].bias is not None:
         product = tape.op("Add", [product, _joined(model, [part.bias for part in parts])])
-    outputs = _split(model, tape, product, [_columns(part.weight) for part in parts])
+    outputs = _split(model, tape, product, [columns(part.weight) for part in parts])
     model.graph.insert_before(parts[0].product, tape.nodes)
     for part, output in zip(parts, outputs, strict=True):
         output.type, output.shape, output.name = part.output.type, part.output.shape, part.output.name

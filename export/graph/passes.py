@@ -97,6 +97,13 @@ def attention_nodes(model: ir.Model) -> list[ir.Node]:
     return [node for node in model.graph if node.domain == DOMAIN and node.op_type == OP_TYPE]
 
 
+def columns(value: ir.Value | None) -> int:
+    """The last size of a table, a cache or a layer's input: a number in every graph."""
+    assert value is not None
+    assert value.shape is not None
+    return int(value.shape[-1])  # type: ignore[arg-type]  # not a name
+
+
 def share_last_index(model: ir.Model) -> None:
     """Compute the op's `last_index`, past_lengths + S - 1, once, and give it to every layer."""
     nodes = attention_nodes(model)

@@ -17,6 +17,7 @@ from torch import Tensor
 from headfold.export.graph.passes import attention_nodes
 from headfold.export.graph.recipes import recipe_of, shared_constant
 from headfold.plugins.attention.schema import ALL_INPUTS, INPUTS, TABLES, AttentionInputs
+from headfold.runtime.session import SILENT
 
 Read = Callable[[str], Tensor]
 Array = NDArray[np.float32]
@@ -261,7 +262,7 @@ def _runner(
     )
     proto = ir.to_proto(ir.Model(graph, ir_version=model.ir_version))
     options = ort.SessionOptions()
-    options.log_severity_level = 4
+    options.log_severity_level = SILENT
     session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     given = {value.name for value in session.get_inputs()}
     others = {  # only their batch is looked at

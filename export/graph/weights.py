@@ -3,10 +3,11 @@
 So at any time about one of them is in memory, whatever the size of the model.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
+import onnxruntime as ort
 import torch
 from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
 from torch import Tensor
@@ -16,6 +17,7 @@ from headfold.export.graph.recipes import WeightRecipe, recipe_of
 from headfold.export.model.decoder import Scales
 from headfold.plugins.attention.schema import SCALES
 from headfold.runtime.errors import BundleError, CheckpointError, ConfigError, HeadfoldError
+from headfold.runtime.session import SILENT, silenced
 
 _AT_ONCE = 1 << 22  # numbers that are looked at together
 _INLINE = 1024  # bytes; smaller tensors stay in the graph, where shape inference can see them
@@ -54,6 +56,15 @@ def attach_weights(model: ir.Model, tensors: Tensors, tables: Mapping[str, Tenso
             fix="Leave them out of the model, or use them.",
         )
     return total
+
+
+def open_parts(models: Iterable[bytes], path: Path, options: ort.SessionOptions) -> list[ort.InferenceSession]:
+    """Sessions of graphs made of the one at `path`, serialized, whose weights lie beside it. ONNX Runtime prints nothing."""
+    folder = str(data_file(path).resolve().parent)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+    options.log_severity_level = SILENT
+    with silenced():
+        return [ort.InferenceSession(model, options, providers=["CPUExecutionProvider"]) for model in models]
 
 
 def scale_name(layer: int, part: str) -> str:

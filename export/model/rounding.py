@@ -30,9 +30,7 @@ class Form:
     zeros: bool = False  # whether its blocks have zero points
     offsets: bool = False
     order: str | None = None  # of the columns, by name; None where they are stored as they come
-    transposed: bool = (
-        False  # whether the checkpoint has its last two axes the other way round: some experts' [E, K, N]
-    )
+    transposed: bool = False  # in the checkpoint: some experts' matrices are [E, K, N] there
 
 
 @dataclass(frozen=True)

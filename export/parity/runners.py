@@ -22,12 +22,12 @@ from polygraphy.datatype import DataType
 
 from headfold.export.graph.bodies import round_no_inputs, widen_float8_caches
 from headfold.export.graph.passes import split_layers, widen_to_float32
-from headfold.export.graph.weights import data_file, load_model
+from headfold.export.graph.weights import data_file, load_model, open_parts
 from headfold.export.parity.tolerances import Precision
 from headfold.plugins.dtypes import DTYPES, from_onnxruntime
 from headfold.plugins.names import HIDDEN_STATES, input_of, is_cache_input, is_cache_output
 from headfold.runtime.errors import BundleError
-from headfold.runtime.session import silenced
+from headfold.runtime.session import SILENT, silenced
 
 _MAPPED = 1 << 30  # bytes of weights; more are read where they lie in their file, and not packed for speed
 Outputs = OrderedDict[str, NDArray[Any]]
@@ -173,7 +173,7 @@ class Graph:
                 return ort.InferenceSession(self.path, self._options(), providers=["CPUExecutionProvider"])
             for change in passes:
                 change(model)
-            return self._sessions([model], self._options())[0]
+            return open_parts([ir.to_proto(model).SerializeToString()], self.path, self._options())[0]
 
     def open_layers(self) -> list[ort.InferenceSession]:
         """A session for each layer alone, and one for what comes behind the last; see `split_layers`.
@@ -184,23 +184,17 @@ class Graph:
         with self._errors():
             model, options = load_model(self.path), self._options()
             round_no_inputs(model)
-            options.enable_cpu_mem_arena = options.enable_mem_pattern = (
-                False  # a session would keep what one long cache takes
-            )
-            return self._sessions(split_layers(model), options)
+            # A session would keep what one long cache takes
+            options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+            parts = (ir.to_proto(part).SerializeToString() for part in split_layers(model))
+            return open_parts(parts, self.path, options)
 
     def _options(self) -> ort.SessionOptions:
         options = ort.SessionOptions()
-        options.log_severity_level = 4  # what goes wrong is raised too
+        options.log_severity_level = SILENT  # what goes wrong is raised too
         if self.path.is_file() and data_file(self.path).is_file() and data_file(self.path).stat().st_size > _MAPPED:
             options.add_session_config_entry("session.disable_prepacking", "1")
         return options
-
-    def _sessions(self, models: Sequence[ir.Model], options: ort.SessionOptions) -> list[ort.InferenceSession]:
-        folder = str(data_file(self.path).resolve().parent)
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-        contents = (ir.to_proto(model).SerializeToString() for model in models)
-        return [ort.InferenceSession(content, options, providers=["CPUExecutionProvider"]) for content in contents]
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

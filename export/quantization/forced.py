@@ -14,7 +14,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from headfold.export.graph.passes import split_layers
-from headfold.export.graph.weights import data_file, load_model
+from headfold.export.graph.weights import data_file, load_model, open_parts
 from headfold.plugins.dtypes import DTYPES
 from headfold.plugins.names import PARTS, cache_input, cache_output, hidden_state, is_cache_input, layer_input
 from headfold.runtime.backend import widened
@@ -25,7 +25,6 @@ from headfold.runtime.session import OrtSession
 from headfold.runtime.weight_pages import give_back_mapped
 
 LARGE = 1 << 30  # bytes of weights; more run layer by layer
-_SILENT = 4
 _Tokens = NDArray[np.int64]
 _Array = NDArray[Any]
 
@@ -110,11 +109,8 @@ class _Layers:
         """Raises BundleError: ONNX Runtime cannot load it."""
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = physical_cores(), 1
-        options.log_severity_level = _SILENT  # what goes wrong is raised too
-        folder = str(data_file(self._path).resolve().parent)
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         try:
-            session = ort.InferenceSession(self._parts[layer], options, providers=["CPUExecutionProvider"])
+            (session,) = open_parts([self._parts[layer]], self._path, options)
         except Exception as error:  # its exceptions have no other base
             raise BundleError(
                 f"ONNX Runtime cannot load layer {layer}: {error}", where=self._path, fix="Export it again."
