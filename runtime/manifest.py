@@ -46,6 +46,7 @@ def _inside(name: str) -> str:
     return name
 
 
+BlockSize = Literal[32, 64, 128]  # powers of two, which TensorRT has, too
 WeightsScheme = Literal["int8", "int4", "mixed", "w8a8"]
 Size = Annotated[int, Field(ge=1)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -100,7 +101,7 @@ class WeightsSpec(_Strict):
     """
 
     scheme: WeightsScheme
-    block_size: Literal[32] = 32  # of those that headfold rounded
+    block_size: BlockSize = 32  # of those that headfold rounded; smaller where it does not divide a row
     kept: int = Field(0, ge=0)  # how many are as the checkpoint had them quantized, in its own bits and blocks
     bits: float  # of their numbers on average; the scales are not counted
     accuracy_level: Literal[1, 4]  # of the products: 1 with float32 inputs, 4 with inputs rounded to eight bits

@@ -22,7 +22,7 @@ from headfold.plugins.dtypes import FLOATS, QUANTIZED, DType, Quantized
 
 if TYPE_CHECKING:
     from headfold.export.exportables.rounding_record import Method
-    from headfold.runtime.manifest import Road, WeightsScheme
+    from headfold.runtime.manifest import BlockSize, Road, WeightsScheme
 
 
 @click.command()
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 @click.option(
     "--weights",
     type=click.Choice(["int8", "int4", "mixed", "w8a8"]),
-    help="Store weights in eight or four bits, blocks of 32 with a scale; embedding and head in eight. mixed: these, too, in four or "
+    help="Store weights in eight or four bits, blocks with a scale; embedding and head in eight. mixed: these, too, in four or "
     "eight, by what four cost in it. w8a8: products of integers, for long prompts. What is quantized already keeps its own bits, "
     "but in w8a8. [default: in --dtype]",
 )
@@ -52,6 +52,11 @@ if TYPE_CHECKING:
     "--rounding",
     type=click.Choice(["gptq", "nearest"]),
     help="How weights of four bits are rounded: gptq takes longer and loses less. [default: gptq]",
+)
+@click.option(
+    "--block-size",
+    type=click.Choice([32, 64, 128]),
+    help="Weights that share a scale, of four or eight bits: more is smaller and faster, and loses more. [default: 32]",
 )
 @click.option(
     "--max-kl",
@@ -90,6 +95,7 @@ def export(
     weights: "WeightsScheme | None",
     bits: float | None,
     rounding: "Method | None",
+    block_size: "BlockSize | None",
     max_kl: float | None,
     data: tuple[str, ...],
     calibration_tokens: int | None,
@@ -130,6 +136,7 @@ def export(
     from headfold.export.parity.rendering import render
     from headfold.export.quantization.gate import MAX_KL
     from headfold.export.quantization.rounding import WeightRounding
+    from headfold.plugins.quantized.schema import BLOCK
 
     refuse_idle(
         kv_cache is None,
@@ -152,6 +159,12 @@ def export(
         fix="Add --weights int4 or mixed.",
     )
     refuse_idle(
+        weights not in {"int8", "int4", "mixed"},
+        "block_size",
+        why="is for weights in blocks",
+        fix="Add --weights int8, int4 or mixed.",
+    )
+    refuse_idle(
         target is None, *ENGINE, why="is for building an engine", fix="Add --target tensorrt-rtx, or leave it out."
     )
     refuse_idle(not verify, "decode_steps", why="is of the comparison", fix="Leave out --no-verify, or leave it out.")
@@ -161,7 +174,14 @@ def export(
     rounded = None
     if weights is not None:
         how = rounding or "gptq"
-        rounded = WeightRounding(scheme=weights, max_kl=max_kl or MAX_KL, bits=bits, method=how, data=data)
+        rounded = WeightRounding(
+            scheme=weights,
+            max_kl=max_kl or MAX_KL,
+            bits=bits,
+            method=how,
+            block_size=block_size or BLOCK,
+            data=data,
+        )
     options = ExportOptions(
         dtype=dtype,
         capacity=capacity,

@@ -1,7 +1,6 @@
 """A model whose weights are rounded: as a graph stores them, and as they are when restored, which is what it is compared with."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -16,8 +15,6 @@ from headfold.export.model.config import ModelConfig
 from headfold.export.model.rounding import (
     Form,
     Rounded,
-    Width,
-    form_of,
     restored,
     rounded,
     stored_part,
@@ -122,10 +119,9 @@ class RoundedTensors:
 
     Args:
         tensors: as they were.
-        bits: of each rounded weight.
+        forms: of each rounded weight.
         found: those that are rounded already; the others are, to the nearest, as they are read.
         scales: the dtype of their scales in a graph.
-        transposed: those that the checkpoint has transposed; see Form.
     """
 
     kept: Mapping[str, Form] = MappingProxyType({})
@@ -133,15 +129,12 @@ class RoundedTensors:
     def __init__(
         self,
         tensors: Tensors,
-        bits: Mapping[str, Width],
+        forms: Mapping[str, Form],
         found: Mapping[str, Rounded] | None = None,
         scales: torch.dtype = torch.float32,
-        transposed: Collection[str] = (),
     ) -> None:
         self.original: Tensors = tensors
-        self.found, self.scales, shapes = found or {}, scales, tensors.shapes()
-        forms = {name: form_of(width, shapes[name][1]) for name, width in bits.items()}
-        self.forms = {name: replace(form, transposed=name in transposed) for name, form in forms.items()}
+        self.forms, self.found, self.scales = dict(forms), found or {}, scales
         self._last: tuple[str, Rounded] | None = None  # a graph asks for numbers and scales one after the other
 
     @property
@@ -173,7 +166,7 @@ class RoundedTensors:
     def made(self, name: str) -> Rounded:
         """One that is not found already."""
         form = self.forms[name]
-        return rounded(self.original.read(name), form.bits, self.scales, form.transposed)
+        return rounded(self.original.read(name), form.bits, self.scales, form.transposed, form.block)
 
 
 class RoundedCheckpoint(ChangedCheckpoint, RoundedTensors):
@@ -181,7 +174,7 @@ class RoundedCheckpoint(ChangedCheckpoint, RoundedTensors):
 
     Args:
         checkpoint: as it was.
-        bits: see RoundedTensors, and
+        forms: see RoundedTensors, and
         found: there, and
         scales: there.
         kept: those, and how; see `headfold.export.exportables.kept`.
@@ -192,12 +185,12 @@ class RoundedCheckpoint(ChangedCheckpoint, RoundedTensors):
     def __init__(
         self,
         checkpoint: Checkpoint,
-        bits: Mapping[str, Width],
+        forms: Mapping[str, Form],
         found: Mapping[str, Rounded] | None = None,
         kept: Mapping[str, Form] | None = None,
         scales: torch.dtype = torch.float32,
     ) -> None:
-        RoundedTensors.__init__(self, checkpoint, bits, found, scales)
+        RoundedTensors.__init__(self, checkpoint, forms, found, scales)
         self.kept = kept or {}
         self.forms |= self.kept
 

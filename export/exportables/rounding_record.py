@@ -124,7 +124,8 @@ def read_record(path: Path, shapes: Mapping[str, tuple[int, ...]], config: Model
         elif known and record.bits == 7:
             known = record.method == "nearest" and record.form == form_of(7, shape[1])
         elif known:
-            known = (kept or record.form == Form(record.bits)) and block in _BLOCKS and shape[1] % block == 0
+            known = block in _BLOCKS and shape[1] % block == 0
+            known = known and (kept or (record.form == Form(record.bits, block) and block >= BLOCK))
         if not known:
             raise BundleError(f"{name} cannot have been rounded so", where=path, fix=fix)
     return RoundingRecord(records, _smoothing(content.get("smoothing", {}), shapes, config, path))

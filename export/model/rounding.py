@@ -1,14 +1,15 @@
 """Weights of few bits in blocks along the input dimension: what they are, and the rule that rounds to them.
 
-The rule is symmetric, in blocks of `BLOCK`. What a checkpoint holds in few bits already may have other blocks, zero points or offsets.
+The rule is symmetric. What a checkpoint holds in few bits already may have other blocks, zero points or offsets.
 Of seven bits, a block is all weights of an output, and the inputs of their product are rounded, too: see
 `headfold.plugins.quantized.schema`, which also says why they are not eight.
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -82,29 +83,49 @@ def bits_of(
     return {name: width for name, width in widths.items() if width == 7 or name in whole}
 
 
-def form_of(bits: Width, columns: int) -> Form:
-    """What the rule gives a weight with so many columns."""
-    return Form(bits, columns if bits == 7 else BLOCK)
+def form_of(bits: Width, columns: int, block: int = BLOCK) -> Form:
+    """What the rule gives a weight with so many columns: blocks of the largest power of two up to `block` that divides them."""
+    return Form(bits, columns if bits == 7 else math.gcd(columns, block))
 
 
-def rounded(weight: Tensor, bits: Width, scales: torch.dtype = torch.float32, transposed: bool = False) -> Rounded:
+def forms_of(
+    bits: Mapping[str, Width],
+    shapes: Mapping[str, tuple[int, ...]],
+    block: int = BLOCK,
+    transposed: Collection[str] = (),
+) -> dict[str, Form]:
+    """What the rule gives weights of these shapes; `transposed`: those that the checkpoint has so. Experts have blocks of `BLOCK`."""
+    blocks = {name: block if len(shapes[name]) == 2 else BLOCK for name in bits}
+    forms = {name: form_of(width, shapes[name][-1], blocks[name]) for name, width in bits.items()}
+    return {name: replace(form, transposed=name in transposed) for name, form in forms.items()}
+
+
+def rounded(
+    weight: Tensor,
+    bits: Width,
+    scales: torch.dtype = torch.float32,
+    transposed: bool = False,
+    block: int = BLOCK,
+) -> Rounded:
     """The nearest numbers, and the scales of their blocks, of a weight [N, K]; of experts [E, N, K], or `transposed` [E, K, N].
+
+    Blocks are as `form_of` has them.
 
     In eight bits the scale is the block's largest magnitude over 127; in four its extreme, with its sign, over -8, so that all 16
     numbers are used (both as in ggml's reference quantization); in seven an output's largest magnitude over 63. A block of zeros has
     scale 1. `scales` is the dtype that holds these: a graph's.
     """
     if weight.dim() == 3:  # one after the other: what is wide in between is one of them
-        each = [rounded(expert, bits, scales) for expert in (weight.mT if transposed else weight)]
+        each = [rounded(expert, bits, scales, block=block) for expert in (weight.mT if transposed else weight)]
         values, found = torch.stack([expert.values for expert in each]), torch.stack([expert.scales for expert in each])
         return Rounded(bits, values, found, transposed=transposed)
-    blocks = weight.float().reshape(len(weight), -1, form_of(bits, weight.shape[1]).block)  # [N, G, block]
+    blocks = weight.float().reshape(len(weight), -1, form_of(bits, weight.shape[1], block).block)  # [N, G, block]
     found = block_scales(blocks, bits, scales)
     return Rounded(bits, nearest(blocks, found[..., None], bits).to(torch.int8).flatten(1), found)
 
 
 def block_scales(blocks: Tensor, bits: Width, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The scales [...] of blocks [..., BLOCK]; see `rounded`."""
+    """The scales [...] of blocks [..., block]; see `rounded`."""
     largest = blocks.abs().amax(-1) if bits != 4 else blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))[..., 0]
     scales = (largest / {8: 127, 7: 63, 4: -8}[bits]).to(dtype).to(blocks.dtype)
     return torch.where(scales == 0, 1.0, scales)

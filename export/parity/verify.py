@@ -34,7 +34,6 @@ from headfold.export.parity.report import CheckResult, ParityReport
 from headfold.export.parity.tolerances import Precision
 from headfold.export.progress import Reporter
 from headfold.plugins.attention.schema import SCALES, TABLES
-from headfold.plugins.quantized.schema import Bits
 from headfold.runtime.errors import BundleError
 from headfold.runtime.files.graph_file import check_capacity
 from headfold.runtime.manifest import MODEL, Manifest, check_files, read_manifest
@@ -157,19 +156,16 @@ def _rounded(
     own = exportable.checkpoint if isinstance(exportable, OwnModel) else None
     weights = exportable.tensors(stored)
     record = read_record(directory / RECORD, weights.shapes(), own.config if own is not None else None)
-    tensors = record.tensors
-    by_gptq: dict[str, Bits] = {
-        name: weight.bits for name, weight in tensors.items() if weight.method == "gptq" and weight.bits != 7
-    }
-    bits = {name: weight.bits for name, weight in tensors.items() if weight.method != "kept"}
-    kept = {name: weight.form for name, weight in tensors.items() if weight.method == "kept"}
-    found = StoredRoundings(model, by_gptq, weights.shapes())
+    by_gptq, by_rule, kept = (
+        {name: weight.form for name, weight in record.tensors.items() if weight.method == method}
+        for method in ("gptq", "nearest", "kept")
+    )
+    forms, found = by_rule | by_gptq, StoredRoundings(model, by_gptq, weights.shapes())
     if own is not None:
-        return RoundedCheckpoint(record.smoothed(own), bits, found, kept, stored), record
+        return RoundedCheckpoint(record.smoothed(own), forms, found, kept, stored), record
     if kept:
         raise BundleError("keeps a checkpoint's own bits, of a model of another road", where=directory, fix=_AGAIN)
-    transposed = {name for name, weight in tensors.items() if weight.transposed}
-    return RoundedTensors(weights, bits, found, stored, transposed), record
+    return RoundedTensors(weights, forms, found, stored), record
 
 
 def reference_of(directory: Path, exportable: Exportable, manifest: Manifest, arithmetic: torch.dtype) -> Oracle:

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from headfold.export.model.rounding import Rounded, block_scales, nearest, restored
+from headfold.export.model.rounding import Rounded, block_scales, form_of, nearest, restored
 from headfold.export.progress import Reporter
 from headfold.export.quantization.running import Running
 from headfold.plugins.quantized.schema import BLOCK, Bits
@@ -23,7 +23,7 @@ _TRIED = [1 - 0.02 * step for step in range(16)]  # of the scale that holds the 
 
 @torch.inference_mode()
 def gptq_layers(
-    model: Running, names: Collection[str], tokens: Tensor, scales: torch.dtype, reporter: Reporter
+    model: Running, names: Collection[str], tokens: Tensor, scales: torch.dtype, block: int, reporter: Reporter
 ) -> dict[str, Rounded]:
     """Weights of layers in four bits, calibrated on int64 tokens [N, S]; of those whose inputs can be heard: of nn.Linear.
 
@@ -32,6 +32,7 @@ def gptq_layers(
         names: of weights to round, [N, K].
         tokens: see above.
         scales: dtype of the graph's.
+        block: see `form_of`.
         reporter: told what goes on.
     """
     found = dict[str, Rounded]()
@@ -43,7 +44,7 @@ def gptq_layers(
                 linears = {f"{name}.weight": m for name, m in modules.items() if isinstance(m, nn.Linear)}
                 linears = {name: module for name, module in linears.items() if name in names}
                 moments = _input_moments(linears, _run(model, index, parts, hidden))
-                here = {name: gptq(model.read(name), heard, 4, scales) for name, heard in moments.items()}
+                here = {name: gptq(model.read(name), heard, 4, scales, block) for name, heard in moments.items()}
                 with model.replaced({name: restored(rounding) for name, rounding in here.items()}):
                     hidden = list(_run(model, index, parts, hidden))
                 found |= here
@@ -52,7 +53,9 @@ def gptq_layers(
 
 
 @torch.inference_mode()
-def gptq_head(model: Running, name: str, tokens: Tensor, scales: torch.dtype, reporter: Reporter) -> Rounded:
+def gptq_head(
+    model: Running, name: str, tokens: Tensor, scales: torch.dtype, block: int, reporter: Reporter
+) -> Rounded:
     """The head, of this name, in four bits, calibrated on what enters it, as `gptq_layers`.
 
     Its rows, a token's each, know nothing of each other.
@@ -60,45 +63,48 @@ def gptq_head(model: Running, name: str, tokens: Tensor, scales: torch.dtype, re
     with reporter.step("round the head with GPTQ"):
         inputs = (model.entering_head(part).flatten(0, -2) for part in together(tokens))
         moments = torch.stack([(x.T @ x).double() for x in inputs]).sum(0)
-        parts = [gptq(rows, moments, 4, scales) for rows in torch.split(model.read(name), _ROWS)]
+        parts = [gptq(rows, moments, 4, scales, block) for rows in torch.split(model.read(name), _ROWS)]
     return Rounded(4, torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts]))
 
 
-def gptq(weight: Tensor, moments: Tensor, bits: Bits, dtype: torch.dtype = torch.float32) -> Rounded:
+def gptq(
+    weight: Tensor, moments: Tensor, bits: Bits, dtype: torch.dtype = torch.float32, block: int = BLOCK
+) -> Rounded:
     """Round a weight [N, K] whose inputs have these second moments, float64 [K, K], positive somewhere.
 
     Whole blocks and the columns in them go in the order of their inputs' size, largest first ("act order" of the authors' code), for
     the last ones have nobody to make up for them. A block's scale is found when its turn comes: the one of `_TRIED`, either sign, with
-    the least error, weighed by the moments; `dtype` holds the scales.
+    the least error, weighed by the moments; `dtype` holds the scales. Blocks are as `form_of` has them.
 
     Raises:
         ConfigError: the moments are not finite.
     """
     count, width = weight.shape
+    size = form_of(bits, width, block).block
     power = moments.diagonal().clone()
-    order = _order(power)
+    order = _order(power, size)
     inverse = _inverse_factor(moments[order][:, order])  # [K, K], upper triangular
     left = weight.double()[:, order]  # what is still to round, corrected
     power = power[order] + _DAMPING * power.mean()
     numbers = torch.empty(count, width, dtype=torch.int8)
-    scales = torch.empty(count, width // BLOCK)
-    for start in range(0, width, BLOCK):
-        block = slice(start, start + BLOCK)
-        step = best_scales(left[:, block], power[block], bits, dtype)  # [N]
-        errors = torch.empty(count, BLOCK, dtype=torch.float64)
-        for offset in range(BLOCK):
+    scales = torch.empty(count, width // size)
+    for start in range(0, width, size):
+        own = slice(start, start + size)
+        step = best_scales(left[:, own], power[own], bits, dtype)  # [N]
+        errors = torch.empty(count, size, dtype=torch.float64)
+        for offset in range(size):
             column = start + offset
             chosen = nearest(left[:, column], step, bits)
             numbers[:, order[column]] = chosen.to(torch.int8)
             errors[:, offset] = (left[:, column] - chosen * step) / inverse[column, column]
-            left[:, column : start + BLOCK] -= errors[:, offset, None] * inverse[column, column : start + BLOCK]
-        left[:, start + BLOCK :] -= errors @ inverse[block, start + BLOCK :]
-        scales[:, order[start] // BLOCK] = step.float()
+            left[:, column : start + size] -= errors[:, offset, None] * inverse[column, column : start + size]
+        left[:, start + size :] -= errors @ inverse[own, start + size :]
+        scales[:, order[start] // size] = step.float()
     return Rounded(bits, numbers, scales)
 
 
 def best_scales(blocks: Tensor, power: Tensor, bits: Bits, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Scales [N] of blocks [N, BLOCK] with the least squared error, numbers of `dtype`; `power` [BLOCK] weighs its columns."""
+    """Scales [N] of blocks [N, block] with the least squared error, numbers of `dtype`; `power` [block] weighs its columns."""
     largest = block_scales(blocks, bits, dtype)
     best, least = largest, torch.full_like(largest, torch.inf)
     for factor in _TRIED:
@@ -111,10 +117,10 @@ def best_scales(blocks: Tensor, power: Tensor, bits: Bits, dtype: torch.dtype = 
     return best
 
 
-def _order(power: Tensor) -> Tensor:
+def _order(power: Tensor, block: int) -> Tensor:
     """Columns, largest input first, but block by block: int64 [K]."""
-    blocks = power.view(-1, BLOCK)
-    within = blocks.sort(stable=True, descending=True).indices + torch.arange(0, len(power), BLOCK)[:, None]
+    blocks = power.view(-1, block)
+    within = blocks.sort(stable=True, descending=True).indices + torch.arange(0, len(power), block)[:, None]
     return within[blocks.sum(1).sort(stable=True, descending=True).indices].flatten()
 
 

@@ -17,7 +17,7 @@ from headfold.export.exportables.kept import kept_forms
 from headfold.export.exportables.own import OwnModel
 from headfold.export.exportables.rounded import RoundedCheckpoint, RoundedTensors, SmoothedCheckpoint
 from headfold.export.exportables.rounding_record import Method
-from headfold.export.model.rounding import Form, Rounded, Width, bits_of, restored, rounded
+from headfold.export.model.rounding import Form, Rounded, Width, bits_of, forms_of, restored, rounded
 from headfold.export.progress import Reporter
 from headfold.export.quantization.cost import Reference, reference
 from headfold.export.quantization.gate import MAX_KL
@@ -26,8 +26,9 @@ from headfold.export.quantization.running import Running
 from headfold.export.quantization.sensitivity import TOKENS as SENSITIVITY
 from headfold.export.quantization.sensitivity import choose_bits, sensitivities
 from headfold.export.quantization.smoothing import find_smoothing
+from headfold.plugins.quantized.schema import BLOCK
 from headfold.runtime.errors import ConfigError
-from headfold.runtime.manifest import WeightsScheme, WeightsSpec
+from headfold.runtime.manifest import BlockSize, WeightsScheme, WeightsSpec
 
 # A model whose weights come and go with each pass is given shorter sequences: each token that is decoded is a pass
 SHORT = 64  # tokens
@@ -42,6 +43,7 @@ class WeightRounding:
     max_kl: float = MAX_KL  # nats
     bits: float | None = None  # of "mixed": the average; None for the fewest that seem to stay within `max_kl`
     method: Method = "gptq"  # of weights of four bits
+    block_size: BlockSize = BLOCK  # weights that share a scale, or as many of them as divide a row
     data: tuple[str, ...] = ()  # sources of text; the model writes its own if there is none
 
 
@@ -92,6 +94,7 @@ def prepare(
         kept = kept_forms(source.checkpoint, [name for name, width in bits.items() if width != 7], dtype)
     _tell(source, bits, kept, reporter)
     _tell_of_floats(shapes, bits, reporter)
+    block = options.block_size
     experts = {name for name in bits if len(shapes[name]) == 3}
     least = bits | {name: form.bits for name, form in kept.items()}
     bits = {name: width for name, width in bits.items() if name not in kept}  # of those that are rounded
@@ -114,34 +117,39 @@ def prepare(
     if options.scheme == "mixed" and calibrated:
         few = tokens[~measured][: max(SENSITIVITY // tokens.shape[1], 1)]
         joined = {groups[name] for name, width in bits.items() if width == 4}
-        found = sensitivities(model, joined, transposed, few, reporter)
+        found = sensitivities(model, joined, transposed, block, few, reporter)
         max_kl = options.max_kl if options.bits is None else None
         chosen = choose_bits(least, shapes, found, max_kl, options.bits)
         bits = {name: chosen[name] for name in bits}
         costs = {name: cost for names, cost in found.items() for name in names}
     if smoothed and isinstance(source, OwnModel):
         smooth = find_smoothing(model, source.checkpoint.config, tokens[~measured], reporter)
-        weights: RoundedTensors = RoundedCheckpoint(SmoothedCheckpoint(source.checkpoint, smooth), bits)
+        weights: RoundedTensors = RoundedCheckpoint(
+            SmoothedCheckpoint(source.checkpoint, smooth), forms_of(bits, shapes)
+        )
     else:
         gptq = dict[str, Rounded]()
         if calibrated and options.method == "gptq":
             products = {name for name, width in bits.items() if width == 4} - experts
-            narrow = {name for name in products if not is_held(tensors, name, dtype)}
+            narrow = {name for name in products if not is_held(tensors, name, dtype, block)}
             if any(bits[name] == 4 for name in experts & bits.keys()):
                 reporter.note("experts of four bits are the nearest numbers: GPTQ hears the inputs of products alone")
             known = {name: width for name, width in bits.items() if width == 8 and name not in experts}
-            eight = RoundedTensors(tensors, known, scales=dtype)
+            eight = RoundedTensors(tensors, forms_of(known, shapes, block), scales=dtype)
+            calibration = tokens[~measured], dtype, block, reporter
             with model.replaced({name: eight.read(name) for name in eight.forms}):
                 if (head := model.head) in narrow:
-                    gptq[head] = gptq_head(model, head, tokens[~measured], dtype, reporter)
+                    gptq[head] = gptq_head(model, head, *calibration)
                 with model.replaced({name: restored(weight) for name, weight in gptq.items()}):
-                    gptq |= gptq_layers(model, narrow, tokens[~measured], dtype, reporter) if narrow else {}
+                    gptq |= gptq_layers(model, narrow, *calibration) if narrow else {}
+        forms = forms_of(bits, shapes, block, transposed)
         if isinstance(source, OwnModel):
-            weights = RoundedCheckpoint(source.checkpoint, bits, gptq, kept, dtype)
+            weights = RoundedCheckpoint(source.checkpoint, forms, gptq, kept, dtype)
         else:
-            weights = RoundedTensors(tensors, bits, gptq, dtype, transposed)
+            weights = RoundedTensors(tensors, forms, gptq, dtype)
     spec = WeightsSpec(
         scheme=options.scheme,
+        block_size=block,
         bits=average_bits(weights),
         kept=len(kept),
         accuracy_level=4,
@@ -200,7 +208,7 @@ def average_bits(weights: RoundedTensors) -> float:
     return sum(form.bits * sizes[name] for name, form in weights.forms.items()) / sum(sizes.values())
 
 
-def is_held(tensors: Tensors, name: str, scales: torch.dtype) -> bool:
-    """Whether four bits hold a weight exactly as it is (it was dequantized from such ones)."""
+def is_held(tensors: Tensors, name: str, scales: torch.dtype, block: int) -> bool:
+    """Whether four bits, in blocks as `form_of` has them, hold a weight exactly as it is (it was dequantized from such ones)."""
     weight = tensors.read(name).float()
-    return torch.equal(restored(rounded(weight, 4, scales)), weight)
+    return torch.equal(restored(rounded(weight, 4, scales, block=block)), weight)

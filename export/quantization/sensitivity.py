@@ -19,18 +19,24 @@ TOKENS = 256  # measured on; each weight takes about half a forward pass
 
 @torch.inference_mode()
 def sensitivities(
-    model: Running, groups: Collection[tuple[str, ...]], transposed: Collection[str], tokens: Tensor, reporter: Reporter
+    model: Running,
+    groups: Collection[tuple[str, ...]],
+    transposed: Collection[str],
+    block: int,
+    tokens: Tensor,
+    reporter: Reporter,
 ) -> dict[tuple[str, ...], float]:
     """KL(as it is || with these weights in four bits), nats, a mean over tokens [N, S]; a group's weights together.
 
-    They are of one layer, or of none: embedding and head. For those that are `transposed` see Form.
+    They are of one layer, or of none: embedding and head. For those that are `transposed` see Form, for `block`
+    `form_of`.
     """
     entering = model.enter(tokens)  # [N, S, hidden]
     exact, costs = model.run_from(0, tokens, entering).log_softmax(-1), dict[tuple[str, ...], float]()
 
     def measure(index: int | None, run: Callable[[], Tensor]) -> None:
         for names in (names for names in groups if model.layer_of(names[0]) == index):
-            found = {name: rounded(model.read(name), 4, transposed=name in transposed) for name in names}
+            found = {name: rounded(model.read(name), 4, transposed=name in transposed, block=block) for name in names}
             with model.replaced({name: restored(weight) for name, weight in found.items()}):
                 now = run().log_softmax(-1)
             costs[names] = (exact.exp() * (exact - now)).sum(-1).mean().item()

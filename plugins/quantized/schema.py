@@ -19,12 +19,12 @@ RoundedMatMul rounds its input, too, so that sums are of integers, exact. Each r
 """
 
 from dataclasses import dataclass, fields
-from typing import Generic, Literal, TypeVar
+from typing import Final, Generic, Literal, TypeVar
 
 from headfold.plugins.attention.schema import DOMAIN as DOMAIN  # all ops are of one domain, in one version
 from headfold.plugins.attention.schema import VERSION as VERSION
 
-BLOCK = 32  # of what headfold rounds itself
+BLOCK: Final = 32  # of what headfold rounds itself, unless it is told otherwise
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 128  # powers of two between
 SMALLEST = 1e-30  # a row of zeros has no scale of its own
 Bits = Literal[4, 8]  # of a number in a matrix of blocks

@@ -14,7 +14,6 @@ from headfold.export.exportables.rounding_record import WeightRecord, digest, re
 from headfold.export.graph.recipes import recipe_of
 from headfold.export.model.rounding import Form, Rounded, restored, rounded, stored_shapes, unpacked
 from headfold.export.parity.report import CheckResult, verdict
-from headfold.plugins.quantized.schema import Bits
 from headfold.runtime.errors import BundleError
 
 # GPTQ moves weights further from the checkpoint's than the nearest numbers are, so that their products are nearer: on SmolLM2 their
@@ -32,10 +31,10 @@ class StoredRoundings(Mapping[str, Rounded]):
     def __init__(
         self,
         model: ir.Model,
-        bits: Mapping[str, Bits],
+        forms: Mapping[str, Form],
         shapes: Mapping[str, tuple[int, ...]],
     ) -> None:
-        self._bits, self._shapes = bits, shapes
+        self._forms, self._shapes = forms, shapes
         self._values = dict[str, tuple[ir.Value, int]]()  # of each part the initializer, and its first row there
         for value in model.graph.initializers.values():
             row = 0
@@ -45,15 +44,16 @@ class StoredRoundings(Mapping[str, Rounded]):
                 row += shapes[whole][0] if whole in shapes else 0
 
     def __getitem__(self, name: str) -> Rounded:
-        bits = self._bits[name]
-        values, scales = (self._read(*part) for part in stored_shapes(name, Form(bits), self._shapes[name]).items())
-        return Rounded(bits, unpacked(values, bits), scales.float())
+        form = self._forms[name]
+        assert form.bits != 7
+        values, scales = (self._read(*part) for part in stored_shapes(name, form, self._shapes[name]).items())
+        return Rounded(form.bits, unpacked(values, form.bits), scales.float())
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._bits)
+        return iter(self._forms)
 
     def __len__(self) -> int:
-        return len(self._bits)
+        return len(self._forms)
 
     def _read(self, part: str, shape: tuple[int, ...]) -> torch.Tensor:
         value, row = self._values.get(part, (None, 0))
@@ -78,9 +78,9 @@ def prove_rounding(checkpoint: RoundedTensors, record: Mapping[str, WeightRecord
     """Every weight that no rule finds is the one that was recorded when it was found, and near the checkpoint's own."""
     worst, at, note = 0.0, "", ""
     for name in checkpoint.found:
-        weight, found = checkpoint.original.read(name), checkpoint.rounded(name)
+        weight, found, form = checkpoint.original.read(name), checkpoint.rounded(name), checkpoint.forms[name]
         error = relative_squared_error(found, weight)
-        least = relative_squared_error(rounded(weight, checkpoint.forms[name].bits, checkpoint.scales), weight)
+        least = relative_squared_error(rounded(weight, form.bits, checkpoint.scales, block=form.block), weight)
         ratio = error / least if least else math.inf * error if error else 0.0
         if digest(found) != record[name].sha256:
             ratio, note = math.inf, "is not what GPTQ found"

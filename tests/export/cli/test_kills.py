@@ -133,7 +133,9 @@ def sample(copies: list[Path]) -> list[Path]:
     return [copies[turns[len(turns) * i // _RUNS]] for i in range(_RUNS)] + copies[-1:]
 
 
-@pytest.mark.parametrize("name", ["export", "build", "convert", "uptrain", "sweep"])
+@pytest.mark.parametrize(
+    "name", ["export", "build", "convert", "uptrain", pytest.param("sweep", marks=pytest.mark.slow)]
+)
 def test_a_kill_leaves_the_old_or_the_new_and_the_next_run_succeeds(name, cases, tmp_path, monkeypatch) -> None:
     if name == "build" and find_spec("tensorrt_rtx") is None:
         pytest.skip("pip install tensorrt-rtx")

@@ -26,6 +26,7 @@ from headfold.export.engine.preflight import preflight
 from headfold.export.exportables.own import OwnModel
 from headfold.export.exportables.rounded import RoundedCheckpoint
 from headfold.export.model.decoder import Decoder
+from headfold.export.model.rounding import forms_of
 from headfold.export.parity.verify import verify_bundle
 from headfold.export.progress import Reporter
 from headfold.runtime.errors import BuildError
@@ -48,9 +49,10 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(source) -> Path:
-    """With weights of both widths, and an embedding that is the head, too."""
+    """With weights of both widths, in blocks of 64 where they divide a row, and an embedding that is the head, too."""
     path = source.parent / "mixed"
     arguments = ["export", source, "-o", path, "--weights", "mixed", "--bits", "6", "--rounding", "nearest", "-q"]
+    arguments += ["--block-size", "64"]
     result = CliRunner().invoke(main, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
     return path
@@ -60,7 +62,8 @@ def restored(bundle: Path, source: Path) -> RoundedCheckpoint:
     names = ir.load(bundle / "model.onnx").graph.initializers
     original = open_checkpoint(source)
     bits = {name: 4 if any(f"{name}.int4" in known for known in names) else 8 for name in original.shapes()}
-    return RoundedCheckpoint(original, {name: width for name, width in bits.items() if "norm" not in name})
+    rounded = {name: width for name, width in bits.items() if "norm" not in name}
+    return RoundedCheckpoint(original, forms_of(rounded, original.shapes(), 64))
 
 
 @pytest.mark.parametrize("attention", ["native", "plugin"])

@@ -23,9 +23,9 @@ QUIET = Reporter(quiet=True)
     [
         ("gemma3_text", "native", ""),  # two windows and two bases
         ("smollm3", "plugin", ""),  # a layer without RoPE
-        ("gemma2", "plugin", ""),  # a soft cap
+        pytest.param("gemma2", "plugin", "", marks=pytest.mark.slow),  # a soft cap
         ("gemma2", "native", "TensorRT ignores a soft cap"),
-        ("gpt_oss", "plugin", "the model has attention sinks"),
+        pytest.param("gpt_oss", "plugin", "the model has attention sinks", marks=pytest.mark.slow),
     ],
 )
 def test_the_network_agrees_or_is_refused_by_name(model_type, attention, refusal, tmp_path) -> None:

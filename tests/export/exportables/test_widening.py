@@ -15,6 +15,7 @@ from headfold.export.exportables.module_road.module_model import ModuleModel
 from headfold.export.exportables.opening import open_exportable
 from headfold.export.exportables.own import OwnModel
 from headfold.export.exportables.rounded import RoundedCheckpoint, RoundedTensors
+from headfold.export.model.rounding import Form
 
 TOKENS = np.arange(3, 20)
 
@@ -33,8 +34,8 @@ def rounded(source: Exportable) -> RoundedTensors:
         "layers.0.up.weight" if "layers.0.up.weight" in tensors.shapes() else "model.layers.0.self_attn.o_proj.weight"
     )
     if isinstance(source, OwnModel):
-        return RoundedCheckpoint(source.checkpoint, {first: 4})
-    return RoundedTensors(tensors, {first: 4})
+        return RoundedCheckpoint(source.checkpoint, {first: Form(4)})
+    return RoundedTensors(tensors, {first: Form(4)})
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi3", "module"])

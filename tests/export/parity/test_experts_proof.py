@@ -18,6 +18,7 @@ from headfold.export.exportables.rounded import RoundedTensors
 from headfold.export.graph.experts import experts_nodes
 from headfold.export.graph.trace import export_graph
 from headfold.export.graph.weights import load_model
+from headfold.export.model.rounding import Form
 from headfold.export.parity.exact.experts import prove_experts
 from headfold.export.parity.verify import verify_bundle
 from headfold.export.progress import Reporter
@@ -123,7 +124,7 @@ def test_routing_is_proven_beside_rounded_products(fault, tmp_path) -> None:
     source = open_exportable(save_random("qwen3_moe", tmp_path / "model"), "transformers")
     tensors = source.tensors(torch.float32)
     model, again = (export_graph(source, tensors, torch.float32, 64) for _ in range(2))
-    round_weights(model, RoundedTensors(tensors, dict.fromkeys(roundable(model), 8)))
+    round_weights(model, RoundedTensors(tensors, dict.fromkeys(roundable(model), Form(8))))
     if fault is not None:
         first, second, *_ = (
             node

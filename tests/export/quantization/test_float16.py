@@ -61,7 +61,7 @@ def test_it_is_proven_and_computes_with_what_its_file_holds(scheme, source, tmp_
     assert code == 0, output
 
 
-@pytest.mark.parametrize("kind", ["GGUF", "GPTQ"])
+@pytest.mark.parametrize("kind", [pytest.param("GGUF", marks=pytest.mark.slow), "GPTQ"])
 def test_what_is_quantized_keeps_its_own_bits_where_float16_holds_its_scales(kind, tmp_path) -> None:
     source = MAKE[kind](tmp_path)
     code, output = run("export", source, "-o", tmp_path / "out", "--weights", "int4", "--dtype", "float16", "-q")

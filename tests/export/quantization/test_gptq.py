@@ -22,9 +22,9 @@ def moments(inputs: torch.Tensor) -> torch.Tensor:
 
 
 def by_definition(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    """Numbers [N, BLOCK] of one block: Frantar and Alistarh 2022, equation 3, the largest input first; inverses computed anew."""
+    """Numbers [N, K] of one block: Frantar and Alistarh 2022, equation 3, the largest input first; inverses computed anew."""
     power = hessian.diagonal()
-    damped = hessian + 0.01 * power.mean() * torch.eye(BLOCK, dtype=torch.float64)
+    damped = hessian + 0.01 * power.mean() * torch.eye(len(power), dtype=torch.float64)
     left, numbers = weight.double().clone(), torch.empty_like(weight)
     scales = best_scales(left, power + 0.01 * power.mean(), 4)
     remaining = power.argsort(descending=True, stable=True).tolist()
@@ -38,9 +38,10 @@ def by_definition(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     return numbers
 
 
-def test_one_block_is_rounded_as_the_paper_says() -> None:
-    weight, inputs = problem(BLOCK, mixed=1.0)
-    numbers = gptq(weight, moments(inputs), 4).values
+@pytest.mark.parametrize("block", [32, 64, 128])
+def test_one_block_is_rounded_as_the_paper_says(block) -> None:
+    weight, inputs = problem(block, mixed=1.0)
+    numbers = gptq(weight, moments(inputs), 4, block=block).values
     assert torch.equal(numbers, by_definition(weight, moments(inputs)).to(torch.int8))
 
 

@@ -21,7 +21,7 @@ from headfold.export.exportables.rounding_record import digest
 from headfold.export.graph.experts import experts_nodes
 from headfold.export.graph.trace import export_graph
 from headfold.export.graph.weights import load_model
-from headfold.export.model.rounding import Rounded, restored, rounded, unpacked
+from headfold.export.model.rounding import Rounded, forms_of, restored, rounded, unpacked
 from headfold.export.parity.exact.experts import prove_experts
 from headfold.export.parity.verify import verify_bundle
 from headfold.export.progress import Reporter
@@ -158,7 +158,10 @@ def test_another_layers_scales_are_named(tmp_path) -> None:
     layer = tuple(f"model.layers.1.mlp.experts.{name}_proj" for name in ("gate_up", "down"))
     assert [groups[name] for name in layer] == [layer] * 2
     assert not any(".mlp.gate." in name for name in groups)
-    round_weights(model, RoundedTensors(tensors, dict.fromkeys(groups, 4), transposed=transposed(model)))
+    round_weights(
+        model,
+        RoundedTensors(tensors, forms_of(dict.fromkeys(groups, 4), tensors.shapes(), transposed=transposed(model))),
+    )
     assert prove_experts(model, again).passed
     first, second, *_ = experts_nodes(model)
     place = QUANTIZED_INPUTS.index("gate_up_scales")

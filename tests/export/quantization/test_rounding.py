@@ -10,7 +10,7 @@ import torch
 from headfold.export.checkpoints.base import MemoryCheckpoint
 from headfold.export.exportables.rounded import RoundedCheckpoint, StoredTensors
 from headfold.export.model.config import ModelConfig
-from headfold.export.model.rounding import bits_of, packed, restored, rounded
+from headfold.export.model.rounding import Form, bits_of, form_of, packed, restored, rounded
 from headfold.plugins.quantized.reference import dequantized
 
 CONFIG = ModelConfig(  # of no model: what rounds does not look at it
@@ -43,6 +43,15 @@ def test_every_number_is_within_half_a_step_of_its_weight(bits) -> None:
         bits == 4
     )  # there is no +8: such a weight loses up to a step
     assert (error <= step * (0.5 + 0.5 * clipped) * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize(("columns", "blocks"), [(96, {32: 32, 128: 32}), (576, {64: 64, 128: 64}), (1536, {128: 128})])
+def test_blocks_are_as_large_as_divide_a_row(columns, blocks) -> None:
+    for asked, size in blocks.items():
+        rounding = rounded(weight(2, columns), 8, block=asked)
+        assert rounding.form == form_of(8, columns, asked) == Form(8, size)
+        largest = weight(2, columns).view(2, -1, size).abs().amax(-1)
+        torch.testing.assert_close(rounding.scales, largest / 127)
 
 
 def test_blocks_of_zeros_stay_zeros() -> None:
@@ -80,7 +89,7 @@ def test_matrices_with_whole_blocks_are_rounded_and_the_head_and_embedding_to_ei
 
 def test_a_graph_stores_values_and_scales_under_names_of_their_own() -> None:
     q, norm = weight(4, 64), torch.ones(64)
-    rounding = RoundedCheckpoint(MemoryCheckpoint(Path("memory"), CONFIG, {"q": q, "norm": norm}), {"q": 4})
+    rounding = RoundedCheckpoint(MemoryCheckpoint(Path("memory"), CONFIG, {"q": q, "norm": norm}), {"q": Form(4)})
     stored = StoredTensors(rounding)
     assert stored.shapes() == {"norm": (64,), "q.int4": (4, 2, 16), "q.int4.scales": (4, 2)}
     found = dequantized(*(stored.read(name).numpy() for name in ("q.int4", "q.int4.scales")), 4)

@@ -22,7 +22,7 @@ from headfold.export.exportables.rounding_record import read_record, record_of, 
 from headfold.export.graph.bodies import use_quantized_bodies, use_standard_body
 from headfold.export.model.config import ModelConfig
 from headfold.export.model.decoder import Decoder
-from headfold.export.model.rounding import bits_of
+from headfold.export.model.rounding import Form, bits_of, forms_of
 from headfold.export.parity.verify import verify_bundle
 from headfold.export.progress import Reporter
 from headfold.export.quantization import forced
@@ -75,7 +75,8 @@ def shapes_of(source: Path) -> Mapping[str, tuple[int, ...]]:
 def rounding(source: Path) -> RoundedCheckpoint:
     """What --weights int4 --rounding nearest makes of it."""
     original = open_checkpoint(source)
-    return RoundedCheckpoint(original, bits_of(original.shapes(), "int4"))
+    shapes = original.shapes()
+    return RoundedCheckpoint(original, forms_of(bits_of(shapes, "int4"), shapes))
 
 
 def test_the_manifest_says_what_was_done_and_what_it_cost(bundle, source) -> None:
@@ -298,7 +299,7 @@ def test_a_model_without_whole_blocks_is_refused(tmp_path) -> None:
 def test_a_record_that_is_wrong_is_one_line(damage, message, tmp_path) -> None:
     save_hf(tmp_path / "source", checkpoint(replace(CONFIG, tie_word_embeddings=False)), torch.float32)
     original = open_checkpoint(tmp_path / "source")
-    content = record_to_json(record_of(RoundedCheckpoint(original, {"lm_head.weight": 8}), {}))
+    content = record_to_json(record_of(RoundedCheckpoint(original, {"lm_head.weight": Form(8)}), {}))
     damage(content["tensors"])
     (tmp_path / "weights.json").write_text(json.dumps(content))
     with pytest.raises(BundleError, match=message):
