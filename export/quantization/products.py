@@ -237,7 +237,7 @@ def _rows(model: ir.Model, tape: ir.tape.Tape, node: ir.Node, name: str, checkpo
     rows = tape.op(GATHER, [values, scales, ids], {"bits": form.bits}, domain=DOMAIN)  # [B, S, K]
     if not others:
         return rows
-    rows.shape = node.outputs[0].shape
+    rows.type, rows.shape = node.outputs[0].type, node.outputs[0].shape
     whole = shared_constant(model, "blocks.whole", np.array([0, 0, -1]))
     last = shared_constant(model, "blocks.last", np.array([-1]))
     offsets = tape.op("Unsqueeze", [tape.op("Gather", [others[0], ids], {"axis": 0}), last])  # [B, S, G, 1]
@@ -271,7 +271,7 @@ def _products(
         if order is not None:
             if (given, order) not in made:
                 made[given, order] = tape.op("Gather", [given, order], {"axis": len(given.shape) - 1})
-                made[given, order].shape = given.shape
+                made[given, order].type, made[given, order].shape = given.type, given.shape
             x = made[given, order]
         rows, columns = sum(checkpoint.shapes()[name][0] for name in names), checkpoint.shapes()[names[0]][1]
         attributes = MatMulAttributes(K=columns, N=rows, bits=form.bits, block_size=form.block)

@@ -1,7 +1,9 @@
 """Checkpoints that are quantized already: their bundles have the same numbers, and prove it; faults in them are seen."""
 
 import json
+import logging
 import shutil
+from logging.handlers import BufferingHandler
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +39,12 @@ def kept(request, tmp_path_factory) -> tuple[Path, Path]:
     """A checkpoint, and its bundle."""
     source = MAKE[request.param](tmp_path_factory.mktemp("kept"))
     bundle = source.parent / "bundle"
+    said = BufferingHandler(100)
+    logging.getLogger().addHandler(said)
     code, output = run("export", source, "-o", bundle, "--weights", "int4", "-q")
+    logging.getLogger().removeHandler(said)
     assert code == 0, output
+    assert [record.getMessage() for record in said.buffer if record.levelno >= logging.WARNING] == []
     return source, bundle
 
 
