@@ -26,6 +26,20 @@ def test_parts_stand_for_the_same_floats_bit_for_bit(kind) -> None:
     assert least <= int(part.values.min()) <= int(part.values.max()) < least + (1 << part.bits)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_scale_that_is_no_number_is_read_without_a_word(kind, config, memory_checkpoint, tmp_path) -> None:
+    """numpy would warn of infinity times zero, in lines of its own."""
+    path = write(tmp_path / "m.gguf", memory_checkpoint(replace(config, hidden_size=256)), "llama", lambda _: kind)
+    place = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "blk.0.ffn_gate.weight")
+    content, start = bytearray(path.read_bytes()), place.data_offset + (208 if kind == Kind.Q6_K else 0)
+    content[start : start + 2] = np.float16(np.inf).tobytes()
+    path.write_bytes(content)
+    read, name = open_checkpoint(path), "model.layers.0.mlp.gate_proj.weight"
+    with np.errstate(all="raise"):
+        assert not read.read(name).isfinite().all()
+        assert not read.quantized(name).scales.isfinite().all()
+
+
 @pytest.mark.parametrize("kind", [Kind.Q4_1, Kind.Q5_0])
 def test_rows_of_queries_and_keys_are_in_the_decoders_order(kind, config, memory_checkpoint, tmp_path) -> None:
     checkpoint = memory_checkpoint(replace(config, hidden_size=64))
