@@ -2,10 +2,10 @@
 
 from typing import ClassVar, Literal
 
-from pydantic import BaseModel, PositiveInt
+from pydantic import BaseModel
 from torch import Tensor
 
-from headfold.export.checkpoints.quantized.parts import FLOAT_KINDS, Dequantized, Parts, groups_of
+from headfold.export.checkpoints.quantized.parts import FLOAT_KINDS, Dequantized, GroupSize, Parts, groups_of
 from headfold.export.checkpoints.quantized.tensor import QuantizedTensor, unpacked
 
 _PLACES = [0, 4, 1, 5, 2, 6, 3, 7]  # the place in a word, from the lowest bits, of each of its eight outputs
@@ -15,7 +15,7 @@ class AWQ(BaseModel, frozen=True):
     """See Format; the fields are those of `quantization_config`."""
 
     bits: Literal[4] = 4
-    group_size: PositiveInt | Literal[-1] = 128
+    group_size: GroupSize = 128
     version: Literal["gemm", "GEMM"] = "gemm"
 
     values: ClassVar[tuple[str, ...]] = (".qweight",)

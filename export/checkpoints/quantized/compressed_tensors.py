@@ -8,9 +8,16 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, PositiveInt, field_validator
+from pydantic import BaseModel, field_validator
 
-from headfold.export.checkpoints.quantized.parts import FLOAT_KINDS, Dequantized, Parts, column_groups
+from headfold.export.checkpoints.quantized.parts import (
+    FLOAT_KINDS,
+    BlockSize,
+    Dequantized,
+    GroupSize,
+    Parts,
+    column_groups,
+)
 from headfold.export.checkpoints.quantized.tensor import QuantizedTensor, unpacked
 from headfold.runtime.errors import CheckpointError
 
@@ -22,9 +29,10 @@ class Weights(BaseModel, frozen=True):
 
     num_bits: Literal[4, 8] = 8
     type: Literal["int", "float"] = "int"
+    symmetric: bool = True
     strategy: Literal["tensor", "channel", "group", "block"] | None = None
-    group_size: PositiveInt | Literal[-1] | None = None
-    block_structure: tuple[PositiveInt, PositiveInt] | None = None
+    group_size: GroupSize | None = None
+    block_structure: tuple[BlockSize, BlockSize] | None = None
 
     @property
     def title(self) -> str:
@@ -102,6 +110,7 @@ class CompressedTensors(BaseModel, frozen=True):
             raise self._unfit(parts)
         *experts, rows, columns = shape
         fitting = {}  # by block and bits: equal schemes may stand for different modules
+        symmetric = False  # whether one of them is
         for weights in self._weights:
             block = weights.block(rows, columns)
             grid = (-(-rows // block[0]), -(-columns // block[1]))
@@ -116,11 +125,12 @@ class CompressedTensors(BaseModel, frozen=True):
                 flat = {(), (1,)} if grid[0] == 1 else {(rows,)}
             if wide and scales in flat | {(*experts, *grid)}:
                 fitting[block, weights.num_bits] = grid
+                symmetric |= weights.symmetric
         if len(fitting) != 1:
             raise self._unfit(parts)
         ((block, bits), grid), *_ = fitting.items()
         parts["_scale"].of(parts["_scale"].shape, *FLOAT_KINDS)
-        if "_zero_point" in parts:
+        if "_zero_point" in parts or not symmetric:
             stored = (*experts, -(-grid[0] * bits // 32), grid[1]) if packed else parts["_scale"].shape
             parts["_zero_point"].of(stored, "I32" if packed else values.kind)
         if "_g_idx" in parts:

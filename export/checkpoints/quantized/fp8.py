@@ -5,16 +5,16 @@ How activations are to be quantized is left aside: what is exported computes wit
 
 from typing import ClassVar, Literal
 
-from pydantic import BaseModel, PositiveInt
+from pydantic import BaseModel
 
-from headfold.export.checkpoints.quantized.parts import FLOAT_KINDS, Dequantized, Parts
+from headfold.export.checkpoints.quantized.parts import FLOAT_KINDS, BlockSize, Dequantized, Parts
 from headfold.export.checkpoints.quantized.tensor import QuantizedTensor
 
 
 class FP8(BaseModel, frozen=True):
     """See Format; the fields are those of `quantization_config`."""
 
-    weight_block_size: tuple[PositiveInt, PositiveInt] | None = None
+    weight_block_size: tuple[BlockSize, BlockSize] | None = None
     fmt: Literal["e4m3", "float8_e4m3fn"] = "e4m3"
     expert_dtype: Literal["fp8"] = "fp8"
 

@@ -5,9 +5,16 @@ The first version stores zero points less one, `gptq_v2` as they are. With act-o
 
 from typing import ClassVar, Literal
 
-from pydantic import BaseModel, PositiveInt
+from pydantic import BaseModel
 
-from headfold.export.checkpoints.quantized.parts import FLOAT_KINDS, Dequantized, Parts, column_groups, groups_of
+from headfold.export.checkpoints.quantized.parts import (
+    FLOAT_KINDS,
+    Dequantized,
+    GroupSize,
+    Parts,
+    column_groups,
+    groups_of,
+)
 from headfold.export.checkpoints.quantized.tensor import QuantizedTensor, unpacked
 
 
@@ -15,7 +22,7 @@ class GPTQ(BaseModel, frozen=True):
     """See Format; the fields are those of `quantization_config`."""
 
     bits: Literal[2, 4, 8]
-    group_size: PositiveInt | Literal[-1] = 128
+    group_size: GroupSize = 128
     checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq"
     pack_dtype: Literal["int32"] = "int32"
     dynamic: dict[str, dict[str, None]] | None = None  # modules with settings of their own; only left-out ones are read

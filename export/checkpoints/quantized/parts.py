@@ -2,15 +2,26 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
+from pydantic import AfterValidator, Field
 
 from headfold.export.checkpoints.directories.stored import AGAIN, Source, Stored
 from headfold.export.checkpoints.quantized.tensor import QuantizedTensor
 from headfold.runtime.errors import CheckpointError
 
 FLOAT_KINDS = ("F16", "BF16", "F32")  # of scales
+
+
+def _group_size(value: int) -> int:
+    if value != -1 and not 0 < value < 1 << 31:
+        raise ValueError("it must be -1, or between 1 and 2^31")
+    return value
+
+
+GroupSize = Annotated[int, AfterValidator(_group_size)]  # in columns; -1: one group
+BlockSize = Annotated[int, Field(gt=0, lt=1 << 31)]  # in rows or columns
 
 
 @dataclass(frozen=True)
@@ -103,7 +114,9 @@ def column_groups(stored: Stored, columns: int, count: int, size: int) -> torch.
     groups = stored.read().long()
     if columns and not 0 <= int(groups.min()) <= int(groups.max()) < count:
         raise CheckpointError(
-            f"tensor {stored.name} names groups up to {int(groups.max())} of {count}", where=stored.file, fix=AGAIN
+            f"tensor {stored.name} names groups {int(groups.min())} to {int(groups.max())}, of {count}",
+            where=stored.file,
+            fix=AGAIN,
         )
     in_order = torch.arange(columns) // (columns if size == -1 else size)
     return None if torch.equal(groups, in_order) else groups

@@ -183,7 +183,12 @@ UNREAD: dict[str, tuple[Any, str]] = {
     "3 bits": ({"quant_method": "gptq", "bits": 3}, "(gptq) with bits 3"),
     "no bits": ({"quant_method": "gptq"}, "(gptq) with bits: Field required"),
     "marlin": ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
-    "groups of 0": ({"quant_method": "gptq", "bits": 4, "group_size": 0}, "group_size"),
+    "groups of 0": ({"quant_method": "gptq", "bits": 4, "group_size": 0}, "(gptq) with group_size 0: "),
+    "groups that no integer holds": ({"quant_method": "awq", "bits": 4, "group_size": 10**20}, "group_size 1000"),
+    "blocks that no integer holds": (
+        {"quant_method": "fp8", "weight_block_size": [128, 10**20]},
+        "weight_block_size.1 1",
+    ),
     "modules of other bits": ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:x": {"bits": 8}}}, "dynamic"),
     "gemv": ({"quant_method": "awq", "version": "gemv"}, "(awq) with version 'gemv'"),
     "nvfp4": (
@@ -237,7 +242,12 @@ DAMAGED: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
     "fewer columns": ("GPTQ 4 bits, groups of 8", changed(".qweight", lambda x: x[1:]), "scales is F16 [6, 80]"),
     "one axis": ("GPTQ 4 bits, groups of 8", changed(".qweight", lambda x: x.flatten()), "qweight is I32 [480]"),
     "words of 64 bits": ("GPTQ 4 bits, groups of 8", changed(".qweight", lambda x: x.long()), "qweight is I64"),
-    "a group too many": ("GPTQ 4 bits, groups of 8", changed(".g_idx", lambda x: x + 1), "names groups up to 6 of 6"),
+    "a group too many": ("GPTQ 4 bits, groups of 8", changed(".g_idx", lambda x: x + 1), "names groups 1 to 6, of 6"),
+    "a group before the first": (
+        "GPTQ 4 bits, groups of 8",
+        changed(".g_idx", lambda x: x - 1),
+        "groups -1 to 4, of 6",
+    ),
     "awq: fewer zero points": ("AWQ 4 bits, groups of 16", changed(".qzeros", lambda x: x[:, 1:]), "qzeros is I32"),
     "float8: other blocks": (
         "float8, blocks of 32 x 20",
@@ -268,6 +278,22 @@ def test_damage_is_one_line(case, toy_checkpoint, tmp_path) -> None:
         open_checkpoint(tmp_path / "q").read(f"{UP}.weight")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_zero_points_that_a_scheme_has_are_not_left_out(toy_checkpoint, tmp_path) -> None:
+    weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": False}
+
+    def store(weight: Tensor) -> Stored:
+        return {".weight": weight.to(torch.int8), ".weight_scale": torch.ones(weight.shape[0], 1)}, weight
+
+    settings = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "config_groups": {"g": {"weights": weights}},
+    }
+    quantize(toy_checkpoint, tmp_path / "q", settings, store)
+    with pytest.raises(HeadfoldError, match=r"_proj\.weight has no zero_point"):
+        open_checkpoint(tmp_path / "q")
 
 
 def test_two_schemes_that_fit_are_not_guessed_between(toy_checkpoint, tmp_path) -> None:
