@@ -99,19 +99,33 @@ def checked(tensors: Tensors, name: str, dtype: torch.dtype, allow_nan: bool) ->
     """
     source = tensors.read(name)
     tensor = source.to(dtype)
-    if not allow_nan and not _finite(tensor):
-        if not _finite(source):
-            raise CheckpointError(
-                f"tensor {name} holds NaN or infinity",
-                where=tensors.path,
-                fix="The checkpoint is damaged or training diverged; --allow-nan exports it all the same.",
-            )
-        raise CheckpointError(
-            f"tensor {name} has values up to {source.abs().max().item():.3g}, more than {str(dtype).removeprefix('torch.')} holds",
+    if not allow_nan:
+        check_held(
+            source,
+            tensor,
             where=tensors.path,
-            fix="Export with --dtype bfloat16 or float32.",
+            name=name,
+            if_nan="The checkpoint is damaged or training diverged; --allow-nan exports it all the same.",
+            if_large="Export with --dtype bfloat16 or float32.",
         )
     return tensor
+
+
+def check_held(source: Tensor, tensor: Tensor, *, where: Path, name: str, if_nan: str, if_large: str) -> None:
+    """Refuse a weight `source` that is not finite in the dtype it was cast to, as `tensor`.
+
+    Raises:
+        CheckpointError: it is not; `if_nan` and `if_large` say what helps where it never was, and where the dtype cannot hold it.
+    """
+    if _finite(tensor):
+        return
+    if not _finite(source):
+        raise CheckpointError(f"tensor {name} holds NaN or infinity", where=where, fix=if_nan)
+    kind = str(tensor.dtype).removeprefix("torch.")
+    largest = source.abs().max().item()
+    raise CheckpointError(
+        f"tensor {name} has values up to {largest:.3g}, more than {kind} holds", where=where, fix=if_large
+    )
 
 
 def _finite(tensor: Tensor) -> bool:

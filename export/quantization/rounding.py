@@ -81,12 +81,13 @@ def prepare(
 
     Raises:
         ConfigError: nothing in it can be rounded; or a capacity of one token.
+        CheckpointError: see `Running`.
     """
     if capacity < 2:
         where = f"--capacity {capacity}"
         raise ConfigError("is too short to measure rounded weights on", where=where, fix="Choose 2 or more.")
     with reporter.step("read the checkpoint"):
-        model = Running(source, tensors, capacity)
+        model = Running(source, tensors, capacity, dict.fromkeys(groups, dtype))
     shapes, kept, costs = tensors.shapes(), dict[str, Form](), dict[str, float]()
     wide = [name for name in groups if model.layer_of(name) is None]
     bits = widths_of({name: shapes[name] for name in groups}, options.scheme, wide, source.path)

@@ -6,6 +6,7 @@ It is the module that is traced, on numbers. Weights of layers too large to stay
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from headfold.export.exportables.base import Exportable, Tensors, first_names
 from headfold.export.exportables.foreign.widening import is_large
+from headfold.export.graph.weights import check_held
 from headfold.export.model.decoder import Cache, Output
 
 
@@ -27,15 +29,26 @@ class Running:
         exportable: the model.
         tensors: its weights, opened; they may be others than the model's own.
         capacity: the most tokens of a sequence.
+        dtypes: that must hold them, of weights for which float32 is not enough.
+
+    Raises:
+        CheckpointError: a weight is not finite in float32 or such a dtype; of layers that come and go, when it first comes.
     """
 
-    def __init__(self, exportable: Exportable, tensors: Tensors, capacity: int) -> None:
+    def __init__(
+        self,
+        exportable: Exportable,
+        tensors: Tensors,
+        capacity: int,
+        dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
+    ) -> None:
         self.config, self.capacity = exportable.facts, capacity
         self._master = exportable.master(torch.float32, capacity, all_logits=True)
         self._tensors, self._tables = tensors, exportable.tables(torch.float32, capacity)
         self._layers, self._first = list(self._master.layers), first_names(self._master.decoder)
         self._prefixes = layer_names(self._master.decoder, self._layers)
         self._others = dict[str, Tensor]()  # weights that are not the tensors'
+        self._dtypes, self._held = dtypes, set[str]()  # the tensors that are known to be held
         self._outputs = 0  # of a layer; 0: the stream alone
         own = {id(x) for layer in self._layers for x in layer.parameters()}
         self.streams = is_large(sum(math.prod(x.shape) for x in self._master.decoder.parameters() if id(x) in own))
@@ -174,7 +187,20 @@ class Running:
 
     def read(self, name: str) -> Tensor:
         """One of the weights as they are now, float32."""
-        return self._others[name] if name in self._others else self._tensors.read(name).float()
+        if name in self._others:
+            return self._others[name]
+        weight = self._tensors.read(name)
+        if name not in self._held:
+            check_held(
+                weight,
+                weight.to(self._dtypes.get(name, torch.float32)),
+                where=self._tensors.path,
+                name=name,
+                if_nan="The checkpoint is damaged or training diverged: nothing of few bits stands for it.",
+                if_large="Export with --dtype float32.",
+            )
+            self._held.add(name)
+        return weight.float()
 
     @contextmanager
     def _skipped(self, index: int, entering: Tensor) -> Iterator[None]:

@@ -27,7 +27,7 @@ from headfold.export.quantization.rounding import WeightRounding
 from headfold.export.quantization.running import Running
 from headfold.plugins.quantized.reference import dequantized
 from headfold.runtime import load
-from headfold.runtime.errors import ConfigError
+from headfold.runtime.errors import CheckpointError, ConfigError
 from headfold.runtime.manifest import MODEL, read_manifest
 
 PROMPT = np.random.default_rng(0).integers(3, 300, 21)
@@ -187,6 +187,19 @@ def test_a_running_model_computes_what_the_model_does(kind, streamed, tmp_path, 
     with model.replaced({name: torch.zeros_like(model.read(name))}):
         assert not torch.allclose(model(tokens).logits, logits, atol=1e-2)
     assert torch.equal(model(tokens).logits, logits)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_weight_that_cannot_be_held_is_named(streamed, config, memory_checkpoint, monkeypatch) -> None:
+    monkeypatch.setattr("headfold.export.exportables.foreign.widening.LARGE", 0 if streamed else 1 << 30)
+    checkpoint, name = memory_checkpoint(config), "model.layers.1.mlp.up_proj.weight"
+    for value, dtypes, what in (
+        (np.nan, {}, "holds NaN or infinity"),
+        (1e5, {name: torch.float16}, r"has values up to 1e\+05, more than float16 holds\. Export with --dtype float32"),
+    ):
+        checkpoint.read(name)[3, 5] = value
+        with pytest.raises(CheckpointError, match=f"tensor {name} {what}"):
+            Running(OwnModel(checkpoint), checkpoint, 32, dtypes)(torch.arange(8)[None])
 
 
 def test_gptq_of_weights_that_come_and_go_finds_the_same(toy_checkpoint, monkeypatch) -> None:
