@@ -14,6 +14,7 @@ from headfold.export.cli.shared import (
     SOURCE,
     STEPS,
     VIA,
+    Range,
     print_json,
     refuse_idle,
     reporter_for,
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--bits",
-    type=click.FloatRange(4, 8),
+    type=Range(4, 8),
     help="Of --weights mixed: the average. [default: the fewest that seem to stay within --max-kl]",
 )
 @click.option(
@@ -60,7 +61,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--max-kl",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Range(min=0, min_open=True),
     help="Most that --weights may cost: mean KL to the model without it, in nats. [default: 0.1]",
 )
 @click.option(

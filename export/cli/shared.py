@@ -1,12 +1,14 @@
 """Arguments, options and output that the commands share: the same names for the same things."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 from click.core import ParameterSource
+from click.types import FloatParamType
 
 from headfold.plugins.dtypes import FLOATS
 from headfold.runtime.errors import InputError
@@ -15,6 +17,28 @@ if TYPE_CHECKING:
     from headfold.export.progress import Reporter
 
 Command = Callable[..., None]
+
+
+class _Finite(click.ParamType):
+    """NaN is in no range, but no comparison says so; and no JSON holds it, or infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See click.ParamType."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number.", param, ctx)
+        return number
+
+
+class _Number(_Finite, FloatParamType):
+    pass
+
+
+class Range(_Finite, click.FloatRange):
+    """A number from a range."""
+
+
+NUMBER = _Number()
 
 SOURCE = click.argument("source", metavar="CHECKPOINT")
 BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))

@@ -10,9 +10,11 @@ from headfold.export.cli.shared import (
     HF_OUTPUT,
     INIT,
     JSON,
+    NUMBER,
     QUIET,
     SOURCE,
     Command,
+    Range,
     check_file,
     dtype_of,
     options,
@@ -36,7 +38,7 @@ def corpus_options(command: Command) -> Command:
             help="Text, JSONL or parquet file, a directory of them, or a data set's name[:config[:split]]; may be repeated.",
         ),
         click.option("--validation", multiple=True, help="Data to validate on. [default: the end of --data]"),
-        click.option("--holdout", type=float, default=0.01, show_default=True, help="Share of --data to validate on."),
+        click.option("--holdout", type=NUMBER, default=0.01, show_default=True, help="Share of --data to validate on."),
         click.option("--text-field", default="text", show_default=True, help="Column that holds the text."),
         click.option("--cache", type=click.Path(path_type=Path), help="Where tokenized data is kept."),
     )
@@ -47,21 +49,21 @@ def training_options(command: Command) -> Command:
     return options(
         command,
         click.option("--loss", type=click.Choice(["ce", "kl", "kl+ce"]), help="[default: kl with a teacher, else ce]"),
-        click.option("--ce-weight", type=float, default=0.5, show_default=True, help="Share of ce in kl+ce."),
+        click.option("--ce-weight", type=NUMBER, default=0.5, show_default=True, help="Share of ce in kl+ce."),
         click.option("--batch", type=int, default=8, show_default=True, help="Sequences per step, over all processes."),
         click.option(
             "--micro-batch", type=int, help="Sequences per forward pass; the rest is accumulated. [default: all]"
         ),
         click.option("--sequence", type=int, default=512, show_default=True, help="Tokens."),
-        click.option("--learning-rate", type=float, default=3e-4, show_default=True, help="At its peak."),
-        click.option("--warmup", type=float, default=0.05, show_default=True, help="Share of the steps."),
-        click.option("--weight-decay", type=float, default=0.1, show_default=True, help="Of AdamW, on matrices."),
-        click.option("--clip", type=float, default=1.0, show_default=True, help="Largest norm of the gradient."),
+        click.option("--learning-rate", type=NUMBER, default=3e-4, show_default=True, help="At its peak."),
+        click.option("--warmup", type=NUMBER, default=0.05, show_default=True, help="Share of the steps."),
+        click.option("--weight-decay", type=NUMBER, default=0.1, show_default=True, help="Of AdamW, on matrices."),
+        click.option("--clip", type=NUMBER, default=1.0, show_default=True, help="Largest norm of the gradient."),
         click.option("--seed", type=int, default=0, show_default=True, help="Of the order of the data."),
         click.option("--bf16", is_flag=True, help="Compute in bfloat16; weights stay float32."),
         click.option("--activation-checkpointing", is_flag=True, help="Less memory, about a third more time."),
         click.option(
-            "--max-spike", type=float, default=2.0, show_default=True, help="Rise of the loss in nats that stops."
+            "--max-spike", type=NUMBER, default=2.0, show_default=True, help="Rise of the loss in nats that stops."
         ),
         click.option("--cpu", is_flag=True, help="Even if there is a GPU."),
     )
@@ -72,8 +74,8 @@ def training_options(command: Command) -> Command:
 @HF_OUTPUT
 @click.option("--teacher", metavar="CHECKPOINT", help="What the student was converted from.")
 @click.option("--tokens", type=int, help="How many to train on.")
-@click.option("--alpha", type=float, help="How many, as a share of --pretrain-tokens; the paper's is 0.05.")
-@click.option("--pretrain-tokens", type=float, help="How many the model was pretrained on; 2e12 is a number, too.")
+@click.option("--alpha", type=NUMBER, help="How many, as a share of --pretrain-tokens; the paper's is 0.05.")
+@click.option("--pretrain-tokens", type=NUMBER, help="How many the model was pretrained on; 2e12 is a number, too.")
 @corpus_options
 @training_options
 @click.option("--evaluate-every", type=int, default=0, show_default=True, help="Steps; 0: only before and after.")
@@ -156,8 +158,8 @@ def uptrain(
 )
 @INIT
 @click.option("--tokens", type=int, help="How many to train each on.")
-@click.option("--alpha", type=float, help="How many, as a share of --pretrain-tokens; the paper's is 0.05.")
-@click.option("--pretrain-tokens", type=float, help="How many the model was pretrained on.")
+@click.option("--alpha", type=NUMBER, help="How many, as a share of --pretrain-tokens; the paper's is 0.05.")
+@click.option("--pretrain-tokens", type=NUMBER, help="How many the model was pretrained on.")
 @corpus_options
 @training_options
 @click.option("--evaluate-every", type=int, default=0, help="Steps. [default: an eighth of all]")
@@ -180,7 +182,7 @@ def uptrain(
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Of timing.")
 @click.option("--threads", type=click.IntRange(1), help="Of timing. [default: physical cores]")
 @click.option("--budget-kv-bytes", type=int, help="Pick the best count whose cache per token takes no more.")
-@click.option("--max-loss", type=float, help="Pick the smallest count whose validation loss is no higher.")
+@click.option("--max-loss", type=NUMBER, help="Pick the smallest count whose validation loss is no higher.")
 @click.option("--resume", is_flag=True, help="Go on in OUTPUT; finished runs are not repeated.")
 @JSON
 @QUIET
@@ -329,18 +331,14 @@ def study() -> None:
 @click.option("--data", multiple=True, required=True, help="Text, JSONL or parquet files, directories, data sets.")
 @click.option("--validation", multiple=True, help="Data to validate on. [default: the end of --data]")
 @click.option(
-    "--holdout",
-    type=click.FloatRange(0, 1, max_open=True),
-    default=0.05,
-    show_default=True,
-    help="Share of --data to validate on.",
+    "--holdout", type=Range(0, 1, max_open=True), default=0.05, show_default=True, help="Share to validate on."
 )
 @click.option("--text-field", default="text", show_default=True, help="Column that holds the text.")
 @click.option("--steps", type=int, default=1000, show_default=True, help="To train each for.")
 @click.option("--seeds", type=int, default=3, show_default=True, help="Runs of each variant.")
 @click.option("--batch", type=int, default=16, show_default=True, help="Sequences per step.")
 @click.option("--sequence", type=int, default=128, show_default=True, help="Bytes.")
-@click.option("--learning-rate", type=float, default=3e-3, show_default=True, help="At its peak.")
+@click.option("--learning-rate", type=NUMBER, default=3e-3, show_default=True, help="At its peak.")
 @click.option("--hidden-size", type=int, default=64, show_default=True, help="Width of the model.")
 @click.option(
     "--d-ff", type=int, default=384, show_default=True, help="Of plain feed-forwards; gated ones have 2/3 of it."

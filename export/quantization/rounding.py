@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -37,7 +38,11 @@ HELD_OUT, CALIBRATION = 2048, 8192  # tokens to measure on, and to calibrate GPT
 
 @dataclass(frozen=True, kw_only=True)
 class WeightRounding:
-    """Weights of four or eight bits, and what they may cost."""
+    """Weights of four or eight bits, and what they may cost.
+
+    Raises:
+        ConfigError: a value is none of those it can have.
+    """
 
     scheme: WeightsScheme
     max_kl: float = MAX_KL  # nats
@@ -45,6 +50,20 @@ class WeightRounding:
     method: Method = "gptq"  # of weights of four bits
     block_size: BlockSize = BLOCK  # weights that share a scale, or as many of them as divide a row
     data: tuple[str, ...] = ()  # sources of text; the model writes its own if there is none
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("--weights", self.scheme, get_args(WeightsScheme)),
+            ("--rounding", self.method, get_args(Method)),
+        ):
+            if value not in known:
+                raise ConfigError(f"{value!r} is not known", where=name, fix=f"Choose one of {', '.join(known)}.")
+        if not 0 < self.max_kl < math.inf:
+            raise ConfigError(f"is {self.max_kl:g}", where="--max-kl", fix="It must be positive and finite, in nats.")
+        if self.bits is not None and self.scheme != "mixed":
+            raise ConfigError("is for weights of either width", where="--bits", fix="Add --weights mixed.")
+        if self.bits is not None and not 4 <= self.bits <= 8:
+            raise ConfigError(f"is {self.bits:g}", where="--bits", fix="It must lie between 4 and 8.")
 
 
 @dataclass(frozen=True)

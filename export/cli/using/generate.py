@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from headfold.export.cli.shared import BUNDLE, JSON, Command, options, print_json, refuse_idle
+from headfold.export.cli.shared import BUNDLE, JSON, NUMBER, Command, options, print_json, refuse_idle
 from headfold.export.cli.using.opening import DRAFT, ENGINE, Engine, open_bundle
 from headfold.plugins.attention.schema import Attention
 from headfold.runtime.errors import InputError
@@ -23,13 +23,13 @@ def _sampling(command: Command) -> Command:
     return options(
         command,
         click.option("-n", "--max-new-tokens", type=click.IntRange(1), help="[default: 256, or what fits]"),
-        click.option("--temperature", type=float, help="0 is greedy. [default: the bundle's]"),
+        click.option("--temperature", type=NUMBER, help="0 is greedy. [default: the bundle's]"),
         click.option("--top-k", type=int, help="Sample from that many likeliest tokens."),
         click.option(
-            "--top-p", type=float, help="Sample from the likeliest tokens that have this probability together."
+            "--top-p", type=NUMBER, help="Sample from the likeliest tokens that have this probability together."
         ),
-        click.option("--min-p", type=float, help="Sample from tokens at least this share as likely as the likeliest."),
-        click.option("--repetition-penalty", type=float, help="Above 1: tokens that were there become less likely."),
+        click.option("--min-p", type=NUMBER, help="Sample from tokens at least this share as likely as the likeliest."),
+        click.option("--repetition-penalty", type=NUMBER, help="Above 1: tokens that were there become less likely."),
         click.option("--seed", type=int, help="Makes sampling repeatable."),
         click.option(
             "--speculate",

@@ -7,7 +7,7 @@ from typing import Any
 
 import rich_click as click
 
-from headfold.export.cli.shared import refuse_idle
+from headfold.export.cli.shared import Range, refuse_idle
 from headfold.export.cli.using.opening import DRAFT, Engine, engine_options, open_bundle
 from headfold.plugins.attention.schema import Attention
 from headfold.runtime.errors import InputError
@@ -30,9 +30,7 @@ from headfold.runtime.server.settings import KEY, WAITING, Limits, Settings
     "--no-reuse", is_flag=True, help="Compute every prompt anew: how long one takes tells nothing of others'."
 )
 @click.option("--max-new-tokens", type=click.IntRange(1), help="Per answer. [default: what fits]")
-@click.option(
-    "--max-seconds", type=click.FloatRange(0, min_open=True), default=600, show_default=True, help="Per request."
-)
+@click.option("--max-seconds", type=Range(0, min_open=True), default=600, show_default=True, help="Per request.")
 @click.option("--max-body", type=click.IntRange(1), default=8 << 20, show_default=True, help="Bytes of a request.")
 @click.option(
     "--drain-seconds",

@@ -42,11 +42,22 @@ def test_the_root_has_an_example_and_tells_the_commands_without_arguments() -> N
     assert "export" in result.output
 
 
+def test_no_option_takes_a_number_that_is_not_finite() -> None:
+    options = [(name, option) for name, command in COMMANDS.items() for option in command.params]
+    numbers = [(name, x) for name, x in options if isinstance(x.type, click.types.FloatParamType)]
+    assert {"export", "serve", "uptrain"} <= {name for name, _ in numbers}
+    for _, option in numbers:
+        for value in ("nan", "inf", "-inf"):
+            with pytest.raises(click.BadParameter):
+                option.type.convert(value, option, None)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["export"], "Missing argument 'CHECKPOINT'."),
         (["export", "x", "-o", "y", "--dtype", "float8"], "Invalid value for '--dtype'"),
+        (["export", "x", "-o", "y", "--max-kl", "nan"], "'--max-kl': nan is no finite number."),
         (["no-such-command"], "No such command 'no-such-command'."),
     ],
 )

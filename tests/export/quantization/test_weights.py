@@ -29,8 +29,9 @@ from headfold.export.quantization import forced
 from headfold.export.quantization.cost import reference, weights_cost
 from headfold.export.quantization.gate import pass_gate
 from headfold.export.quantization.products import set_level_in_file
+from headfold.export.quantization.rounding import WeightRounding
 from headfold.runtime import load
-from headfold.runtime.errors import BundleError, VerificationError
+from headfold.runtime.errors import BundleError, ConfigError, VerificationError
 from headfold.runtime.manifest import read_manifest
 
 
@@ -279,6 +280,23 @@ def test_what_does_not_go_together_is_one_line(options, message, source, tmp_pat
     assert code == 2
     assert message in output
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scheme": "int3"}, "--weights: 'int3' is not known. Choose one of int8, "),
+        ({"scheme": "int4", "method": "best"}, "--rounding: 'best' is not known"),
+        ({"scheme": "int4", "max_kl": np.nan}, "--max-kl: is nan. It must be positive"),
+        ({"scheme": "int4", "max_kl": 0.0}, "--max-kl: is 0"),
+        ({"scheme": "mixed", "bits": np.nan}, "--bits: is nan. It must lie between 4 and 8."),
+        ({"scheme": "int8", "bits": 5.0}, "--bits: is for weights of either width"),
+    ],
+)
+def test_what_a_caller_may_not_ask_for_is_one_line(options, message) -> None:
+    with pytest.raises(ConfigError) as caught:
+        WeightRounding(**options)
+    assert message in str(caught.value)
 
 
 def test_a_model_without_whole_blocks_is_refused(tmp_path) -> None:
