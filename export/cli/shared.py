@@ -19,23 +19,24 @@ if TYPE_CHECKING:
 Command = Callable[..., None]
 
 
-class _Finite(click.ParamType):
-    """NaN is in no range, but no comparison says so; and no JSON holds it, or infinity."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """See click.ParamType."""
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value} is no finite number.", param, ctx)
-        return number
+class _Number(FloatParamType):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        return _finite(super().convert(value, param, ctx), self, param, ctx)
 
 
-class _Number(_Finite, FloatParamType):
-    pass
-
-
-class Range(_Finite, click.FloatRange):
+class Range(click.FloatRange):
     """A number from a range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """See click.ParamType."""
+        return _finite(super().convert(value, param, ctx), self, param, ctx)
+
+
+def _finite(number: float, kind: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+    """NaN is in no range, but no comparison says so; and no JSON holds it, or infinity."""
+    if not math.isfinite(number):
+        kind.fail(f"{number} is no finite number.", param, ctx)
+    return number
 
 
 NUMBER = _Number()

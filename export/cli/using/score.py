@@ -20,7 +20,7 @@ _CONTEXT = 2048  # tokens of a window, unless the bundle's capacity is less
 @click.command()
 @BUNDLE
 @click.option("--data", required=True, help="Text: .txt, .md, .jsonl, .parquet, a directory of these, or a data set.")
-@click.option("--field", default="text", show_default=True, help="Column of the text.")
+@click.option("--text-field", "--field", "field", default="text", show_default=True, help="Column of the text.")
 @click.option("--context", type=click.IntRange(2), help="Tokens of a window. [default: 2048, or the capacity]")
 @click.option("--tokens", type=click.IntRange(1), help="Predict that many tokens at most. [default: all]")
 @engine_options
