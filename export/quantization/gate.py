@@ -1,10 +1,12 @@
 """The gate: a bundle whose rounded weights cost too much is not published. It also picks how the products compute."""
 
+import math
 from pathlib import Path
 
 from headfold.export.progress import Reporter
 from headfold.export.quantization.cost import Reference, weights_cost
 from headfold.export.quantization.products import set_level_in_file
+from headfold.plugins.dtypes import DType
 from headfold.plugins.quantized.schema import Level
 from headfold.runtime.errors import VerificationError
 from headfold.runtime.manifest import MODEL, Manifest, WeightsCost, WeightsScheme, WeightsSpec
@@ -43,11 +45,19 @@ def pass_gate(stage: Path, manifest: Manifest, before: Reference, reporter: Repo
         raise VerificationError(
             f"{scheme} weights cost more than {max_kl:g} nats: {describe(cost)}",
             where=manifest.source,
-            fix=f"{_HELPS[scheme]}, or allow it with --max-kl. No bundle was written.",
+            fix=f"{_what_helps(manifest.dtype, spec, cost)}. No bundle was written.",
         )
     set_level_in_file(stage / MODEL, chosen)
     reporter.note(f"{scheme} weights, {_INPUTS[chosen]}: {describe(cost)}")
     return spec.model_copy(update={"accuracy_level": chosen, "cost": cost})
+
+
+def _what_helps(dtype: DType, spec: WeightsSpec, cost: WeightsCost) -> str:
+    if math.isnan(cost.kl):  # which no --max-kl allows
+        return "It computes NaN: use --dtype float32" if dtype != "float32" else "It computes NaN: leave --weights out"
+    return (
+        f"{_HELPS['int8' if spec.bits == 8 else spec.scheme]}, or allow it with --max-kl"  # mixed may be all in eight
+    )
 
 
 def describe(cost: WeightsCost) -> str:

@@ -214,6 +214,31 @@ def test_a_wrong_scale_is_seen_by_the_proof_and_by_the_gate(name, bundle, source
     assert len(failed) > 1  # the arithmetic is wrong, too
 
 
+@pytest.mark.parametrize(
+    ("kl", "dtype", "spec", "helps"),
+    [
+        (
+            0.2,
+            "float32",
+            {"scheme": "mixed", "bits": 6.0},
+            "Use --weights int8, or more --bits, or allow it with --max-kl",
+        ),
+        (0.2, "float32", {"scheme": "mixed", "bits": 8.0}, "Leave --weights out, or allow it with --max-kl"),
+        (np.nan, "float16", {"scheme": "int8", "bits": 8.0}, "It computes NaN: use --dtype float32. No"),
+        (np.nan, "float32", {"scheme": "int4", "bits": 4.0}, "It computes NaN: leave --weights out. No"),
+    ],
+)
+def test_the_gate_recommends_what_can_help(kl, dtype, spec, helps, bundle, tmp_path, monkeypatch) -> None:
+    shutil.copy(bundle / "model.onnx", tmp_path)
+    manifest = read_manifest(bundle)
+    cost = manifest.weights.cost.model_copy(update={"kl": kl})
+    monkeypatch.setattr("headfold.export.quantization.gate.weights_cost", lambda *_: cost)
+    manifest = manifest.model_copy(update={"dtype": dtype, "weights": manifest.weights.model_copy(update=spec)})
+    with pytest.raises(VerificationError) as caught:
+        pass_gate(tmp_path, manifest, None, Reporter(quiet=True))
+    assert helps in str(caught.value)
+
+
 @pytest.fixture(scope="module")
 def mixed(source) -> Path:
     path = source.parent / "mixed"
