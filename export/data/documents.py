@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from headfold.runtime.errors import DataError
 
 _PIECE = 1 << 16  # characters of a text file that are tokenized together
+_WITH = " with --text-field (export and convert read 'text' alone)"
 
 
 class Piece(NamedTuple):
@@ -131,13 +132,13 @@ def _parquet(path: Path, field: str) -> Iterator[Piece]:
 def _row(row: dict[str, Any], field: str, where: str) -> Iterator[Piece]:
     text = row.get(field)
     if not isinstance(text, str):
-        raise DataError(f"has no text in {field!r}", where=where, fix="Name the column that has it with --text-field.")
+        raise DataError(f"has no text in {field!r}", where=where, fix=f"Name the column that has it{_WITH}.")
     if text:
         yield Piece(text, True)
 
 
 def _no_column(field: str, columns: list[str], where: object) -> DataError:
-    return DataError(f"has no column {field!r}", where=where, fix=f"Name one with --text-field: {', '.join(columns)}.")
+    return DataError(f"has no column {field!r}", where=where, fix=f"Name one{_WITH}: {', '.join(columns)}.")
 
 
 def _is_saved_data_set(path: Path) -> bool:

@@ -201,7 +201,9 @@ def _write(path: Path, dtype: type[np.unsignedinteger[Any]], arrays: Iterator[ND
             for ids in arrays:
                 file.write(ids.astype(dtype).tobytes())
 
-    with one_line(DataError, path.parent, "Choose another place with --cache."):
+    with one_line(
+        DataError, path.parent, "Choose another place with the variable XDG_CACHE_HOME; uptrain and sweep have --cache."
+    ):
         path.parent.mkdir(parents=True, exist_ok=True)
         publish_file(path, write)
 

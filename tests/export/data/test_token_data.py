@@ -127,7 +127,10 @@ BAD = {
     "empty text": (lambda d: write(d / "a.txt", b""), "has no text"),
     "not UTF-8": (lambda d: write(d / "a.txt", b"\xff\xfe"), "is not UTF-8"),
     "broken JSONL": (lambda d: write(d / "a.jsonl", b'{"text": "a"}\n{oops\n'), "line 2: is not JSON"),
-    "other column": (lambda d: write(d / "a.jsonl", b'{"txt": "a"}\n'), "has no text in 'text'"),
+    "other column": (
+        lambda d: write(d / "a.jsonl", b'{"txt": "a"}\n'),
+        "has no text in 'text'. Name the column that has it with --text-field (export and",
+    ),
     "no parquet": (lambda d: write(d / "a.parquet", b"PAR1"), "is no parquet file"),
     "empty directory": (lambda d: d, "has no .txt"),
     "pickled array": (lambda d: write(d / "a.npy", b"\x80\x04K\x01."), "is no array"),
