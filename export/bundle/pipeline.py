@@ -20,7 +20,7 @@ from headfold.export.data.calibration import CALIBRATION, calibration_tokens, wr
 from headfold.export.data.calibration import TOKENS as CALIBRATION_TOKENS
 from headfold.export.exportables.base import Exportable, Tensors, no_quantized_cache
 from headfold.export.exportables.own import OwnModel
-from headfold.export.exportables.rounded import StoredTensors
+from headfold.export.exportables.rounded import RoundedTensors, StoredTensors
 from headfold.export.exportables.rounding_record import RECORD, record_of, record_to_json
 from headfold.export.graph.trace import export_graph
 from headfold.export.graph.weights import attach_weights, cache_scales_by_name, save_model
@@ -113,14 +113,16 @@ def export_bundle(source: Exportable, output: Path, options: ExportOptions, repo
         VerificationError: parity failed, or rounded weights cost too much; no bundle is published.
     """
     check_output(output, options.force)
+    if options.cache is not None and not isinstance(source, OwnModel):
+        raise no_quantized_cache(source.path)
     facts, rounding = source.facts, options.weights
     capacity = _capacity(options.capacity, facts.capacity)
     dtype = getattr(torch, options.dtype)
     with staged(output, options.force) as stage:
         _write_side_files(stage, source, capacity)  # first: what is wrong with them is known before the work is done
-        scales, quantization = (
-            _calibrate(source, capacity, options.cache, reporter, stage) if options.cache else ([], None)
-        )
+        scales, quantization = list[Scales](), None
+        if options.cache is not None and rounding is None:
+            scales, quantization = _calibrate(source, capacity, dtype, options.cache, None, reporter, stage)
         _forget_peak_memory()
         before = psutil.Process().memory_info().rss
         with reporter.step("open the weights"):
@@ -135,6 +137,9 @@ def export_bundle(source: Exportable, output: Path, options: ExportOptions, repo
             prepared = prepare(
                 source, tensors, roundable(model), transposed(model), capacity, dtype, rounding, reporter
             )
+            if options.cache is not None:  # of the keys and values that the rounded weights make
+                weights = prepared.weights
+                scales, quantization = _calibrate(source, capacity, dtype, options.cache, weights, reporter, stage)
             give_back_freed()  # hooks hold the model that was run, and it holds them
             _forget_peak_memory()
             round_weights(model, prepared.weights)
@@ -193,15 +198,23 @@ def export_bundle(source: Exportable, output: Path, options: ExportOptions, repo
 
 
 def _calibrate(
-    source: Exportable, capacity: int, options: CacheCalibration, reporter: Reporter, stage: Path
+    source: Exportable,
+    capacity: int,
+    dtype: torch.dtype,
+    options: CacheCalibration,
+    weights: RoundedTensors | None,
+    reporter: Reporter,
+    stage: Path,
 ) -> tuple[list[Scales], QuantizationSpec]:
-    """The cache's scales, and what they cost; the decoder that this takes is gone afterwards."""
-    if not isinstance(source, OwnModel):
-        raise no_quantized_cache(source.path)
+    """The cache's scales with these weights, None for the model's own, and what they cost; the decoder is gone afterwards."""
+    assert isinstance(source, OwnModel)
     checkpoint = source.checkpoint
     stored = getattr(torch, options.dtype)
     with reporter.step("read the checkpoint"):
-        decoder = load_decoder(checkpoint, torch.float32, capacity).eval()
+        if weights is None:
+            decoder = load_decoder(checkpoint, torch.float32, capacity).eval()
+        else:
+            decoder = source.reference(dtype, capacity, torch.float32, weights).module
     tokens = calibration_tokens(
         checkpoint.tokenizer.definition,
         decoder,

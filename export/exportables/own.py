@@ -73,7 +73,7 @@ class OwnModel:
 
     def reference(
         self, stored: torch.dtype, capacity: int, arithmetic: torch.dtype, weights: Changed | None = None
-    ) -> Oracle:
+    ) -> DecoderOracle:
         """See Exportable."""
         decoder = load_decoder(self.checkpoint, None, capacity)
         decoder.cos_cache, decoder.sin_cache = decoder.cos_cache.to(stored), decoder.sin_cache.to(stored)
