@@ -112,7 +112,7 @@ def prepare(
     bits = widths_of({name: shapes[name] for name in groups}, options.scheme, wide, source.path)
     if isinstance(source, OwnModel):
         kept = kept_forms(source.checkpoint, [name for name, width in bits.items() if width != 7], dtype)
-    _tell(source, bits, kept, reporter)
+    _tell(source, bits, kept, dtype, reporter)
     _tell_of_floats(shapes, bits, reporter)
     block = options.block_size
     experts = {name for name in bits if len(shapes[name]) == 3}
@@ -195,7 +195,9 @@ def widths_of(
     return bits
 
 
-def _tell(source: Exportable, bits: Collection[str], kept: Collection[str], reporter: Reporter) -> None:
+def _tell(
+    source: Exportable, bits: Mapping[str, Width], kept: Collection[str], dtype: torch.dtype, reporter: Reporter
+) -> None:
     """What becomes of a checkpoint that is quantized already."""
     if not isinstance(source, OwnModel):
         if "quantization" in source.titles:
@@ -204,12 +206,18 @@ def _tell(source: Exportable, bits: Collection[str], kept: Collection[str], repo
             )
         return
     kinds = {name: source.checkpoint.kind(name) for name in bits}
-    again = [f"{name} ({kind})" for name, kind in kinds.items() if kind is not None and name not in kept]
+    again = [name for name, kind in kinds.items() if kind is not None and name not in kept]
     if kept:
         reporter.note(f"{len(kept)} of {len(bits)} weights are kept as they are quantized, bit for bit")
     if again:
         others = f" and {len(again) - 1} others" if len(again) > 1 else ""
-        reporter.note(f"quantized, and rounded again, for no form here holds it: {again[0]}{others}")
+        if 7 in bits.values():
+            why = "w8a8 has numbers of its own"
+        elif dtype != torch.float32 and kept_forms(source.checkpoint, again[:1], torch.float32):
+            why = f"{str(dtype).removeprefix('torch.')} does not hold its scales, --dtype float32 does"
+        else:
+            why = "no form here holds it"
+        reporter.note(f"quantized, and rounded again, for {why}: {again[0]} ({kinds[again[0]]}){others}")
 
 
 def _tell_of_floats(shapes: Mapping[str, tuple[int, ...]], bits: Collection[str], reporter: Reporter) -> None:
