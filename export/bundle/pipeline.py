@@ -87,6 +87,9 @@ class ExportOptions:
             raise ConfigError(what, where="--allow-nan", fix="Leave it or --weights out.")
         if self.dtype == "bfloat16":  # onnxruntime has no kernel of it, so nobody could say what they cost
             raise ConfigError(what, where="--dtype bfloat16", fix="Use float32 or float16, or leave --weights out.")
+        if self.cache is not None and self.cache.dtype != "int8":  # nor of that on CPUs, where it is measured
+            fix = "Use int8, or leave --weights out."
+            raise ConfigError(what, where=f"--kv-cache {self.cache.dtype}", fix=fix)
         if scheme == "w8a8" and self.dtype != "float32":
             fix = "Use float32, or --weights int8."
             raise ConfigError(

@@ -102,6 +102,7 @@ def test_scales_are_float16_before_numbers_are_found() -> None:
             ("--weights", "int4", "--dtype", "bfloat16"),
             "--dtype bfloat16: does not go with weights of four or eight bits",
         ),
+        (("--weights", "int8", "--kv-cache", "float8_e4m3fn"), "--kv-cache float8_e4m3fn: does not go with weights of"),
         (("--weights", "w8a8", "--dtype", "float16"), "--dtype float16: does not go with products of integers"),
     ],
 )
