@@ -155,16 +155,25 @@ def load_model(path: Path) -> ir.Model:
     """A graph that `save_model` wrote, its weights in the file where they are: onnx-ir follows no link, as a hub's cache has them.
 
     Raises:
-        BundleError: it is no graph.
+        BundleError: it is no graph, or its weights are not where it says.
     """
     try:
         model = ir.load(path)
     except Exception as error:  # of protobuf, onnx and onnx-ir, which share no base
         raise BundleError(f"onnx cannot load it: {error}", where=path, fix="Export it again.") from error
     weights = data_file(path).resolve()
-    for value in model.graph.initializers.values() if data_file(path).is_symlink() else ():
+    length = weights.stat().st_size if weights.is_file() else 0
+    for value in model.graph.initializers.values():
         tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor) and tensor.location == data_file(path).name:
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        if tensor.location != data_file(path).name or (tensor.offset or 0) + tensor.nbytes > length:
+            raise BundleError(
+                f"{data_file(path).name} does not hold {value.name}",
+                where=path,
+                fix="Export it again, or copy it anew.",
+            )
+        if data_file(path).is_symlink():
             value.const_value = ir.ExternalTensor(
                 weights.name,
                 tensor.offset,

@@ -20,6 +20,7 @@ from headfold.export.exportables.own import OwnModel
 from headfold.export.exportables.rounded import RoundedCheckpoint
 from headfold.export.exportables.rounding_record import read_record, record_of, record_to_json
 from headfold.export.graph.bodies import use_quantized_bodies, use_standard_body
+from headfold.export.graph.weights import load_model
 from headfold.export.model.config import ModelConfig
 from headfold.export.model.decoder import Decoder
 from headfold.export.model.rounding import Form, bits_of, forms_of
@@ -288,6 +289,25 @@ def test_weights_that_no_rule_finds_are_held_to_their_record(part, mixed, source
     report = verify_bundle(tmp_path, OwnModel(open_checkpoint(source)), read_manifest(mixed), 4, Reporter(quiet=True))
     failed = {check.name: check.note for check in report.checks if not check.passed}
     assert failed == {"rounded weights, error over the nearest's": "is not what GPTQ found"}
+
+
+def test_a_checkpoint_that_was_trained_on_is_another(mixed, source) -> None:
+    original, nudged = open_checkpoint(source), {}
+    for name in original:
+        nudged[name] = original.read(name) * (1.001 if name.endswith("layers.1.mlp.down_proj.weight") else 1)
+    tuned = OwnModel(MemoryCheckpoint(source, original.config, nudged))
+    report = verify_bundle(mixed, tuned, read_manifest(mixed), 4, Reporter(quiet=True))
+    failed = {check.name: check.note for check in report.checks if not check.passed}
+    assert failed == {"rounded weights, error over the nearest's": "is not as far from the checkpoint's as it was"}
+
+
+@pytest.mark.parametrize("length", [None, 1000])
+def test_weights_that_are_cut_short_or_missing_are_one_line(length, bundle, tmp_path) -> None:
+    shutil.copy(bundle / "model.onnx", tmp_path)
+    if length is not None:
+        (tmp_path / "model.onnx.data").write_bytes((bundle / "model.onnx.data").read_bytes()[:length])
+    with pytest.raises(BundleError, match=r"model\.onnx\.data does not hold .*\. Export it again"):
+        load_model(tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize(
