@@ -116,6 +116,7 @@ def read_record(path: Path, shapes: Mapping[str, tuple[int, ...]], config: Model
     for name, record in records.items():
         kept, block, shape = record.method == "kept", record.block_size, shapes.get(name, ())
         known = record.bits in get_args(Width) and (record.method in get_args(Method) or kept)
+        known = known and isinstance(record.relative_squared_error, float)
         if known and len(shape) == 3:
             known = record.method == "nearest" and record.form == Form(record.bits, transposed=record.transposed)
             known = known and record.bits != 7 and shape[1] % block == shape[2] % block == 0

@@ -19,6 +19,7 @@ from headfold.runtime.errors import BundleError
 # GPTQ moves weights further from the checkpoint's than the nearest numbers are, so that their products are nearer: on SmolLM2 their
 # squared error is 1.3 to 3.5 times as large. A scale that is wrong by half of itself makes it tens of times as large.
 _FURTHER = 16.0
+_AS_FAR = 1e-6  # of a sum of squares, float64
 
 
 class StoredRoundings(Mapping[str, Rounded]):
@@ -75,7 +76,10 @@ def _sources(value: ir.Value) -> tuple[str, ...]:
 
 
 def prove_rounding(checkpoint: RoundedTensors, record: Mapping[str, WeightRecord]) -> CheckResult:
-    """Every weight that no rule finds is the one that was recorded when it was found, and near the checkpoint's own."""
+    """Every weight that no rule finds is the one that was recorded when it was found, and near the checkpoint's own.
+
+    It is as far from that as was recorded, too: a checkpoint that was trained on is near as well, and is another.
+    """
     worst, at, note = 0.0, "", ""
     for name in checkpoint.found:
         weight, found, form = checkpoint.original.read(name), checkpoint.rounded(name), checkpoint.forms[name]
@@ -84,8 +88,10 @@ def prove_rounding(checkpoint: RoundedTensors, record: Mapping[str, WeightRecord
         ratio = error / least if least else math.inf * error if error else 0.0
         if digest(found) != record[name].sha256:
             ratio, note = math.inf, "is not what GPTQ found"
-        if not ratio <= worst:  # NaN is not
-            worst, at = ratio, name
+        elif not math.isclose(error, record[name].relative_squared_error, rel_tol=_AS_FAR):
+            ratio, note = math.inf, "is not as far from the checkpoint's as it was"
+        if ratio > worst or math.isnan(ratio):
+            worst, at = (math.inf if math.isnan(ratio) else ratio), name
     passed = worst <= _FURTHER
     return CheckResult(
         "rounded weights, error over the nearest's", worst, worst, _FURTHER, at, passed, note="" if passed else note
