@@ -30,8 +30,10 @@ EXPORTS = {  # options of headfold export, beside --max-kl
     "float32": (),
     "int8": ("--weights", "int8"),
     "int4": ("--weights", "int4"),
+    "int4-128": ("--weights", "int4", "--block-size", "128"),
     "mixed5": ("--weights", "mixed", "--bits", "5"),
     "mixed4": ("--weights", "mixed", "--bits", "4"),  # head and all, as onnxruntime-genai's int4
+    "mixed4-128": ("--weights", "mixed", "--bits", "4", "--block-size", "128"),
     "w8a8": ("--weights", "w8a8"),
 }
 BATCH, SHORT = 8, 32  # sequences that are decoded at once, and the tokens of their prompts
@@ -205,8 +207,8 @@ class Contender:
         self.imports: list[float] = []
         self.loads: list[float] = []  # behind the imports, tokenizer and all
         self.start(keep=False)
-        self.prefills: dict[int, list[float]] = {}
-        self.decodes: list[float] = []  # tokens per second
+        self.prefills: dict[int, list[float]] = {}  # by length
+        self.decodes: dict[int, list[float]] = {}  # tokens per second, by what they came behind
         self.batches: list[float] = []  # the same, of all sequences together
 
     def start(self, keep: bool) -> None:
@@ -234,7 +236,7 @@ class Contender:
             return
         self.peak = float(result["peak"])
         self.prefills.setdefault(len(rows[0]), []).append(result["prefill"])
-        self.decodes.append(rate)
+        self.decodes.setdefault(len(rows[0]), []).append(rate)
 
     def ask(self, task: dict[str, Any]) -> dict[str, Any]:
         assert self.process.stdin is not None
@@ -278,22 +280,21 @@ def peers(
     cpu = next((x.split(": ")[1] for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "?")
     load = os.getloadavg()[1]
     print(f"{subject}, {cpu}, {threads} threads, medians of {rounds} rounds; load of the machine {load:.1f}")
-    heads = "".join(f"{f'prompt {length}':>13}" for length in prompts)
-    print(
-        f"{'':28}{heads}{'decode':>9}{f'{BATCH} at once':>11}{'import s':>10}{'load s':>8}{'peak MiB':>10}{'KL':>9}{'top-1':>7}"
-    )
+    heads = "".join(f"{f'{what} {length}':>13}" for what in ("prompt", "decode") for length in prompts)
+    print(f"{'':28}{heads}{f'{BATCH} at once':>11}{'import s':>10}{'load s':>8}{'peak MiB':>10}{'KL':>9}{'top-1':>7}")
     table: dict[str, Any] = {"cpu": cpu, "threads": threads, "load": load}
     for name, contender in contenders.items():
         speeds = [length / statistics.median(contender.prefills[length]) for length in prompts]
-        decode, batch = statistics.median(contender.decodes), statistics.median(contender.batches)
+        decodes = [statistics.median(contender.decodes[length]) for length in prompts]
+        batch = statistics.median(contender.batches)
         importing, loading = statistics.median(contender.imports), statistics.median(contender.loads)
         kl, top1 = costs.get(name, (float("nan"), float("nan")))
-        cells = "".join(f"{speed:13.0f}" for speed in speeds)
+        cells = "".join(f"{speed:13.0f}" for speed in speeds) + "".join(f"{speed:13.1f}" for speed in decodes)
         memory = f"{contender.peak / 2**20:10,.0f}"
-        print(f"{name:28}{cells}{decode:9.1f}{batch:11.1f}{importing:10.2f}{loading:8.2f}{memory}{kl:9.4f}{top1:7.0%}")
+        print(f"{name:28}{cells}{batch:11.1f}{importing:10.2f}{loading:8.2f}{memory}{kl:9.4f}{top1:7.0%}")
         table[name] = {
             "prefill": dict(zip(map(str, prompts), speeds, strict=True)),
-            "decode": decode,
+            "decode": dict(zip(map(str, prompts), decodes, strict=True)),
             f"decode_{BATCH}": batch,
             "import_seconds": importing,
             "load_seconds": loading,
@@ -302,7 +303,7 @@ def peers(
             "top1": top1,
         }
         if contender.kind == "headfold":
-            share = decode * weight_bytes(contender.path) / read
+            share = decodes[0] * weight_bytes(contender.path) / read
             table[name]["share_of_memory_bound"] = share
             print(f"{'':28}{share:.0%} of what memory allows, which gives {read / 1e9:.1f} GB/s", flush=True)
     return table

@@ -39,7 +39,10 @@ CONTENDERS = {f"headfold {name}": "headfold" for name in EXPORTS} | {
 
 
 def models(folder: Path, subject: str) -> dict[str, Path]:
-    """Those that are there already are kept. Of the random one no mixed ones are made: in it no weight is worth more than another."""
+    """Those that are there already are kept.
+
+    Of the random one no mixed ones are made, for in it no weight is worth more than another, and four bits are the nearest numbers.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     source = folder / "hf"
     if not source.exists():
@@ -121,7 +124,7 @@ def _export(source: Path, folder: Path, name: str, subject: str) -> list[str]:
         return command
     text = folder / "text.txt"
     text.write_text("\n".join(pydoc_data.topics.topics.values()))
-    return [*command, "--data", str(text), *(("--rounding", "nearest") if name == "int4" else ())]
+    return [*command, "--data", str(text), *(("--rounding", "nearest") if "int4" in name else ())]
 
 
 def write_gguf(path: Path, checkpoint: Checkpoint, kind: gguf.GGMLQuantizationType) -> None:
