@@ -185,15 +185,15 @@ def _signed(values: ir.Value, bits: int) -> ir.Value:
 
 
 def _taken(zeros: ir.Value, scales: ir.Value, bits: int) -> ir.Value:
-    """What zero points take off, of a number in each block: zero point, half of the range less, times scale; [G, N]."""
+    """What zero points take off, of a number in each block: zero point, half of the range less, times scale; as the scales, [G, N]."""
     assert scales.shape is not None
     rows, blocks = (int(dim) for dim in scales.shape)  # type: ignore[arg-type]  # of a weight: numbers
     name, shape = f"{zeros.name}.taken", ir.Shape([blocks, rows])
     stored, steps = _array(zeros), _array(scales)  # before signs are turned
     numbers = stored if bits == 8 else np.stack((stored & 15, stored >> 4), -1).reshape(rows, -1)
     signed = numbers[:, :blocks].astype(np.float32) - (1 << (bits - 1))
-    content = ir.tensor(np.ascontiguousarray((signed * steps).T), name=name)
-    return ir.Value(name=name, shape=shape, type=ir.TensorType(ir.DataType.FLOAT), const_value=content)
+    content = ir.tensor(np.ascontiguousarray((signed * steps).astype(steps.dtype).T), name=name)
+    return ir.Value(name=name, shape=shape, type=ir.TensorType(content.dtype), const_value=content)
 
 
 def spell_out_argmax(model: ir.Model) -> None:

@@ -110,6 +110,7 @@ KEPT = {  # with minima; with zero points of four bits, in blocks of 64 and 128;
 def test_networks_of_weights_in_their_own_bits_agree(title, tmp_path) -> None:
     source, bundle = KEPT[title](tmp_path), tmp_path / "bundle"
     arguments = ["export", source, "-o", bundle, "--weights", "int4", "--no-verify", "-q"]
+    arguments += ["--dtype", "float16"] if title == "AWQ" else []
     assert CliRunner().invoke(main, list(map(str, arguments))).exit_code == 0
     manifest = read_manifest(bundle)
     candidate = network_candidate(bundle, manifest, BuildOptions(attention="native"))
