@@ -230,7 +230,8 @@ def test_a_wrong_scale_is_seen_by_the_proof_and_by_the_gate(name, bundle, source
     ],
 )
 def test_the_gate_recommends_what_can_help(kl, dtype, spec, helps, bundle, tmp_path, monkeypatch) -> None:
-    shutil.copy(bundle / "model.onnx", tmp_path)
+    for name in ("model.onnx", "model.onnx.data"):
+        shutil.copy(bundle / name, tmp_path)
     manifest = read_manifest(bundle)
     cost = manifest.weights.cost.model_copy(update={"kl": kl})
     monkeypatch.setattr("headfold.export.quantization.gate.weights_cost", lambda *_: cost)
