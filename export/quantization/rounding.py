@@ -55,9 +55,12 @@ class WeightRounding:
         for name, value, known in (
             ("--weights", self.scheme, get_args(WeightsScheme)),
             ("--rounding", self.method, get_args(Method)),
+            ("--block-size", self.block_size, get_args(BlockSize)),
         ):
             if value not in known:
-                raise ConfigError(f"{value!r} is not known", where=name, fix=f"Choose one of {', '.join(known)}.")
+                raise ConfigError(
+                    f"{value!r} is not known", where=name, fix=f"Choose one of {', '.join(map(str, known))}."
+                )
         if not 0 < self.max_kl < math.inf:
             raise ConfigError(f"is {self.max_kl:g}", where="--max-kl", fix="It must be positive and finite, in nats.")
         if self.bits is not None and self.scheme != "mixed":

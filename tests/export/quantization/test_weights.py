@@ -332,6 +332,7 @@ def test_what_does_not_go_together_is_one_line(options, message, source, tmp_pat
     ("options", "message"),
     [
         ({"scheme": "int3"}, "--weights: 'int3' is not known. Choose one of int8, "),
+        ({"scheme": "int4", "block_size": 48}, "--block-size: 48 is not known. Choose one of 32, 64, 128."),
         ({"scheme": "int4", "method": "best"}, "--rounding: 'best' is not known"),
         ({"scheme": "int4", "max_kl": np.nan}, "--max-kl: is nan. It must be positive"),
         ({"scheme": "int4", "max_kl": 0.0}, "--max-kl: is 0"),
