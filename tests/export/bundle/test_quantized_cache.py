@@ -99,14 +99,6 @@ def test_a_wrong_scale_is_caught(name, factor, bundle, toys, tmp_path) -> None:
     assert "cache scales: of layer 1 is off by 0.1" in report.failure()
 
 
-def test_scales_are_of_the_keys_and_values_that_rounded_weights_make(toys, tmp_path) -> None:
-    text = ("--data", toys / "text.txt", "--calibration-tokens", 256)
-    options = ("--kv-cache", "int8", "--weights", "int4", "--max-kl", 9, "--capacity", CAPACITY, "--decode-steps", 2)
-    code, output = run("export", toys / "student", "-o", tmp_path / "out", *options, *text, "-q")
-    assert code == 0, output
-    assert read_manifest(tmp_path / "out").parity["passed"]
-
-
 def test_float8_is_proven_here_and_runs_elsewhere(toys, tmp_path) -> None:
     path = tmp_path / "float8"
     options = ("--kv-cache", "float8_e4m3fn", "--calibration-tokens", 256, "--capacity", CAPACITY, "-q")

@@ -172,9 +172,10 @@ def test_standard_ops_compute_the_same(exact, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("config", [{"tie_word_embeddings": False, "qkv_bias": True, "model_type": "qwen2"}])
-def test_eight_bits_with_biases_and_a_head_of_its_own(config, tmp_path) -> None:
+def test_eight_bits_with_biases_and_a_head_of_its_own_and_a_cache_of_what_they_make(config, tmp_path) -> None:
     save_hf(tmp_path / "source", checkpoint(replace(CONFIG, **config)), torch.float32)
-    code, output = run("export", tmp_path / "source", "-o", tmp_path / "int8", "--weights", "int8", "-q")
+    options = ("--weights", "int8", "--kv-cache", "int8", "--calibration-tokens", 256, "-q")
+    code, output = run("export", tmp_path / "source", "-o", tmp_path / "int8", *options)
     assert code == 0, output
     assert read_manifest(tmp_path / "int8").weights.cost.kl < 0.01
     code, output = run("verify", tmp_path / "int8", "--against", tmp_path / "source", "-q")
