@@ -237,6 +237,7 @@ def main() -> None:
         choices=["smollm2", "smollm2-trained", "random-1b"],
         help="instead: small weights beside other engines', of this model",
     )
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of --peers: 'int4' also stands for 'headfold int4'")
     parser.add_argument("--worker", nargs=2, metavar=("KIND", "PATH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -264,7 +265,7 @@ def main() -> None:
 
             lengths = (32, 512, 2048)
             folder, new, read = bundles / "peers", min(options.new, 32), bandwidth(threads)
-            table = peers(folder, options.rounds, new, threads, lengths, options.peers, read)
+            table = peers(folder, options.rounds, new, threads, lengths, options.peers, read, options.only)
         else:
             table = groups(bundles / "groups", options.rounds, min(options.new, 16), threads, bandwidth)
         if options.json:

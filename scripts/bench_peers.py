@@ -253,12 +253,25 @@ class Contender:
 
 
 def peers(
-    folder: Path, rounds: int, new: int, threads: int, prompts: Sequence[int], subject: str, read: float
+    folder: Path,
+    rounds: int,
+    new: int,
+    threads: int,
+    prompts: Sequence[int],
+    subject: str,
+    read: float,
+    only: Sequence[str] | None,
 ) -> dict[str, Any]:
-    """Make the models, measure, print the table, and return it. `read` are bytes per second of memory."""
+    """Make the models, measure, print the table, and return it.
+
+    `read` are bytes per second of memory; `only` are the contenders beside float32, all if None.
+    """
     from bench_peers_models import CONTENDERS, models  # of the other environment: it needs torch
 
-    paths = models(folder / subject, subject)
+    wanted = [*CONTENDERS] if only is None else ["headfold float32", *only, *(f"headfold {name}" for name in only)]
+    if only is not None and (unknown := [x for x in only if not {x, f"headfold {x}"} & CONTENDERS.keys()]):
+        raise SystemExit(f"--only {unknown[0]}: the contenders are {', '.join(CONTENDERS)}")
+    paths = models(folder / subject, subject, wanted)
     contenders = {name: Contender(kind, paths[name], threads) for name, kind in CONTENDERS.items() if name in paths}
     random = np.random.default_rng(0)
     for number in range(rounds + 1):  # the first one warms up

@@ -5,7 +5,7 @@ more; or a random llama of a billion parameters with its vocabulary.
 import pydoc_data.topics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import gguf
@@ -38,8 +38,8 @@ CONTENDERS = {f"headfold {name}": "headfold" for name in EXPORTS} | {
 }
 
 
-def models(folder: Path, subject: str) -> dict[str, Path]:
-    """Those that are there already are kept.
+def models(folder: Path, subject: str, wanted: Collection[str]) -> dict[str, Path]:
+    """Those of CONTENDERS that are wanted; what is there already is kept.
 
     Of the random one no mixed ones are made, for in it no weight is worth more than another, and four bits are the nearest numbers.
     """
@@ -47,7 +47,9 @@ def models(folder: Path, subject: str) -> dict[str, Path]:
     source = folder / "hf"
     if not source.exists():
         save_source(source, subject)
-    names = [name for name in EXPORTS if subject != "random-1b" or "mixed" not in name]
+    names = [
+        name for name in EXPORTS if f"headfold {name}" in wanted and (subject != "random-1b" or "mixed" not in name)
+    ]
     paths = {f"headfold {name}": folder / name for name in names}
     for name in names:
         if not (folder / name).exists():
@@ -59,7 +61,8 @@ def models(folder: Path, subject: str) -> dict[str, Path]:
         paths[f"llama.cpp {kind}"] = path = folder / f"{kind}.gguf"
         if not path.exists():
             write_gguf(path, open_checkpoint(source), gguf.GGMLQuantizationType[kind])
-    return paths | {"onnxruntime-genai int4": genai, "OpenVINO GenAI Q4_0": folder / "Q4_0.gguf"}
+    paths |= {"onnxruntime-genai int4": genai, "OpenVINO GenAI Q4_0": folder / "Q4_0.gguf"}
+    return {name: path for name, path in paths.items() if name in wanted}
 
 
 def save_source(path: Path, subject: str) -> None:
