@@ -19,6 +19,7 @@ from headfold.export.files import CANNOT_WRITE, exchange, lock, lock_file, renam
 from headfold.runtime.errors import HeadfoldError
 
 _STAGING = ".headfold-stage-"
+_UNFINISHED = ".headfold-unfinished-"
 _NEW, _OLD, _LOCK = "new", "old", "lock"
 Check = Callable[[Path], None]  # raises unless the directory may be replaced
 Complete = Callable[[Path, Path], None]  # given the old directory and the new one, just before they change places
@@ -94,6 +95,32 @@ def scratch(target: Path) -> Iterator[Path]:
     with _staging(target) as staging:
         (staging / _NEW).mkdir()
         yield staging / _NEW
+
+
+@contextmanager
+def unfinished(target: Path) -> Iterator[Callable[[], Path]]:
+    """Yields what makes a directory beside `target` that stays, whatever ends the block, until one ends well: for the next one to
+    `target` to go on with.
+
+    Raises:
+        BlockingIOError: when it is made while another process has it.
+    """
+    target = Path(os.path.realpath(target))
+    place = target.with_name(f"{_UNFINISHED}{_key(target)}")
+
+    with ExitStack() as leaving:
+
+        def make() -> Path:
+            place.mkdir(exist_ok=True)
+            leaving.enter_context(lock_file(place / _LOCK))
+            return place
+
+        yield make
+        leaving.close()
+        with suppress(OSError):  # another process has it, or it is not there
+            with lock_file(place / _LOCK):
+                pass
+            shutil.rmtree(place)
 
 
 def discard(directory: Path) -> None:

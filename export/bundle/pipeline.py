@@ -14,7 +14,15 @@ import torch
 
 from headfold.export.bundle.cache_scales import cache_scales, quantization_cost
 from headfold.export.bundle.genai import genai_config, genai_refusal
-from headfold.export.bundle.writer import check_output, file_entry, manifest_of, staged, write_file, write_json
+from headfold.export.bundle.writer import (
+    check_output,
+    file_entry,
+    for_the_next,
+    manifest_of,
+    staged,
+    write_file,
+    write_json,
+)
 from headfold.export.checkpoints.opening import load_decoder
 from headfold.export.data.calibration import CALIBRATION, calibration_tokens, write_tokens
 from headfold.export.data.calibration import TOKENS as CALIBRATION_TOKENS
@@ -121,11 +129,12 @@ def export_bundle(source: Exportable, output: Path, options: ExportOptions, repo
     facts, rounding = source.facts, options.weights
     capacity = _capacity(options.capacity, facts.capacity)
     dtype = getattr(torch, options.dtype)
-    with staged(output, options.force) as stage:
+    with for_the_next(output) as unfinished, staged(output, options.force) as stage:
         _write_side_files(stage, source, capacity)  # first: what is wrong with them is known before the work is done
         scales, quantization = list[Scales](), None
         if options.cache is not None and rounding is None:
             scales, quantization = _calibrate(source, capacity, dtype, options.cache, None, reporter, stage)
+        give_back_freed()  # from here on what is freed goes back, and no block of a layer's size is kept
         _forget_peak_memory()
         before = psutil.Process().memory_info().rss
         with reporter.step("open the weights"):
@@ -138,7 +147,7 @@ def export_bundle(source: Exportable, output: Path, options: ExportOptions, repo
         prepared, stored_tensors, traced = None, tensors, _peak_memory()
         if rounding is not None:
             prepared = prepare(
-                source, tensors, roundable(model), transposed(model), capacity, dtype, rounding, reporter
+                source, tensors, roundable(model), transposed(model), capacity, dtype, rounding, reporter, unfinished
             )
             if options.cache is not None:  # of the keys and values that the rounded weights make
                 weights = prepared.weights

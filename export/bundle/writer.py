@@ -5,12 +5,12 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from headfold.export.publishing import one_line, publish, recover
+from headfold.export.publishing import one_line, publish, recover, unfinished
 from headfold.runtime.errors import BundleError, HeadfoldError
 from headfold.runtime.manifest import MANIFEST, FileEntry, Manifest, read_manifest, sha256
 
@@ -29,6 +29,26 @@ def staged(output: Path, force: bool) -> Iterator[Path]:
     check_output(output, force)
     with one_line(BundleError, output, _FIX), publish(output, check_ours if force else None) as stage:
         yield stage
+
+
+@contextmanager
+def for_the_next(output: Path) -> Iterator[Callable[[], Path]]:
+    """What makes a directory that an export to `output` which does not finish leaves for the next one to go on with.
+
+    Raises:
+        BundleError: when it is made while another export to there is at work.
+    """
+    with unfinished(output) as make:
+
+        def make_alone() -> Path:
+            try:
+                return make()
+            except BlockingIOError as error:
+                raise BundleError(
+                    "another export to there is at work", where=output, fix="Wait for it, or choose another place."
+                ) from error
+
+        yield make_alone
 
 
 def check_output(output: Path, force: bool) -> None:

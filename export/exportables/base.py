@@ -55,6 +55,7 @@ class Master(nn.Module):
 
     decoder: nn.Module
     layers: Sequence[nn.Module]  # of the decoder, in order
+    others: Sequence[nn.Module] = ()  # embedding and head, where their weights are read only by calling them
     all_logits: bool
     hidden_states = False
     headless = False  # whether nobody knows which module makes the logits; then there are no `hidden_states`

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from headfold.export.checkpoints.base import Checkpoint, TokenizerFiles
 from headfold.export.checkpoints.opening import load_decoder
@@ -77,7 +77,9 @@ class OwnModel:
         """See Exportable."""
         decoder = load_decoder(self.checkpoint, None, capacity)
         decoder.cos_cache, decoder.sin_cache = decoder.cos_cache.to(stored), decoder.sin_cache.to(stored)
-        return DecoderOracle(widened(decoder, decoder.model.layers, arithmetic, stored, weights))
+        # In float64 embedding and head stay, to be nudged: all that comes behind them tells what it makes of that
+        apart = [] if arithmetic == torch.float64 else embedding_and_head(decoder)
+        return DecoderOracle(widened(decoder, [*decoder.model.layers, *apart], arithmetic, stored, weights))
 
 
 class OwnMaster(Master):
@@ -88,11 +90,17 @@ class OwnMaster(Master):
     def __init__(self, decoder: Decoder, all_logits: bool) -> None:
         super().__init__()
         self.decoder, self.layers, self.all_logits = decoder, list(decoder.model.layers), all_logits
+        self.others = embedding_and_head(decoder)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, cache: Cache) -> tuple[Tensor, Cache, list[Tensor]]:
         """See Master."""
         output = self.decoder(input_ids, attention_mask, cache, not self.all_logits, self.hidden_states)
         return output.logits, output.cache, [*output.hidden_states, *([] if output.normed is None else [output.normed])]
+
+
+def embedding_and_head(decoder: Decoder) -> list[nn.Module]:
+    """Those two, or the one that is both."""
+    return [decoder.model.embed_tokens, *([] if decoder.lm_head is None else [decoder.lm_head])]
 
 
 def facts_of(config: ModelConfig) -> Facts:

@@ -21,6 +21,7 @@ from headfold.runtime.files.json_file import read_object
 RECORD = "weights.json"
 Method = Literal["nearest", "gptq"]  # of rounding
 _LARGEST = 1 << 24  # bytes of it
+_ROWS = 1 << 10  # of a weight that are in float64 at a time
 _BLOCKS = [1 << power for power in range(SMALLEST_BLOCK.bit_length() - 1, LARGEST_BLOCK.bit_length())]
 
 
@@ -79,7 +80,7 @@ def relative_squared_error(rounding: Rounded, weight: Tensor) -> float:
     """See WeightRecord."""
     pairs = zip(restored(rounding), weight, strict=True) if weight.dim() == 3 else [(restored(rounding), weight)]
     lost = kept = 0.0
-    for now, before in pairs:
+    for now, before in (rows for pair in pairs for rows in zip(*(x.split(_ROWS) for x in pair), strict=True)):
         exact = before.double()
         lost += (now.double() - exact).square().sum().item()
         kept += exact.square().sum().item()

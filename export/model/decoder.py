@@ -177,12 +177,20 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), present
 
 
+class Embedding(nn.Embedding):
+    """It is the head, too, where that is tied to it: given what enters the head it makes logits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rows [..., hidden] of ids [...], or logits [..., V] of floats [..., hidden]."""
+        return F.linear(x, self.weight) if x.is_floating_point() else super().forward(x)
+
+
 class Stack(nn.Module):
     """Embedding, layers and final norm: what Hugging Face calls `model`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = Norm(config)
 
@@ -235,7 +243,7 @@ class Decoder(nn.Module):
 
     def new_layer_cache(self, batch: int, capacity: int | None = None) -> tuple[Tensor, Tensor]:
         """That of one layer, whichever."""
-        c, weight = self.config, self.model.embed_tokens.weight
+        c, weight = self.config, self.model.norm.weight  # others may be narrower while they do not compute
         shape, dtype = (batch, c.num_key_value_heads, capacity or self.capacity, c.head_dim), self.cache_dtype
         keys, values = (torch.zeros(shape, dtype=dtype or weight.dtype, device=weight.device) for _ in range(2))
         return keys, values
@@ -278,8 +286,8 @@ class Decoder(nn.Module):
             every = rows_of(x, layout.wanted(length, False))
         x = rows_of(x, layout.wanted(length, last_only))  # [B, 1 or S, hidden], back in the order of input_ids
         x = x if normed else self.model.norm(x)
-        head = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight  # [V, hidden]
-        logits = F.linear(x.flatten(0, 1), head).view(x.shape[0], x.shape[1], head.shape[0])
+        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        logits = head(x.flatten(0, 1)).view(x.shape[0], x.shape[1], self.config.vocab_size)
         return Output(logits, present, hidden_states, every)
 
 

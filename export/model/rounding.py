@@ -134,7 +134,7 @@ def block_scales(blocks: Tensor, bits: Width, dtype: torch.dtype = torch.float32
 def nearest(weights: Tensor, scales: Tensor, bits: Width) -> Tensor:
     """The nearest numbers that `bits` have, in the dtype of the weights; scales broadcast."""
     half = 1 << (bits - 1)
-    return (weights / scales).round().clamp(-half, half - 1)
+    return (weights / scales).round_().clamp_(-half, half - 1)
 
 
 def restored(rounding: Rounded) -> Tensor:

@@ -38,14 +38,16 @@ def reference(model: Running | Decoder, tokens: Tensor) -> Reference:
     """
     half = tokens.shape[1] // 2
     together = max(_TOGETHER // tokens.shape[1], 1)
+    parts = torch.split(tokens, together)
+    run = model.logits(parts) if isinstance(model, Running) else (model(part).logits for part in parts)
     logits = np.empty((*tokens.shape, model.config.vocab_size), np.float32)  # made once: it is large
-    for begin in range(0, len(tokens), together):
-        logits[begin : begin + together] = model(tokens[begin : begin + together]).logits.numpy()
-    if not np.isfinite(logits).all():
-        raise DataError(
-            "the model computes NaN or infinity, so nobody can say what rounding its weights costs",
-            fix="Leave out --weights, or correct the model.",
-        )
+    for part, now in enumerate(run):
+        if not now.isfinite().all():
+            raise DataError(
+                "the model computes NaN or infinity, so nobody can say what rounding its weights costs",
+                fix="Leave out --weights, or correct the model.",
+            )
+        logits[part * together : (part + 1) * together] = now.numpy()
     cache = model.new_cache(len(tokens), 2 * half)
     answers, new = tokens[:, :0], tokens[:, :half]
     for step in range(half):

@@ -4,7 +4,6 @@ Layer by layer, each on what the rounded layers before it hand on, so one layer 
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +11,12 @@ from torch import Tensor, nn
 from headfold.export.model.rounding import Rounded, block_scales, form_of, nearest, restored
 from headfold.export.progress import Reporter
 from headfold.export.quantization.running import Running
+from headfold.export.quantization.shelf import Shelf
 from headfold.plugins.quantized.schema import BLOCK, Bits
 from headfold.runtime.errors import ConfigError
 
-_ROWS = 1 << 13  # of the head that are rounded at a time: they are as many as there are tokens
+_HEAD_ROWS = 1 << 13  # of the head that are rounded at a time: they are as many as there are tokens
+_ROWS = 1 << 10  # of second moments that are added to at a time
 _TOGETHER = 2048  # tokens that go through a layer at a time
 _DAMPING = 0.01  # of the mean of the second moments' diagonal, added to it (section 3.3 there)
 _TRIED = [1 - 0.02 * step for step in range(16)]  # of the scale that holds the block's largest weight
@@ -23,7 +24,13 @@ _TRIED = [1 - 0.02 * step for step in range(16)]  # of the scale that holds the 
 
 @torch.inference_mode()
 def gptq_layers(
-    model: Running, names: Collection[str], tokens: Tensor, scales: torch.dtype, block: int, reporter: Reporter
+    model: Running,
+    names: Collection[str],
+    tokens: Tensor,
+    scales: torch.dtype,
+    block: int,
+    reporter: Reporter,
+    open_shelf: Callable[[Sequence[Tensor]], Shelf] | None = None,
 ) -> dict[str, Rounded]:
     """Weights of layers in four bits, calibrated on int64 tokens [N, S]; of those whose inputs can be heard: of nn.Linear.
 
@@ -34,21 +41,29 @@ def gptq_layers(
         scales: dtype of the graph's.
         block: see `form_of`.
         reporter: told what goes on.
+        open_shelf: opens where what is found lies, told the streams that enter the first layer; None: in memory.
     """
     found = dict[str, Rounded]()
     parts = together(tokens)
     hidden = [model.enter(part) for part in parts]  # [N, S, hidden] each
+    shelf = open_shelf(hidden) if open_shelf is not None else None
     with reporter.step("round the layers with GPTQ", model.count) as advance:
         for index in range(model.count):
             with model.layer(index) as modules:
                 linears = {f"{name}.weight": m for name, m in modules.items() if isinstance(m, nn.Linear)}
                 linears = {name: module for name, module in linears.items() if name in names}
-                moments = _input_moments(linears, _run(model, index, parts, hidden))
-                here = {name: gptq(model.read(name), heard, 4, scales, block) for name, heard in moments.items()}
-                with model.replaced({name: restored(rounding) for name, rounding in here.items()}):
-                    hidden = list(_run(model, index, parts, hidden))
-                found |= here
+                here = shelf.next_layer(_weights(modules)) if shelf is not None else None
+                moments = _input_moments(linears, _run(model, index, parts, hidden)) if here is None else {}
+            del modules, linears  # beside the moments of a wide layer its weights may be too much
+            if here is None:
+                here = {name: gptq(model.read(name), moments.pop(name), 4, scales, block) for name in list(moments)}
+                here = shelf.put(here) if shelf is not None else here
+            with model.replaced({name: restored(rounding) for name, rounding in here.items()}), model.layer(index):
+                hidden = list(_run(model, index, parts, hidden))
+            found |= here
             advance(1)
+    if shelf is not None and shelf.found:
+        reporter.note(f"{shelf.found} of {model.count} layers had been rounded by an export that did not finish")
     return found
 
 
@@ -61,9 +76,9 @@ def gptq_head(
     Its rows, a token's each, know nothing of each other.
     """
     with reporter.step("round the head with GPTQ"):
-        inputs = (model.entering_head(part).flatten(0, -2) for part in together(tokens))
+        inputs = (entering.flatten(0, -2) for entering in model.entering_head(together(tokens)))
         moments = torch.stack([(x.T @ x).double() for x in inputs]).sum(0)
-        parts = [gptq(rows, moments, 4, scales, block) for rows in torch.split(model.read(name), _ROWS)]
+        parts = [gptq(rows, moments, 4, scales, block) for rows in torch.split(model.read(name), _HEAD_ROWS)]
     return Rounded(4, torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts]))
 
 
@@ -83,22 +98,27 @@ def gptq(
     size = form_of(bits, width, block).block
     power = moments.diagonal().clone()
     order = _order(power, size)
-    inverse = _inverse_factor(moments[order][:, order])  # [K, K], upper triangular
-    left = weight.double()[:, order]  # what is still to round, corrected
+    factor = _reversed_factor(moments, order)
+    del moments
+    diagonal = factor.diagonal().flip(0)
+    left = weight[:, order].double()  # what is still to round; behind it, what rounding the others has changed
     power = power[order] + _DAMPING * power.mean()
     numbers = torch.empty(count, width, dtype=torch.int8)
     scales = torch.empty(count, width // size)
     for start in range(0, width, size):
         own = slice(start, start + size)
-        step = best_scales(left[:, own], power[own], bits, dtype)  # [N]
-        errors = torch.empty(count, size, dtype=torch.float64)
+        carried = factor[width - own.stop :, width - own.stop : width - start].flip(0, 1) / diagonal[own]
+        back, within = left[:, :start] @ carried[:start], carried[start:]
+        # What would be best if no column from here on were rounded
+        best = torch.linalg.solve_triangular(within, back, upper=True, left=False, unitriangular=True)
+        step = best_scales(left[:, own] + best, power[own], bits, dtype)  # [N]
+        wanted = left[:, own] + back  # [N, size]
         for offset in range(size):
             column = start + offset
-            chosen = nearest(left[:, column], step, bits)
+            chosen = nearest(wanted[:, offset], step, bits)
             numbers[:, order[column]] = chosen.to(torch.int8)
-            errors[:, offset] = (left[:, column] - chosen * step) / inverse[column, column]
-            left[:, column : start + size] -= errors[:, offset, None] * inverse[column, column : start + size]
-        left[:, start + size :] -= errors @ inverse[own, start + size :]
+            left[:, column] -= chosen * step
+            wanted[:, offset + 1 :] += left[:, column, None] * within[offset, offset + 1 :]
         scales[:, order[start] // size] = step.float()
     return Rounded(bits, numbers, scales)
 
@@ -124,20 +144,28 @@ def _order(power: Tensor, block: int) -> Tensor:
     return within[blocks.sum(1).sort(stable=True, descending=True).indices].flatten()
 
 
-def _inverse_factor(moments: Tensor) -> Tensor:
-    """The upper Cholesky factor of the damped moments' inverse (section 3.3, step 3)."""
+def _reversed_factor(moments: Tensor, order: Tensor) -> Tensor:
+    """R of the damped moments R R^T in this order, upper triangular, rows and columns last to first: float64 [K, K], lower triangular.
+
+    With an error e_j in each column j before it, column k is rounded best near w_k + sum_j e_j R_jk / R_kk: what section 3.3 there has
+    from the inverse, without one ("LDLQ" of Chee et al. 2023, arXiv 2307.13304, theorem 6). Made in place: moments are large.
+    """
+    backwards = order.flip(0)
     mean = moments.diagonal().mean().item() or 1.0
-    for damping in (
-        _DAMPING,
-        10 * _DAMPING,
-        100 * _DAMPING,
-    ):  # inputs that are huge in a few columns leave the others to rounding
-        factor, failed = torch.linalg.cholesky_ex(
-            moments + damping * mean * torch.eye(len(moments), dtype=moments.dtype)
-        )
-        if not failed and factor.isfinite().all():
-            return cast(Tensor, torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True))
+    for times in (1, 10, 100):  # inputs that are huge in a few columns leave the others to rounding
+        factor = moments[backwards[:, None], backwards].mT  # in the order of LAPACK, which then copies nothing
+        factor.diagonal().add_(times * _DAMPING * mean)
+        failed = torch.empty((), dtype=torch.int32)
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))
+        if not failed and factor.diagonal().isfinite().all():  # what is not finite ends up there
+            return factor
+        del factor
     raise ConfigError("the inputs of its products are too large for GPTQ", fix="Use --rounding nearest.")
+
+
+def _weights(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """All of some modules, by their names."""
+    return {f"{at}.{name}": x for at, module in modules.items() for name, x in module.named_parameters(recurse=False)}
 
 
 def _run(model: Running, index: int, parts: Sequence[Tensor], hidden: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -157,8 +185,10 @@ def _input_moments(linears: Mapping[str, nn.Linear], run: Iterator[Tensor]) -> d
             if last is not None and last[0] is inputs[0] and same.setdefault(name, last[1]) == last[1]:
                 return
             x = inputs[0].flatten(0, -2)
-            now = (x.T @ x).double()
-            moments[name] = moments[name] + now if name in moments else now
+            if name not in moments:
+                moments[name] = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+            for rows, columns in zip(torch.split(moments[name], _ROWS), torch.split(x.T, _ROWS), strict=True):
+                rows += columns @ x
             last = inputs[0], name
 
         return add

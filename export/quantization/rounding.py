@@ -3,14 +3,19 @@
 Calibrated on some of the text, and measured on the rest.
 """
 
+import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
+from torch import Tensor
 
 from headfold.export.data.calibration import LENGTH, calibration_tokens
 from headfold.export.exportables.base import Exportable, Tensors
@@ -26,6 +31,7 @@ from headfold.export.quantization.gptq import gptq_head, gptq_layers
 from headfold.export.quantization.running import Running
 from headfold.export.quantization.sensitivity import TOKENS as SENSITIVITY
 from headfold.export.quantization.sensitivity import choose_bits, sensitivities
+from headfold.export.quantization.shelf import Shelf
 from headfold.export.quantization.smoothing import find_smoothing
 from headfold.plugins.quantized.schema import BLOCK
 from headfold.runtime.errors import ConfigError
@@ -88,6 +94,7 @@ def prepare(
     dtype: torch.dtype,
     options: WeightRounding,
     reporter: Reporter,
+    unfinished: Callable[[], Path],
 ) -> Prepared:
     """Round the weights of a model.
 
@@ -100,6 +107,7 @@ def prepare(
         dtype: of the bundle's other weights, and of scales.
         options: how.
         reporter: told what goes on.
+        unfinished: makes a directory for what a large model's export that is killed should not do again.
 
     Raises:
         ConfigError: nothing in it can be rounded; or a capacity of one token.
@@ -157,14 +165,18 @@ def prepare(
             narrow = {name for name in products if not is_held(tensors, name, dtype, block)}
             if any(bits[name] == 4 for name in experts & bits.keys()):
                 reporter.note("experts of four bits are the nearest numbers: GPTQ hears the inputs of products alone")
-            known = {name: width for name, width in bits.items() if width == 8 and name not in experts}
-            eight = RoundedTensors(tensors, forms_of(known, shapes, block), scales=dtype)
+            known: dict[str, Width] = {
+                name: width for name, width in bits.items() if width == 8 and name not in experts
+            }
             calibration = tokens[~measured], dtype, block, reporter
-            with model.replaced({name: eight.read(name) for name in eight.forms}):
-                if (head := model.head) in narrow:
+            if (head := model.head) in narrow:
+                with model.reading(RoundedTensors(tensors, forms_of(known, shapes, block), scales=dtype)):
                     gptq[head] = gptq_head(model, head, *calibration)
-                with model.replaced({name: restored(weight) for name, weight in gptq.items()}):
-                    gptq |= gptq_layers(model, narrow, *calibration) if narrow else {}
+            known |= dict.fromkeys(gptq, 4)
+            made_from = [version("headfold"), source.describe(), bits, block, capacity, str(dtype), sorted(narrow)]
+            shelf = partial(_shelf, unfinished, made_from) if model.streams else None
+            with model.reading(RoundedTensors(tensors, forms_of(known, shapes, block), gptq, dtype)):
+                gptq |= gptq_layers(model, narrow, *calibration, shelf) if narrow else {}
         forms = forms_of(bits, shapes, block, transposed)
         if isinstance(source, OwnModel):
             weights = RoundedCheckpoint(source.checkpoint, forms, gptq, kept, dtype)
@@ -180,6 +192,12 @@ def prepare(
         cost=None,
     )
     return Prepared(weights, before, costs, spec)
+
+
+def _shelf(unfinished: Callable[[], Path], made_from: Any, streams: Sequence[Tensor]) -> Shelf:
+    """For layers in four bits, made from this and of what enters the first one."""
+    entering = (stream.numpy().tobytes() for stream in streams)
+    return Shelf(unfinished(), 4, chain([json.dumps(made_from, sort_keys=True).encode()], entering))
 
 
 def widths_of(

@@ -1,10 +1,11 @@
 """A model of any road with its weights, in float32: run whole, or layer by layer on streams that are kept between.
 
-It is the module that is traced, on numbers. Weights of layers too large to stay are in memory only while their layer computes.
+It is the module that is traced, on numbers. Weights of layers too large to stay are in memory only while their layer computes, and
+so are embedding and head, where the module says that nobody else reads them.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headfold.export.exportables.base import Exportable, Tensors, first_names
+from headfold.export.exportables.base import Changed, Exportable, Tensors, first_names
 from headfold.export.exportables.foreign.widening import is_large
 from headfold.export.graph.weights import check_held
 from headfold.export.model.decoder import Cache, Output
@@ -46,20 +47,22 @@ class Running:
         self._master = exportable.master(torch.float32, capacity, all_logits=True)
         self._tensors, self._tables = tensors, exportable.tables(torch.float32, capacity)
         self._layers, self._first = list(self._master.layers), first_names(self._master.decoder)
-        self._prefixes = layer_names(self._master.decoder, self._layers)
+        self._prefixes = names_of(self._master.decoder, [*self._layers, *self._master.others])
+        self._pieces = [self._master.decoder.get_submodule(prefix) for prefix in self._prefixes]  # that come and go
         self._others = dict[str, Tensor]()  # weights that are not the tensors'
         self._dtypes, self._held = dtypes, set[str]()  # the tensors that are known to be held
         self._outputs = 0  # of a layer; 0: the stream alone
         own = {id(x) for layer in self._layers for x in layer.parameters()}
         self.streams = is_large(sum(math.prod(x.shape) for x in self._master.decoder.parameters() if id(x) in own))
         self._holding: int | None = None  # a layer whose weights stay until its block ends
+        self._resting: Collection[int] = ()  # pieces that compute nothing now
         self._load("")
-        for index, layer in enumerate(self._layers):
+        for layer in self._layers:
             layer.register_forward_hook(self._learn)
-            if self.streams:
-                self._drop(index)
-                layer.register_forward_pre_hook(lambda *_, index=index: self._come(index))
-                layer.register_forward_hook(lambda *_, index=index: self._go(index))
+        for index, piece in enumerate(self._pieces if self.streams else ()):
+            self._drop(index)
+            piece.register_forward_pre_hook(lambda *_, index=index: self._come(index))
+            piece.register_forward_hook(lambda *_, index=index: self._go(index))
 
     @property
     def count(self) -> int:
@@ -68,7 +71,8 @@ class Running:
 
     def layer_of(self, name: str) -> int | None:
         """The layer that a weight is in."""
-        return next((i for i, prefix in enumerate(self._prefixes) if name.startswith(f"{prefix}.")), None)
+        piece = self._piece_of(name)
+        return piece if piece is not None and piece < self.count else None
 
     def new_cache(self, batch: int, capacity: int | None = None) -> Cache:
         """An empty static cache of zeros."""
@@ -99,13 +103,31 @@ class Running:
         heads = [name for name in linears if self.layer_of(name) is None]
         return self._first[heads[-1]] if heads else "model.embed_tokens.weight"
 
-    def entering_head(self, tokens: Tensor) -> Tensor:
-        """What the head is given, [N, S, hidden]."""
+    def entering_head(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
+        """What the head is given, [N, S, hidden], of each part of some tokens; each layer comes once."""
         self._master.hidden_states = True
         try:
-            return self(tokens).hidden_states[-1]
+            for part, stream in zip(parts, self._behind_layers(parts), strict=True):
+                with self._skipped(self.count, stream):
+                    yield self(part, last_only=True).hidden_states[-1]
         finally:
             self._master.hidden_states = False
+
+    def logits(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Logits [N, S, V] of each part of some tokens; layers that come and go come once."""
+        if not self.streams:
+            yield from (self(part).logits for part in parts)
+            return
+        for part, stream in zip(parts, self._behind_layers(parts), strict=True):
+            yield self.run_from(self.count, part, stream)
+
+    def _behind_layers(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """What the last layer hands on."""
+        streams = [self.enter(part) for part in parts]
+        for index in range(self.count):
+            with self.layer(index):
+                streams = [self.run_layer(index, *pair) for pair in zip(parts, streams, strict=True)]
+        return streams
 
     def enter(self, tokens: Tensor) -> Tensor:
         """What enters the first layer, [N, S, hidden], of int64 tokens [N, S]."""
@@ -181,8 +203,27 @@ class Running:
             self._others.pop(name, None)
         else:
             self._others[name] = weight
-        index = self.layer_of(name)
-        if not self.streams or index is None or index == self._holding:
+        self._renew(name)
+
+    @contextmanager
+    def reading(self, weights: Changed) -> Iterator[None]:
+        """Inside the block its weights are read here: those that come and go, each time they come."""
+        before = self._tensors
+        self._read_from(weights, weights.changed)
+        try:
+            yield
+        finally:
+            self._read_from(before, weights.changed)
+
+    def _read_from(self, tensors: Tensors, changed: Collection[str]) -> None:
+        self._tensors = tensors
+        for name in changed:
+            self._renew(name)
+
+    def _renew(self, name: str) -> None:
+        """Unless it will be read when it comes."""
+        piece = self._piece_of(name)
+        if not self.streams or piece is None or piece == self._holding:
             self._assign(name)
 
     def read(self, name: str) -> Tensor:
@@ -206,31 +247,40 @@ class Running:
     def _skipped(self, index: int, entering: Tensor) -> Iterator[None]:
         """The layers before this one compute nothing, and hand on what is to enter it."""
         handed = (entering, *[None] * (self._outputs - 1)) if self._outputs else entering
-        for layer in self._layers[:index]:
-            layer.forward = lambda *_, **__: handed
-        self._skipping = index
+        # Nobody reads what enters a layer that is skipped, so an embedding rests, too, unless it is also the head
+        resting = {piece: handed for piece in range(index)}
+        resting |= {self.count + other: entering for other in range(len(self._master.others) - 1) if index}
+        for piece, result in resting.items():
+            self._pieces[piece].forward = lambda *_, result=result, **__: result
+        self._resting = resting.keys()
         try:
             yield
         finally:
-            self._skipping = 0
-            for layer in self._layers[:index]:
-                del layer.forward
-
-    _skipping = 0
+            self._resting = ()
+            for piece in resting:
+                del self._pieces[piece].forward
 
     def _learn(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         self._outputs = len(output) if isinstance(output, tuple) else 0
 
+    def _piece_of(self, name: str) -> int | None:
+        """What that comes and goes a weight is in."""
+        return next((i for i, prefix in enumerate(self._prefixes) if name.startswith(f"{prefix}.")), None)
+
     def _come(self, index: int) -> None:
-        if index >= self._skipping and index != self._holding:
+        if not self._stays(index):
             self._load(f"{self._prefixes[index]}.")
 
     def _go(self, index: int) -> None:
-        if index >= self._skipping and index != self._holding:
+        if not self._stays(index):
             self._drop(index)
 
+    def _stays(self, index: int) -> bool:
+        """As it is: it is held, or computes nothing."""
+        return index == self._holding or index in self._resting
+
     def _drop(self, index: int) -> None:
-        for module in self._layers[index].modules():
+        for module in self._pieces[index].modules():
             for name, parameter in module.named_parameters(recurse=False):
                 module.register_parameter(name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
@@ -238,7 +288,7 @@ class Running:
         """Parameters and buffers whose names begin so; what belongs to layers that come and go only with them."""
         decoder = self._master.decoder
         for name in [name for name, _ in decoder.named_parameters(remove_duplicate=False) if name.startswith(prefix)]:
-            if prefix or not self.streams or self.layer_of(name) is None:
+            if prefix or not self.streams or self._piece_of(name) is None:
                 self._assign(name)
         for name, buffer in list(decoder.named_buffers(remove_duplicate=False)) if not prefix else ():
             tensor = self._tables[name] if name in self._tables else self._tensors.read(name)
@@ -253,7 +303,7 @@ class Running:
             self._master.decoder.get_submodule(parent).register_parameter(own, parameter)
 
 
-def layer_names(decoder: nn.Module, layers: Sequence[nn.Module]) -> list[str]:
-    """What a decoder calls its layers."""
+def names_of(decoder: nn.Module, modules: Sequence[nn.Module]) -> list[str]:
+    """What a decoder calls some of its modules."""
     names = {id(module): name for name, module in decoder.named_modules()}
-    return [names[id(layer)] for layer in layers]
+    return [names[id(module)] for module in modules]

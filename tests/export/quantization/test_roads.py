@@ -19,7 +19,9 @@ from headfold.export.checkpoints.opening import open_checkpoint
 from headfold.export.exportables.module_road.module_model import ModuleModel
 from headfold.export.exportables.opening import open_exportable
 from headfold.export.exportables.own import OwnModel
+from headfold.export.exportables.rounded import RoundedTensors
 from headfold.export.graph.trace import export_graph
+from headfold.export.model.rounding import forms_of
 from headfold.export.progress import Reporter
 from headfold.export.quantization.gptq import gptq_layers
 from headfold.export.quantization.products import roundable, set_level_in_file
@@ -183,6 +185,19 @@ def test_a_running_model_computes_what_the_model_does(kind, streamed, tmp_path, 
     for index in range(model.count):
         assert torch.allclose(model.run_from(index, tokens, hidden), logits, atol=1e-5)
         hidden = model.run_layer(index, tokens, hidden)
+    parts = torch.split(tokens, 1)
+    for part, expected in zip(model.logits(parts), logits, strict=True):
+        assert torch.allclose(part[0], expected, atol=1e-5)
+    if kind == "headfold":
+        assert model.head is not None
+        entering = torch.cat(list(model.entering_head(parts)))
+        assert torch.allclose(entering @ model.read(model.head).T, logits, atol=1e-5)
+        some = dict.fromkeys(["model.layers.0.mlp.down_proj.weight", model.head], 7)
+        half = RoundedTensors(source.checkpoint, forms_of(some, source.checkpoint.shapes()))
+        with model.reading(half):
+            for part, row in zip(model.logits(parts), tokens, strict=True):
+                right = source.oracle(torch.float32, 32, half).answer(row.numpy()).logits
+                np.testing.assert_allclose(part[0], right, atol=1e-4)
     name = next(name for name in source.tensors(torch.float32).shapes() if model.layer_of(name) == 1)
     with model.replaced({name: torch.zeros_like(model.read(name))}):
         assert not torch.allclose(model(tokens).logits, logits, atol=1e-2)

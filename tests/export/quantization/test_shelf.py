@@ -1,0 +1,141 @@
+"""A large model's layers are rounded once, though the export is killed between them; and never taken for those of something else."""
+
+import subprocess
+import sys
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from block_models import CONFIG
+
+from headfold.export.bundle.pipeline import ExportOptions, export_bundle
+from headfold.export.checkpoints.base import MemoryCheckpoint
+from headfold.export.checkpoints.hf_writer import save_hf
+from headfold.export.exportables.opening import open_exportable
+from headfold.export.model.decoder import Decoder
+from headfold.export.model.rounding import rounded
+from headfold.export.progress import Reporter
+from headfold.export.publishing import unfinished
+from headfold.export.quantization import gptq
+from headfold.export.quantization.rounding import WeightRounding
+from headfold.export.quantization.shelf import Shelf
+from headfold.runtime.errors import BundleError
+
+# Exports a model as if it were large, and dies before a product is rounded when so many have been
+_DYING = """
+import os, sys
+from headfold.export.cli import main
+from headfold.export.exportables.foreign import widening
+from headfold.export.quantization import gptq
+widening.LARGE, left, original = 0, int(sys.argv[1]), gptq.gptq
+def counted(*arguments):
+    global left
+    left -= 1
+    return original(*arguments) if left >= 0 else os._exit(137)
+gptq.gptq = counted
+main(sys.argv[2:])
+"""
+_PRODUCTS = 7  # of a layer
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    torch.manual_seed(0)
+    weights = Decoder(CONFIG).requires_grad_(False).state_dict()
+    save_hf(tmp_path / "source", MemoryCheckpoint(tmp_path, CONFIG, weights), torch.float32)
+    return tmp_path / "source"
+
+
+@pytest.fixture
+def tokens(tmp_path) -> Path:
+    path = tmp_path / "tokens.npy"
+    np.save(path, np.random.default_rng(0).integers(0, 160, 4096))
+    return path
+
+
+def export(source: Path, output: Path, tokens: Path) -> None:
+    rounding = WeightRounding(scheme="int4", max_kl=100, data=(str(tokens),))
+    options = ExportOptions(weights=rounding, verify=False, capacity=64)
+    export_bundle(open_exportable(source), output, options, Reporter(quiet=True))
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_an_export_that_was_killed_goes_on_with_its_layers(source, tokens, tmp_path, monkeypatch) -> None:
+    (tmp_path / "out").mkdir()
+    output = tmp_path / "out" / "bundle"
+    options = ["--weights", "int4", "--max-kl", "100", "--data", tokens, "--no-verify", "--capacity", "64", "-q"]
+    command = [sys.executable, "-c", _DYING, str(_PRODUCTS + 3), "export", source, "-o", output, *options]
+    assert subprocess.run(command, check=False).returncode == 137
+    assert not output.exists()
+    rounding, calls = gptq.gptq, []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return rounding(*arguments)
+
+    monkeypatch.setattr(gptq, "gptq", counted)
+    monkeypatch.setattr("headfold.export.exportables.foreign.widening.LARGE", 0)
+    export(source, output, tokens)
+    assert len(calls) == _PRODUCTS  # of the second layer, in the middle of which it was killed
+    assert names(output.parent) == ["bundle"]
+    export(source, tmp_path / "out" / "whole", tokens)
+    assert len(calls) == 3 * _PRODUCTS  # nothing is left of a finished one
+    for file in ("model.onnx.data", "weights.json"):
+        assert (output / file).read_bytes() == (tmp_path / "out" / "whole" / file).read_bytes()
+
+
+def test_layers_that_were_made_from_something_else_are_not_taken(tmp_path) -> None:
+    weights = {"a": torch.randn(4, 64), "b": torch.randn(8, 64)}
+    layer = {name: rounded(weight, 4) for name, weight in weights.items()}
+
+    def shelf(made_from: bytes, *before: dict[str, torch.Tensor]) -> Shelf:
+        made = Shelf(tmp_path, 4, [made_from])
+        for others in before:
+            made.next_layer(others)
+        return made
+
+    first = shelf(b"text", weights)
+    assert first.next_layer(weights) is None
+    first.put(layer)
+    found = shelf(b"text", weights).next_layer(weights)
+    assert found is not None
+    assert found.keys() == layer.keys()
+    for name, rounding in found.items():
+        assert torch.equal(rounding.values, layer[name].values)
+        assert torch.equal(rounding.scales, layer[name].scales)
+    assert shelf(b"other text", weights).next_layer(weights) is None
+    assert shelf(b"text", weights).next_layer(weights | {"b": weights["b"] + 1}) is None
+    assert shelf(b"text", weights | {"a": -weights["a"]}).next_layer(weights) is None  # the layer before is another
+    assert shelf(b"text").next_layer(weights) is None  # there is none before
+
+
+def test_a_damaged_layer_is_one_line(tmp_path) -> None:
+    weights = {"a": torch.randn(4, 64)}
+    shelf = Shelf(tmp_path, 4, [b""])
+    shelf.next_layer(weights)
+    shelf.put({"a": rounded(weights["a"], 4)})
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(BundleError, match="a rounded layer is damaged"):
+        Shelf(tmp_path, 4, [b""]).next_layer(weights)
+
+
+def test_what_is_unfinished_stays_until_one_ends_well(tmp_path) -> None:
+    target = tmp_path / "bundle"
+    for ending in (KeyboardInterrupt, OSError):
+        with suppress(ending), unfinished(target) as make:
+            place = make()
+            (place / "layer").write_text("1")
+            raise ending
+        assert (place / "layer").is_file()
+    with unfinished(target) as make, ExitStack() as other:
+        assert make() == place
+        make_too = other.enter_context(unfinished(target))
+        with pytest.raises(BlockingIOError):
+            make_too()
+    assert names(tmp_path) == []
