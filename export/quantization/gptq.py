@@ -148,7 +148,7 @@ def _reversed_factor(moments: Tensor, order: Tensor) -> Tensor:
     """R of the damped moments R R^T in this order, upper triangular, rows and columns last to first: float64 [K, K], lower triangular.
 
     With an error e_j in each column j before it, column k is rounded best near w_k + sum_j e_j R_jk / R_kk: what section 3.3 there has
-    from the inverse, without one ("LDLQ" of Chee et al. 2023, arXiv 2307.13304, theorem 6). Made in place: moments are large.
+    from the inverse, without one ("LDLQ" of Chee et al. 2023, arXiv 2307.13304). Made in place: moments are large.
     """
     backwards = order.flip(0)
     mean = moments.diagonal().mean().item() or 1.0
