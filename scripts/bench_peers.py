@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import pydoc_data.topics
-import resource
 import statistics
 import subprocess
 import sys
@@ -37,7 +36,7 @@ EXPORTS = {  # options of headfold export, beside --max-kl
     "w8a8": ("--weights", "w8a8"),
 }
 BATCH, SHORT = 8, 32  # sequences that are decoded at once, and the tokens of their prompts
-PREFIXES = 128  # of a text, whose next tokens' distributions are compared
+PREFIXES = 128  # of a text, whose next tokens' distributions are compared; of a random model some: its text is none
 Logits = NDArray[np.float32]
 Timed = tuple[float, float]  # seconds of the prompts, up to the first tokens, and of all tokens behind them
 
@@ -193,9 +192,14 @@ def worker(kind: str, path: str, threads: int) -> None:
             answer: dict[str, Any] = {"given": given}
         else:
             prefill, decode = engine.run(task["rows"], task["new"])
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            answer = {"prefill": prefill, "decode": decode, "peak": peak}
+            answer = {"prefill": prefill, "decode": decode, "peak": peak_memory()}
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def peak_memory() -> int:
+    """This process's, in bytes (Linux); what getrusage says counts the process that forked this one, too."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) << 10
 
 
 class Contender:
@@ -283,7 +287,8 @@ def peers(
             everyone = itertools.islice(itertools.cycle(contenders.values()), number, number + len(contenders))
             for contender in everyone:
                 contender.run(rows, new, keep=number > 0)
-    costs = distances(contenders, prefixes(paths["headfold float32"]), folder)
+    texts = prefixes(paths["headfold float32"])[: 16 if subject == "random-1b" else None]
+    costs = distances(contenders, texts, folder)
     for contender in contenders.values():
         contender.stop()
     for _ in range(rounds):
