@@ -35,6 +35,7 @@ def place(tmp_path, monkeypatch) -> Path:
     return Path(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_module_of_ones_own(place, capsys) -> None:
     (place / "my-tokenizer").mkdir()
     toy_tokenizer(300).save(str(place / "my-tokenizer" / "tokenizer.json"))

@@ -22,6 +22,7 @@ from headfold.export.cli import main
 from headfold.export.training.state import checkpoints
 from headfold.runtime.manifest import check_files, read_manifest
 
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("uptrain", "sweep")]
 _RUNS = 3  # of each command, after its first
 State = str | None  # of an output: none, or which one it is
 
@@ -133,9 +134,7 @@ def sample(copies: list[Path]) -> list[Path]:
     return [copies[turns[len(turns) * i // _RUNS]] for i in range(_RUNS)] + copies[-1:]
 
 
-@pytest.mark.parametrize(
-    "name", ["export", "build", "convert", "uptrain", pytest.param("sweep", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name", ["export", "build", "convert", *SLOW])
 def test_a_kill_leaves_the_old_or_the_new_and_the_next_run_succeeds(name, cases, tmp_path, monkeypatch) -> None:
     if name == "build" and find_spec("tensorrt_rtx") is None:
         pytest.skip("pip install tensorrt-rtx")

@@ -53,8 +53,13 @@ def test_a_family_with_a_table_can_have_all(toy_checkpoint) -> None:
         ("gemma2", {"native": "TensorRT ignores a soft cap. Use --attention plugin.", "plugin": ""}, "as gemma2"),
         ("gemma3_text", {"native": "", "plugin": ""}, "as gemma3_text"),
         ("qwen3_moe", dict.fromkeys(("native", "plugin"), "the model has a mixture of experts"), "as llama"),
-        ("gpt_oss", dict.fromkeys(("native", "plugin"), "the model has attention sinks"), "as llama"),
-        ("cohere", {"native": "", "plugin": ""}, "as llama"),
+        pytest.param(
+            "gpt_oss",
+            dict.fromkeys(("native", "plugin"), "the model has attention sinks"),
+            "as llama",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("cohere", {"native": "", "plugin": ""}, "as llama", marks=pytest.mark.slow),
     ],
 )
 def test_other_models_are_told_what_the_commands_would_tell(model_type, graphs, why, tmp_path) -> None:

@@ -50,7 +50,9 @@ def written(path: Path, architecture: str, change: Callable[[Tensors], object] =
     return write_gguf(path / "model.gguf", model, architecture, tensors, **more | metadata)
 
 
-@pytest.mark.parametrize("architecture", MODELS)
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(name, marks=pytest.mark.slow if name == "qwen3moe" else ()) for name in MODELS]
+)
 def test_is_the_model_that_was_written(architecture, tmp_path) -> None:
     source = open_exportable(written(tmp_path, architecture))
     assert source.road == "transformers"

@@ -21,7 +21,12 @@ from headfold.runtime.manifest import MODEL
     ("model_type", "attributes", "recipe"),
     [
         ("qwen3_moe", ExpertsAttributes(2, interleaved=1), {"alternating": True}),
-        ("gpt_oss", ExpertsAttributes(2, alpha=1.702, beta=1.0, limit=7.0, interleaved=1), {"transposed": True}),
+        pytest.param(
+            "gpt_oss",
+            ExpertsAttributes(2, alpha=1.702, beta=1.0, limit=7.0, interleaved=1),
+            {"transposed": True},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_is_proven_in_onnxruntimes_kernel(model_type, attributes, recipe, tmp_path) -> None:

@@ -18,7 +18,7 @@ from headfold.runtime.errors import BundleError, ConfigError, VerificationError
 FACTS = ModuleFacts(max_position_embeddings=64, eos_token_id=(2,))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
 def test_is_proven_with_all_that_a_decoder_may_have(dtype, tmp_path) -> None:
     module = Odd()
     before = {name: x.clone() for name, x in module.state_dict().items()}

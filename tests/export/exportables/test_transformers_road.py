@@ -27,10 +27,10 @@ def export(directory: Path, output: Path, **options) -> ExportResult:
     return export_bundle(source, output, ExportOptions(decode_steps=4, **options), QUIET)
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("phimoe", "laguna", "granite_swa")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("smollm3", "phimoe", "laguna", "granite_swa")]
 
 
-@pytest.mark.parametrize("model_type", ["gemma3_text", "phi3", "smollm3", *SLOW])
+@pytest.mark.parametrize("model_type", ["gemma3_text", "phi3", *SLOW])
 def test_is_proven_and_generates_what_transformers_does(model_type, tmp_path) -> None:
     result = export(save_random(model_type, tmp_path / "model"), tmp_path / "bundle")
     assert result.parity is not None
@@ -118,7 +118,7 @@ def test_heads_may_differ_from_layer_to_layer(tmp_path) -> None:
         check_options(BuildOptions(compute_capabilities=(89,)), tmp_path / "bundle", manifest)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_16_bits(dtype, tmp_path) -> None:
     result = export(save_random("gemma2", tmp_path / "model"), tmp_path / "bundle", dtype=dtype)
     assert result.parity is not None

@@ -47,7 +47,7 @@ def test_the_graph_is_that_of_our_own_decoder(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("model_type", "expected", "interleaved"),
     [
-        ("gemma3_text", [FIRST, SECOND, FIRST], 0),
+        pytest.param("gemma3_text", [FIRST, SECOND, FIRST], 0, marks=pytest.mark.slow),
         ("smollm3", [FIRST, SECOND, FIRST], 0),
         ("cohere2", [FIRST, SECOND, FIRST], 1),
     ],

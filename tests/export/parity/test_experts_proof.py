@@ -118,7 +118,7 @@ def test_the_proof_of_a_bundle_has_it(made, tmp_path) -> None:
     assert [check.name for check in report.checks if not check.passed] == ["experts and their routing"]
 
 
-@pytest.mark.parametrize("fault", [None, "mlp.gate.weight", "o_proj.weight"])
+@pytest.mark.parametrize("fault", [None, "mlp.gate.weight", pytest.param("o_proj.weight", marks=pytest.mark.slow)])
 def test_routing_is_proven_beside_rounded_products(fault, tmp_path) -> None:
     """A layer that has another's router, or another's product before it, is seen however the numbers are stored."""
     source = open_exportable(save_random("qwen3_moe", tmp_path / "model"), "transformers")

@@ -32,7 +32,7 @@ def source(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("scheme", ["int4", "int8"])
+@pytest.mark.parametrize("scheme", ["int4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_it_is_proven_and_computes_with_what_its_file_holds(scheme, source, tmp_path) -> None:
     options = ("--weights", scheme, "--dtype", "float16", "--max-kl", "1", "-q")
     code, output = run("export", source, "-o", tmp_path / "out", *options)

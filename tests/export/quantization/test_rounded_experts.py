@@ -149,6 +149,7 @@ def test_a_wrong_scale_in_the_file_is_caught(made, tmp_path) -> None:
     assert wrong.worst == scales.name
 
 
+@pytest.mark.slow
 def test_another_layers_scales_are_named(tmp_path) -> None:
     save_random("qwen3_moe", tmp_path / "model", moe_intermediate_size=64, num_hidden_layers=2)
     source = open_exportable(tmp_path / "model", "transformers")

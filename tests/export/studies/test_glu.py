@@ -29,6 +29,7 @@ def test_all_eight_have_equal_parameters_and_the_papers_activations():
     assert all(glu_config(name, options, 16).feed_forward == name for name in FEED_FORWARDS)
 
 
+@pytest.mark.slow
 def test_the_table(toys, tmp_path):
     small = ("--hidden-size", 32, "--d-ff", 48, "--layers", 1, "--heads", 2, "--batch", 4, "--sequence", 32, "--quiet")
     small += ("--evaluate-sequences", 8)
