@@ -117,10 +117,9 @@ def unfinished(target: Path) -> Iterator[Callable[[], Path]]:
 
         yield make
         leaving.close()
-        with suppress(OSError):  # another process has it, or it is not there
-            with lock_file(place / _LOCK):
-                pass
-            shutil.rmtree(place)
+        with suppress(OSError), lock_file(place / _LOCK) as held:  # another process has it, or it is not there
+            if held:  # as in `recover`
+                discard(place)
 
 
 def discard(directory: Path) -> None:
