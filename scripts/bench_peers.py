@@ -272,8 +272,10 @@ def peers(
     """
     from bench_peers_models import CONTENDERS, models  # of the other environment: it needs torch
 
-    wanted = [*CONTENDERS] if only is None else ["headfold float32", *only, *(f"headfold {name}" for name in only)]
-    if only is not None and (unknown := [x for x in only if not {x, f"headfold {x}"} & CONTENDERS.keys()]):
+    wanted = [*CONTENDERS]
+    if only is not None:
+        wanted = ["headfold float32", *(name if name in CONTENDERS else f"headfold {name}" for name in only)]
+    if unknown := [name for name in wanted if name not in CONTENDERS]:
         raise SystemExit(f"--only {unknown[0]}: the contenders are {', '.join(CONTENDERS)}")
     paths = models(folder / subject, subject, wanted)
     contenders = {name: Contender(kind, paths[name], threads) for name, kind in CONTENDERS.items() if name in paths}

@@ -47,22 +47,25 @@ def models(folder: Path, subject: str, wanted: Collection[str]) -> dict[str, Pat
     source = folder / "hf"
     if not source.exists():
         save_source(source, subject)
-    names = [
-        name for name in EXPORTS if f"headfold {name}" in wanted and (subject != "random-1b" or "mixed" not in name)
-    ]
-    paths = {f"headfold {name}": folder / name for name in names}
-    for name in names:
-        if not (folder / name).exists():
-            _run(_export(source, folder, name, subject))
-    genai = folder / "genai"
-    if not genai.exists():
-        _run(genai_builder(source, genai, folder / "cache", "int4"))
-    for kind in ("Q4_0", "Q8_0"):
-        paths[f"llama.cpp {kind}"] = path = folder / f"{kind}.gguf"
+    exports = [name for name in EXPORTS if subject != "random-1b" or "mixed" not in name]
+    paths = {f"headfold {name}": folder / name for name in exports}
+    paths |= {f"llama.cpp {kind}": folder / f"{kind}.gguf" for kind in ("Q4_0", "Q8_0")}
+    paths |= {"onnxruntime-genai int4": folder / "genai", "OpenVINO GenAI Q4_0": folder / "Q4_0.gguf"}
+    paths = {name: path for name, path in paths.items() if name in wanted}
+    for path in paths.values():
         if not path.exists():
-            write_gguf(path, open_checkpoint(source), gguf.GGMLQuantizationType[kind])
-    paths |= {"onnxruntime-genai int4": genai, "OpenVINO GenAI Q4_0": folder / "Q4_0.gguf"}
-    return {name: path for name, path in paths.items() if name in wanted}
+            _make(path, source, subject)
+    return paths
+
+
+def _make(path: Path, source: Path, subject: str) -> None:
+    """What its name says, of the model in `source`."""
+    if path.suffix == ".gguf":
+        write_gguf(path, open_checkpoint(source), gguf.GGMLQuantizationType[path.stem])
+    elif path.name == "genai":
+        _run(genai_builder(source, path, path.parent / "cache", "int4"))
+    else:
+        _run(_export(source, path.parent, path.name, subject))
 
 
 def save_source(path: Path, subject: str) -> None:

@@ -161,19 +161,20 @@ def load_model(path: Path) -> ir.Model:
         model = ir.load(path)
     except Exception as error:  # of protobuf, onnx and onnx-ir, which share no base
         raise BundleError(f"onnx cannot load it: {error}", where=path, fix="Export it again.") from error
-    weights = data_file(path).resolve()
+    beside = data_file(path)
+    weights, linked = beside.resolve(), beside.is_symlink()
     length = weights.stat().st_size if weights.is_file() else 0
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if not isinstance(tensor, ir.ExternalTensor):
             continue
-        if tensor.location != data_file(path).name or (tensor.offset or 0) + tensor.nbytes > length:
+        if tensor.location != beside.name or (tensor.offset or 0) + tensor.nbytes > length:
             raise BundleError(
-                f"{data_file(path).name} does not hold {value.name}",
+                f"{beside.name} does not hold {value.name}",
                 where=path,
                 fix="Export it again, or copy it anew.",
             )
-        if data_file(path).is_symlink():
+        if linked:
             value.const_value = ir.ExternalTensor(
                 weights.name,
                 tensor.offset,

@@ -95,9 +95,12 @@ def forms_of(
     transposed: Collection[str] = (),
 ) -> dict[str, Form]:
     """What the rule gives weights of these shapes; `transposed`: those that the checkpoint has so. Experts have blocks of `BLOCK`."""
-    blocks = {name: block if len(shapes[name]) == 2 else BLOCK for name in bits}
-    forms = {name: form_of(width, shapes[name][-1], blocks[name]) for name, width in bits.items()}
-    return {name: replace(form, transposed=name in transposed) for name, form in forms.items()}
+    forms = {}
+    for name, width in bits.items():
+        *experts, _, columns = shapes[name]
+        form = form_of(width, columns, BLOCK if experts else block)
+        forms[name] = replace(form, transposed=name in transposed)
+    return forms
 
 
 def rounded(

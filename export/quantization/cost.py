@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headfold.export.model.decoder import Decoder
 from headfold.export.quantization.forced import Forced, open_forced
-from headfold.export.quantization.running import Running
+from headfold.export.quantization.running import Running, together
 from headfold.runtime.errors import DataError
 from headfold.runtime.manifest import Manifest, WeightsCost
 
@@ -37,24 +37,23 @@ def reference(model: Running | Decoder, tokens: Tensor) -> Reference:
         DataError: it computes NaN or infinity.
     """
     half = tokens.shape[1] // 2
-    together = max(_TOGETHER // tokens.shape[1], 1)
-    parts = torch.split(tokens, together)
+    parts = together(tokens, _TOGETHER)
     run = model.logits(parts) if isinstance(model, Running) else (model(part).logits for part in parts)
-    logits = np.empty((*tokens.shape, model.config.vocab_size), np.float32)  # made once: it is large
-    for part, now in enumerate(run):
+    logits = torch.empty(*tokens.shape, model.config.vocab_size)  # made once: it is large
+    for rows, now in zip(together(logits, _TOGETHER), run, strict=True):
         if not now.isfinite().all():
             raise DataError(
                 "the model computes NaN or infinity, so nobody can say what rounding its weights costs",
                 fix="Leave out --weights, or correct the model.",
             )
-        logits[part * together : (part + 1) * together] = now.numpy()
+        rows.copy_(now)
     cache = model.new_cache(len(tokens), 2 * half)
     answers, new = tokens[:, :0], tokens[:, :half]
     for step in range(half):
         mask = torch.ones(len(tokens), half + step, dtype=torch.long)
         new = model(new, mask, cache, last_only=True).logits[:, -1].argmax(-1, keepdim=True)  # [N, 1]
         answers = torch.cat((answers, new), 1)
-    return Reference(tokens.numpy(), logits, answers.numpy())
+    return Reference(tokens.numpy(), logits.numpy(), answers.numpy())
 
 
 def weights_cost(bundle: Path, manifest: Manifest, before: Reference) -> WeightsCost:

@@ -32,26 +32,27 @@ def pass_gate(stage: Path, manifest: Manifest, before: Reference, reporter: Repo
         VerificationError: at neither level they stay within what the manifest allows.
     """
     assert manifest.weights is not None
-    spec, costs = manifest.weights, dict[Level, WeightsCost]()
-    scheme, max_kl = spec.scheme, spec.max_kl
-    levels: tuple[Level, Level] = (4, 1)
-    chosen: Level = 4
-    for level in levels:
+    spec, scheme, max_kl = manifest.weights, manifest.weights.scheme, manifest.weights.max_kl
+
+    def measure(level: Level) -> WeightsCost:
         set_level_in_file(stage / MODEL, level)
         with reporter.step(f"measure what {scheme} weights cost, {_INPUTS[level]}"):
-            costs[level] = weights_cost(stage, manifest, before)
-        if costs[4].kl <= min(max_kl, _LEVEL_KL):  # whatever the slower level costs, this is at most so much more
-            break
-    else:
-        chosen = 4 if costs[4].kl <= min(max_kl, costs[1].kl + _LEVEL_KL) else 1
-    cost = costs[chosen]
+            return weights_cost(stage, manifest, before)
+
+    chosen: Level = 4
+    cost = measure(chosen)
+    if not cost.kl <= min(max_kl, _LEVEL_KL):  # otherwise it costs at most so much more, whatever the slower level does
+        slower = measure(1)
+        if cost.kl <= min(max_kl, slower.kl + _LEVEL_KL):
+            set_level_in_file(stage / MODEL, chosen)
+        else:
+            chosen, cost = 1, slower
     if not cost.kl <= max_kl:  # NaN is not
         raise VerificationError(
             f"{scheme} weights cost more than {max_kl:g} nats: {describe(cost)}",
             where=manifest.source,
             fix=f"{_what_helps(manifest.dtype, spec, cost)}. No bundle was written.",
         )
-    set_level_in_file(stage / MODEL, chosen)
     reporter.note(f"{scheme} weights, {_INPUTS[chosen]}: {describe(cost)}")
     return spec.model_copy(update={"accuracy_level": chosen, "cost": cost})
 
@@ -59,9 +60,8 @@ def pass_gate(stage: Path, manifest: Manifest, before: Reference, reporter: Repo
 def _what_helps(dtype: DType, spec: WeightsSpec, cost: WeightsCost) -> str:
     if math.isnan(cost.kl):  # which no --max-kl allows
         return "It computes NaN: use --dtype float32" if dtype != "float32" else "It computes NaN: leave --weights out"
-    return (
-        f"{_HELPS['int8' if spec.bits == 8 else spec.scheme]}, or allow it with --max-kl"  # mixed may be all in eight
-    )
+    scheme = "int8" if spec.bits == 8 else spec.scheme  # mixed may be all in eight
+    return f"{_HELPS[scheme]}, or allow it with --max-kl"
 
 
 def describe(cost: WeightsCost) -> str:

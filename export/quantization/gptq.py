@@ -10,14 +10,13 @@ from torch import Tensor, nn
 
 from headfold.export.model.rounding import Rounded, block_scales, form_of, nearest, restored
 from headfold.export.progress import Reporter
-from headfold.export.quantization.running import Running
+from headfold.export.quantization.running import Running, together
 from headfold.export.quantization.shelf import Shelf
 from headfold.plugins.quantized.schema import BLOCK, Bits
 from headfold.runtime.errors import ConfigError
 
 _HEAD_ROWS = 1 << 13  # of the head that are rounded at a time: they are as many as there are tokens
 _ROWS = 1 << 10  # of second moments that are added to at a time
-_TOGETHER = 2048  # tokens that go through a layer at a time
 _DAMPING = 0.01  # of the mean of the second moments' diagonal, added to it (section 3.3 there)
 _TRIED = [1 - 0.02 * step for step in range(16)]  # of the scale that holds the block's largest weight
 
@@ -199,8 +198,3 @@ def _input_moments(linears: Mapping[str, nn.Linear], run: Iterator[Tensor]) -> d
     for hook in hooks:
         hook.remove()
     return moments | {name: moments[first] for name, first in same.items() if first in moments}
-
-
-def together(tokens: Tensor) -> tuple[Tensor, ...]:
-    """Tokens [N, S] or streams [N, S, hidden], as many sequences at a time as go through a layer together."""
-    return torch.split(tokens, max(_TOGETHER // tokens.shape[1], 1))

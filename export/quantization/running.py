@@ -303,6 +303,11 @@ class Running:
             self._master.decoder.get_submodule(parent).register_parameter(own, parameter)
 
 
+def together(tokens: Tensor, most: int = 2048) -> tuple[Tensor, ...]:
+    """Tokens [N, S], or what goes with them [N, S, ...], as many sequences at a time as have so many tokens: at least one."""
+    return torch.split(tokens, max(most // tokens.shape[1], 1))
+
+
 def names_of(decoder: nn.Module, modules: Sequence[nn.Module]) -> list[str]:
     """What a decoder calls some of its modules."""
     names = {id(module): name for name, module in decoder.named_modules()}

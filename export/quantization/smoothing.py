@@ -13,8 +13,7 @@ from headfold.export.model.config import ModelConfig
 from headfold.export.model.rounding import restored, rounded, rounded_rows
 from headfold.export.model.smoothing import LARGEST, seams, shifted
 from headfold.export.progress import Reporter
-from headfold.export.quantization.gptq import together
-from headfold.export.quantization.running import Running
+from headfold.export.quantization.running import Running, together
 
 _ALPHAS = (0.35, 0.5, 0.65, 0.8)
 _ROWS = 256  # inputs of a product that its error is measured on
