@@ -1,5 +1,7 @@
 """Shared fixtures: small random models as checkpoints in memory and on disk, a toy tokenizer, and where the real model is."""
 
+import functools
+import gc
 import json
 import os
 from collections.abc import Callable
@@ -12,6 +14,7 @@ with suppress(ImportError):
     import headfold.plugins.attention.triton_kernels  # noqa: F401  before anybody else does
 del os.environ["TRITON_INTERPRET"]  # for processes that compile
 
+import onnxscript._framework_apis.torch_2_5 as torchlib
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -28,6 +31,15 @@ from headfold.export.progress import Reporter
 from headfold.runtime.manifest import Manifest
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+torchlib.get_torchlib_ops = functools.cache(
+    torchlib.get_torchlib_ops
+)  # always the same, and asked for by each export: 0.3 s
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: an export collects garbage several times, and looking at all that would take it a second."""
+    gc.collect()
+    gc.freeze()
 
 
 CONFIG = ModelConfig(

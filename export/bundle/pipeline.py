@@ -26,6 +26,7 @@ from headfold.export.bundle.writer import (
 from headfold.export.checkpoints.opening import load_decoder
 from headfold.export.data.calibration import CALIBRATION, calibration_tokens, write_tokens
 from headfold.export.data.calibration import TOKENS as CALIBRATION_TOKENS
+from headfold.export.data.token_data import tokenize
 from headfold.export.exportables.base import Exportable, Tensors, no_quantized_cache
 from headfold.export.exportables.own import OwnModel
 from headfold.export.exportables.rounded import RoundedTensors, StoredTensors
@@ -131,6 +132,8 @@ def export_bundle(source: Exportable, output: Path, options: ExportOptions, repo
     dtype = getattr(torch, options.dtype)
     with for_the_next(output) as unfinished, staged(output, options.force) as stage:
         _write_side_files(stage, source, capacity)  # first: what is wrong with them is known before the work is done
+        for data in {part.data for part in (options.cache, rounding) if part is not None and part.data}:
+            tokenize(data, source.tokenizer.definition, facts, reporter)  # too; the next time they come from a cache
         scales, quantization = list[Scales](), None
         if options.cache is not None and rounding is None:
             scales, quantization = _calibrate(source, capacity, dtype, options.cache, None, reporter, stage)

@@ -17,7 +17,8 @@ from headfold.export.graph.bodies import block_sums, call_plugin, inline_standar
 from headfold.export.graph.experts import experts_nodes
 from headfold.export.graph.joining import unpack_inputs
 from headfold.export.graph.passes import attention_nodes
-from headfold.export.graph.recipes import remove_unread
+from headfold.export.graph.recipes import recipe_of, remove_unread
+from headfold.export.model.rounding import SCALES
 from headfold.plugins.attention.schema import DOMAIN, OP_TYPE, Attention, AttentionInputs
 from headfold.plugins.names import HIDDEN_STATES, is_cache_input, is_cache_output
 from headfold.plugins.quantized.schema import GATHER, GATHER_INPUTS, MATMUL, MATMUL_INPUTS
@@ -102,6 +103,7 @@ def spell_out_quantized(model: ir.Model, where: Path) -> None:
     Raises:
         BuildError: they are more than the parser takes in one message.
     """
+    _widen_scales(model)
     found = dict[str, ir.Value]()
     for node in list(model.graph):
         if node.domain != DOMAIN or node.op_type not in (MATMUL, GATHER):
@@ -145,6 +147,19 @@ def spell_out_quantized(model: ir.Model, where: Path) -> None:
         raise BuildError(
             f"{size:,} bytes of rounded weights are too many for TensorRT's parser", where=where, fix=_ELSEWHERE
         )
+
+
+def _widen_scales(model: ir.Model) -> None:
+    """Scales that the graph casts are stored as it casts them."""
+    for node in [node for node in model.graph if node.op_type == "Cast" and not node.domain]:
+        stored, cast = node.inputs[0], node.outputs[0]
+        recipe = recipe_of(stored) if stored is not None else None
+        if stored is not None and stored.const_value is not None and recipe and recipe.sources[0].endswith(SCALES):
+            assert cast.dtype is not None
+            stored.const_value = ir.tensor(stored.const_value.numpy().astype(cast.dtype.numpy()), name=stored.name)
+            stored.dtype = cast.dtype
+            ir.convenience.replace_all_uses_with(cast, stored)
+            model.graph.remove(node, safe=True)
 
 
 def _turn_signs(values: ir.Value, scales: ir.Value, where: Path) -> None:

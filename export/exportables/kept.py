@@ -5,6 +5,7 @@ A form is taken only if it restores every weight of the tensor bit for bit.
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,18 +18,21 @@ from headfold.plugins.quantized.schema import LARGEST_BLOCK, SMALLEST_BLOCK, Bit
 _EMBEDDING = "model.embed_tokens.weight"  # rows of it are looked up, for which there are no zero points and no order
 
 
-def kept_forms(checkpoint: Checkpoint, names: Iterable[str], scales: torch.dtype) -> dict[str, Form]:
-    """The forms of those weights that can be kept; each is read once, and let go."""
-    forms = {
-        name: rounding.form if (rounding := kept(checkpoint, name, scales)) is not None else None for name in names
-    }
-    return {name: form for name, form in forms.items() if form is not None}
+def kept_forms(checkpoint: Checkpoint, names: Iterable[str], dtype: torch.dtype) -> dict[str, Form]:
+    """The forms of those weights that can be kept, in a graph of `dtype`; each is read once, and let go."""
+    forms = dict[str, Form]()
+    for name in names:
+        rounding = kept(checkpoint, name, dtype)
+        if rounding is not None:
+            narrow = dtype == torch.float32 and _held(rounding.scales, torch.float16)
+            forms[name] = replace(rounding.form, narrow=narrow)
+    return forms
 
 
-def kept(checkpoint: Checkpoint, name: str, scales: torch.dtype) -> Rounded | None:
+def kept(checkpoint: Checkpoint, name: str, scales: torch.dtype, offsets: torch.dtype | None = None) -> Rounded | None:
     """A weight in the bits that the checkpoint has it in; None where it has none, or no form of ours holds them exactly.
 
-    `scales` is the dtype that a graph has scales and offsets in.
+    `scales` is the dtype that a graph has scales in, and offsets, unless it has them in `offsets`.
     """
     part = checkpoint.quantized(name)
     if part is None:
@@ -36,12 +40,17 @@ def kept(checkpoint: Checkpoint, name: str, scales: torch.dtype) -> Rounded | No
     weight = checkpoint.read(name).float()
     for rounding in _candidates(part):
         looked_up = rounding.zeros is None and rounding.order is None
-        steps = [x for x in (rounding.scales, rounding.offsets) if x is not None]
-        if any(not torch.equal(x.to(scales).float(), x) for x in steps):
+        if not _held(rounding.scales, scales):
+            continue
+        if rounding.offsets is not None and not _held(rounding.offsets, offsets or scales):
             continue
         if (looked_up or name != _EMBEDDING) and torch.equal(restored(rounding), weight):
             return rounding
     return None
+
+
+def _held(x: Tensor, dtype: torch.dtype) -> bool:
+    return torch.equal(x.to(dtype).float(), x)
 
 
 def _candidates(part: QuantizedTensor) -> list[Rounded]:

@@ -1,6 +1,8 @@
 """A model whose weights are rounded: as a graph stores them, and as they are when restored, which is what it is compared with."""
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -121,7 +123,7 @@ class RoundedTensors:
         tensors: as they were.
         forms: of each rounded weight.
         found: those that are rounded already; the others are, to the nearest, as they are read.
-        scales: the dtype of their scales in a graph.
+        scales: the dtype of their scales in a graph, but of narrow ones; see Form.
     """
 
     kept: Mapping[str, Form] = MappingProxyType({})
@@ -147,6 +149,12 @@ class RoundedTensors:
         """See Changed."""
         return self.forms
 
+    @property
+    def average_bits(self) -> float:
+        """Of a rounded weight's numbers; scales not counted."""
+        sizes = {name: math.prod(self.shapes()[name]) for name in self.forms}
+        return sum(form.bits * sizes[name] for name, form in self.forms.items()) / sum(sizes.values())
+
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """See Tensors."""
         return self.original.shapes()
@@ -166,7 +174,11 @@ class RoundedTensors:
     def made(self, name: str) -> Rounded:
         """One that is not found already."""
         form = self.forms[name]
-        return rounded(self.original.read(name), form.bits, self.scales, form.transposed, form.block)
+        return rounded(self.original.read(name), form.bits, self.scales_of(name), form.transposed, form.block)
+
+    def scales_of(self, name: str) -> torch.dtype:
+        """The dtype of a rounded weight's scales."""
+        return torch.float16 if self.forms[name].narrow else self.scales
 
 
 class RoundedCheckpoint(ChangedCheckpoint, RoundedTensors):
@@ -210,8 +222,9 @@ class RoundedCheckpoint(ChangedCheckpoint, RoundedTensors):
         """
         if name not in self.kept:
             return super().made(name)
-        rounding = kept(self.original, name, self.scales)
-        if rounding is None or rounding.form != self.kept[name]:
+        form = self.kept[name]
+        rounding = kept(self.original, name, self.scales_of(name), self.scales)
+        if rounding is None or replace(rounding.form, narrow=form.narrow) != form:
             raise BundleError(f"{name} is not in {self.path} as the bundle kept it", fix="Export it again.")
         return rounding
 

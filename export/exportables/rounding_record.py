@@ -41,11 +41,13 @@ class WeightRecord:
     offsets: bool = False  # of blocks, which are added: GGUF's minima
     order: str | None = None  # of its columns where they are not stored as they come (GPTQ's act-order)
     transposed: bool = False  # in the checkpoint: some experts' matrices
+    narrow_scales: bool = False  # of float16, whatever the bundle's dtype
 
     @property
     def form(self) -> Form:
         """How the graph has it."""
-        return Form(self.bits, self.block_size, self.zero_points, self.offsets, self.order, self.transposed)
+        flags = self.transposed, self.narrow_scales
+        return Form(self.bits, self.block_size, self.zero_points, self.offsets, self.order, *flags)
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def record_of(checkpoint: RoundedTensors, costs: Mapping[str, float]) -> Roundin
         method: Method | Literal["kept"] = (
             "kept" if name in checkpoint.kept else "gptq" if name in checkpoint.found else "nearest"
         )
-        more = form.block, form.zeros, form.offsets, form.order, form.transposed
+        more = form.block, form.zeros, form.offsets, form.order, form.transposed, form.narrow
         records[name] = WeightRecord(form.bits, method, error, digest(rounding), kind, costs.get(name), *more)
     original = checkpoint.original
     return RoundingRecord(records, original.exponents if isinstance(original, SmoothedCheckpoint) else {})
@@ -127,7 +129,8 @@ def read_record(path: Path, shapes: Mapping[str, tuple[int, ...]], config: Model
             known = record.method == "nearest" and record.form == form_of(7, shape[1])
         elif known:
             known = block in _BLOCKS and shape[1] % block == 0
-            known = known and (kept or (record.form == Form(record.bits, block) and block >= BLOCK))
+            plain = Form(record.bits, block, narrow=record.narrow_scales)
+            known = known and (kept or (record.form == plain and block >= BLOCK))
         if not known:
             raise BundleError(f"{name} cannot have been rounded so", where=path, fix=fix)
     return RoundingRecord(records, _smoothing(content.get("smoothing", {}), shapes, config, path))

@@ -221,13 +221,23 @@ def in_blocks(model: ir.Model, tape: ir.tape.Tape, x: ir.Value, block: int) -> i
 
 def set_level(model: ir.Model, level: Level) -> bool:
     """Have all products with matrices of four or eight bits compute at this level, experts' too; whether there are any."""
-    experts = [node for node in experts_nodes(model) if node.op_type == QUANTIZED_EXPERTS]
-    products = [*quantized_products(model), *experts]
+    products = _leveled(model)
     for node in products:
         node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
-    if experts:
+    if any(node.op_type == QUANTIZED_EXPERTS for node in products):
         use_experts_bodies(model)
     return bool(products)
+
+
+def levels(model: ir.Model) -> set[int]:
+    """Those at which they compute."""
+    return {node.attributes.get_int("accuracy_level", 4) for node in _leveled(model)}
+
+
+def _leveled(model: ir.Model) -> list[ir.Node]:
+    """Products with matrices of four or eight bits, and experts of such ones."""
+    experts = [node for node in experts_nodes(model) if node.op_type == QUANTIZED_EXPERTS]
+    return [*quantized_products(model), *experts]
 
 
 def rounds_inputs(model: ir.Model) -> bool:

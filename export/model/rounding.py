@@ -32,6 +32,7 @@ class Form:
     offsets: bool = False
     order: str | None = None  # of the columns, by name; None where they are stored as they come
     transposed: bool = False  # in the checkpoint: some experts' matrices are [E, K, N] there
+    narrow: bool = False  # whether its scales are numbers of float16, and stored so, in a graph of a wider dtype
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Rounded:
 
     @property
     def form(self) -> Form:
-        """What of it the graph must know."""
+        """What of it the graph must know, but for how its scales are stored."""
         block = self.values.shape[-1] // self.scales.shape[-1]
         order = hashlib.sha256(self.order.numpy().tobytes()).hexdigest()[:16] if self.order is not None else None
         return Form(self.bits, block, self.zeros is not None, self.offsets is not None, order, self.transposed)
@@ -93,14 +94,21 @@ def forms_of(
     shapes: Mapping[str, tuple[int, ...]],
     block: int = BLOCK,
     transposed: Collection[str] = (),
+    narrow: Collection[str] = (),
 ) -> dict[str, Form]:
-    """What the rule gives weights of these shapes; `transposed`: those that the checkpoint has so. Experts have blocks of `BLOCK`."""
+    """What the rule gives weights of these shapes; for `transposed` and `narrow` ones see Form. Experts have blocks of `BLOCK`."""
     forms = {}
     for name, width in bits.items():
         *experts, _, columns = shapes[name]
         form = form_of(width, columns, BLOCK if experts else block)
-        forms[name] = replace(form, transposed=name in transposed)
+        forms[name] = replace(form, transposed=name in transposed, narrow=name in narrow)
     return forms
+
+
+def suits_narrow_scales(weight: Tensor) -> bool:
+    """Whether float16 holds the scales of a weight well: none is too large, and where it has few bits for small ones, what is lost is
+    less than a thousandth of the largest one."""
+    return 2**-8 <= weight.abs().max().item() <= 2**17
 
 
 def rounded(

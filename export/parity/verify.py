@@ -13,13 +13,14 @@ from headfold.export.exportables.oracle import Oracle
 from headfold.export.exportables.own import OwnModel
 from headfold.export.exportables.rounded import RoundedCheckpoint, RoundedTensors, StoredTensors
 from headfold.export.exportables.rounding_record import RECORD, RoundingRecord, read_record
+from headfold.export.graph.bodies import levels
 from headfold.export.graph.experts import experts_nodes
 from headfold.export.graph.recipes import lacks_recipes
 from headfold.export.graph.trace import export_graph
 from headfold.export.graph.weights import load_model, scale_name
 from headfold.export.parity.compare import Candidate, Subject, verify_graph
 from headfold.export.parity.exact.experts import prove_experts
-from headfold.export.parity.exact.rounding import StoredRoundings, prove_kept, prove_rounding
+from headfold.export.parity.exact.rounding import StoredRoundings, prove_described, prove_kept, prove_rounding
 from headfold.export.parity.exact.weights import (
     prove_attributes,
     prove_rotations,
@@ -101,8 +102,8 @@ def verify_bundle(
     own = exportable.checkpoint.config if isinstance(exportable, OwnModel) else None
     quantization, cache = manifest.cache.quantization, None
     model = load_model(directory / MODEL)
-    rounded, record = None, RoundingRecord({})
-    if manifest.weights is not None:
+    spec, rounded, record = manifest.weights, None, RoundingRecord({})
+    if spec is not None:
         rounded, record = _rounded(directory, exportable, model, stored)
     if quantization is not None:
         cache = stored_cache(model, quantization.dtype, len(facts.layers))
@@ -120,7 +121,8 @@ def verify_bundle(
             del again
         del tensors
         checks.append(prove_attributes(model, facts, own))
-        if rounded is not None:
+        if spec is not None and rounded is not None:
+            checks.append(prove_described(spec, rounded, levels(model)))
             checks.append(prove_rounding(rounded, record.tensors))
             checks += [prove_kept(rounded)] if isinstance(rounded, RoundedCheckpoint) and rounded.kept else []
     del model

@@ -26,7 +26,7 @@ def gptq_layers(
     model: Running,
     names: Collection[str],
     tokens: Tensor,
-    scales: torch.dtype,
+    scales: Mapping[str, torch.dtype],
     block: int,
     reporter: Reporter,
     open_shelf: Callable[[Sequence[Tensor]], Shelf] | None = None,
@@ -37,7 +37,7 @@ def gptq_layers(
         model: its other weights (its embedding, say) may be rounded already.
         names: of weights to round, [N, K].
         tokens: see above.
-        scales: dtype of the graph's.
+        scales: their dtypes, by weight.
         block: see `form_of`.
         reporter: told what goes on.
         open_shelf: opens where what is found lies, told the streams that enter the first layer; None: in memory.
@@ -55,7 +55,9 @@ def gptq_layers(
                 moments = _input_moments(linears, _run(model, index, parts, hidden)) if here is None else {}
             del modules, linears  # beside the moments of a wide layer its weights may be too much
             if here is None:
-                here = {name: gptq(model.read(name), moments.pop(name), 4, scales, block) for name in list(moments)}
+                here = {
+                    name: gptq(model.read(name), moments.pop(name), 4, scales[name], block) for name in list(moments)
+                }
                 here = shelf.put(here) if shelf is not None else here
             with model.replaced({name: restored(rounding) for name, rounding in here.items()}), model.layer(index):
                 hidden = list(_run(model, index, parts, hidden))
@@ -68,7 +70,7 @@ def gptq_layers(
 
 @torch.inference_mode()
 def gptq_head(
-    model: Running, name: str, tokens: Tensor, scales: torch.dtype, block: int, reporter: Reporter
+    model: Running, name: str, tokens: Tensor, scales: Mapping[str, torch.dtype], block: int, reporter: Reporter
 ) -> Rounded:
     """The head, of this name, in four bits, calibrated on what enters it, as `gptq_layers`.
 
@@ -77,7 +79,7 @@ def gptq_head(
     with reporter.step("round the head with GPTQ"):
         inputs = (entering.flatten(0, -2) for entering in model.entering_head(together(tokens)))
         moments = torch.stack([(x.T @ x).double() for x in inputs]).sum(0)
-        parts = [gptq(rows, moments, 4, scales, block) for rows in torch.split(model.read(name), _HEAD_ROWS)]
+        parts = [gptq(rows, moments, 4, scales[name], block) for rows in torch.split(model.read(name), _HEAD_ROWS)]
     return Rounded(4, torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts]))
 
 

@@ -233,7 +233,7 @@ def _experts(
 def _rows(model: ir.Model, tape: ir.tape.Tape, node: ir.Node, name: str, checkpoint: RoundedTensors) -> ir.Value:
     """In place of `Gather(w, ids)`."""
     form, ids = checkpoint.forms[name], node.inputs[1]
-    values, scales, *others = _stored(model, (name,), checkpoint, node.outputs[0].dtype)
+    values, scales, *others = _stored(model, tape, (name,), checkpoint, node.outputs[0].dtype)
     rows = tape.op(GATHER, [values, scales, ids], {"bits": form.bits}, domain=DOMAIN)  # [B, S, K]
     if not others:
         return rows
@@ -261,7 +261,7 @@ def _products(
     assert given.shape is not None
     for form, group in groupby(sources, key=checkpoint.forms.__getitem__):
         names = tuple(group)
-        stored = _stored(model, names, checkpoint, given.dtype, transposed=True)
+        stored = _stored(model, tape, names, checkpoint, given.dtype, transposed=True)
         if form.bits == 7:
             products.append(tape.op(ROUNDED, [given, *stored], domain=DOMAIN))
             continue
@@ -288,6 +288,7 @@ def _products(
 
 def _stored(
     model: ir.Model,
+    tape: ir.tape.Tape,
     names: tuple[str, ...],
     checkpoint: RoundedTensors,
     floats: ir.DataType | None,
@@ -295,7 +296,8 @@ def _stored(
 ) -> list[ir.Value]:
     """The parts of weights of one form, end to end, the same for all that read them: see `stored_shapes`.
 
-    Scales and offsets are `floats`. Offsets are `transposed` for a product, [G, N]; so are numbers of seven bits, [K, N].
+    Scales and offsets are `floats`, but for narrow scales, which are stored in float16 and cast. Offsets are `transposed` for a
+    product, [G, N]; so are numbers of seven bits, [K, N].
     """
     shapes = dict[str, tuple[int, ...]]()
     each = []  # the parts of each
@@ -309,8 +311,21 @@ def _stored(
         real, by_output = sources[0].endswith((SCALES, OFFSETS)), checkpoint.forms[names[0]].bits == 7
         turned = transposed and (sources[0].endswith(OFFSETS) or (by_output and not real))
         recipe = WeightRecipe(sources[:1] if order else sources, turned)
+        cast = sources[0].endswith(SCALES) and checkpoint.forms[names[0]].narrow
         kind = floats if real else ir.DataType.INT8 if by_output else ir.DataType.UINT8
-        kind = ir.DataType.INT64 if order else kind
+        kind = ir.DataType.FLOAT16 if cast else ir.DataType.INT64 if order else kind
         known = model.graph.initializers.get(recipe.name)
-        values.append(known or add_weight(model, recipe, recipe.shape(shapes), kind))
+        value = known or add_weight(model, recipe, recipe.shape(shapes), kind)
+        values.append(_cast(tape, value, floats) if cast else value)
     return values
+
+
+def _cast(tape: ir.tape.Tape, value: ir.Value, kind: ir.DataType | None) -> ir.Value:
+    """An initializer in another dtype, once: ONNX Runtime does it while it loads."""
+    known = next((node.outputs[0] for node, _ in value.uses() if node.op_type == "Cast"), None)
+    if known is not None:
+        return known
+    assert kind is not None
+    result = tape.op("Cast", [value], {"to": int(kind)})
+    result.type, result.shape = ir.TensorType(kind), value.shape
+    return result

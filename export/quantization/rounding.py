@@ -23,7 +23,16 @@ from headfold.export.exportables.kept import kept_forms
 from headfold.export.exportables.own import OwnModel
 from headfold.export.exportables.rounded import RoundedCheckpoint, RoundedTensors, SmoothedCheckpoint
 from headfold.export.exportables.rounding_record import Method
-from headfold.export.model.rounding import Form, Rounded, Width, bits_of, forms_of, restored, rounded
+from headfold.export.model.rounding import (
+    Form,
+    Rounded,
+    Width,
+    bits_of,
+    forms_of,
+    restored,
+    rounded,
+    suits_narrow_scales,
+)
 from headfold.export.progress import Reporter
 from headfold.export.quantization.cost import Reference, reference
 from headfold.export.quantization.gate import MAX_KL
@@ -129,6 +138,8 @@ def prepare(
     experts = {name for name in bits if len(shapes[name]) == 3}
     least = bits | {name: form.bits for name, form in kept.items()}
     bits = {name: width for name, width in bits.items() if name not in kept}  # of those that are rounded
+    blocks = [name for name, width in bits.items() if width != 7 and name not in experts and dtype == torch.float32]
+    narrow = {name for name in blocks if suits_narrow_scales(tensors.read(name))}
     smoothed = options.scheme == "w8a8" and isinstance(source, OwnModel)
     calibrated = smoothed or (4 in bits.values() and (options.scheme == "mixed" or options.method == "gptq"))
     count = HELD_OUT + CALIBRATION if calibrated else HELD_OUT
@@ -156,28 +167,34 @@ def prepare(
     if smoothed and isinstance(source, OwnModel):
         smooth = find_smoothing(model, source.checkpoint.config, tokens[~measured], reporter)
         weights: RoundedTensors = RoundedCheckpoint(
-            SmoothedCheckpoint(source.checkpoint, smooth), forms_of(bits, shapes)
+            SmoothedCheckpoint(source.checkpoint, smooth), forms_of(bits, shapes, narrow=narrow)
         )
     else:
         gptq = dict[str, Rounded]()
         if calibrated and options.method == "gptq":
             products = {name for name, width in bits.items() if width == 4} - experts
-            narrow = {name for name in products if not is_held(tensors, name, dtype, block)}
+            held = {name for name in products if is_held(tensors, name, dtype, block)}
+            narrow -= {name for name in held & narrow if not is_held(tensors, name, torch.float16, block)}
+            by_gptq = products - held
             if any(bits[name] == 4 for name in experts & bits.keys()):
                 reporter.note("experts of four bits are the nearest numbers: GPTQ hears the inputs of products alone")
             known: dict[str, Width] = {
                 name: width for name, width in bits.items() if width == 8 and name not in experts
             }
-            calibration = tokens[~measured], dtype, block, reporter
-            if (head := model.head) in narrow:
-                with model.reading(RoundedTensors(tensors, forms_of(known, shapes, block), scales=dtype)):
+            scales = {name: torch.float16 if name in narrow else dtype for name in by_gptq}
+            calibration = tokens[~measured], scales, block, reporter
+            if (head := model.head) in by_gptq:
+                forms = forms_of(known, shapes, block, narrow=narrow)
+                with model.reading(RoundedTensors(tensors, forms, scales=dtype)):
                     gptq[head] = gptq_head(model, head, *calibration)
             known |= dict.fromkeys(gptq, 4)
-            made_from = [version("headfold"), source.describe(), bits, block, capacity, str(dtype), sorted(narrow)]
+            asked = bits, block, capacity, str(dtype), sorted(by_gptq), sorted(narrow)
+            made_from = [version("headfold"), source.describe(), *asked]
             shelf = partial(_shelf, unfinished, made_from) if model.streams else None
-            with model.reading(RoundedTensors(tensors, forms_of(known, shapes, block), gptq, dtype)):
-                gptq |= gptq_layers(model, narrow, *calibration, shelf) if narrow else {}
-        forms = forms_of(bits, shapes, block, transposed)
+            forms = forms_of(known, shapes, block, narrow=narrow)
+            with model.reading(RoundedTensors(tensors, forms, gptq, dtype)):
+                gptq |= gptq_layers(model, by_gptq, *calibration, shelf) if by_gptq else {}
+        forms = forms_of(bits, shapes, block, transposed, narrow)
         if isinstance(source, OwnModel):
             weights = RoundedCheckpoint(source.checkpoint, forms, gptq, kept, dtype)
         else:
@@ -185,7 +202,7 @@ def prepare(
     spec = WeightsSpec(
         scheme=options.scheme,
         block_size=block,
-        bits=average_bits(weights),
+        bits=weights.average_bits,
         kept=len(kept),
         accuracy_level=4,
         max_kl=options.max_kl,
@@ -249,12 +266,6 @@ def _tell_of_floats(shapes: Mapping[str, tuple[int, ...]], bits: Collection[str]
         kinds = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in left})
         others = f" and {len(kinds) - 2} other kinds" if len(kinds) > 2 else ""
         reporter.note(f"{len(left)} tensors stay floats, {share:.0%} of all numbers: {', '.join(kinds[:2])}{others}")
-
-
-def average_bits(weights: RoundedTensors) -> float:
-    """Of a rounded weight's numbers; scales not counted."""
-    sizes = {name: math.prod(weights.shapes()[name]) for name in weights.forms}
-    return sum(form.bits * sizes[name] for name, form in weights.forms.items()) / sum(sizes.values())
 
 
 def is_held(tensors: Tensors, name: str, scales: torch.dtype, block: int) -> bool:

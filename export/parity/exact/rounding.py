@@ -4,7 +4,7 @@ Others are found again from the checkpoint by their rule, and compared bit for b
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import onnx_ir as ir
 import torch
@@ -12,14 +12,16 @@ import torch
 from headfold.export.exportables.rounded import RoundedCheckpoint, RoundedTensors
 from headfold.export.exportables.rounding_record import WeightRecord, digest, relative_squared_error
 from headfold.export.graph.recipes import recipe_of
-from headfold.export.model.rounding import Form, Rounded, restored, rounded, stored_shapes, unpacked
+from headfold.export.model.rounding import Form, Rounded, forms_of, restored, rounded, stored_shapes, unpacked
 from headfold.export.parity.report import CheckResult, verdict
 from headfold.runtime.errors import BundleError
+from headfold.runtime.manifest import WeightsScheme, WeightsSpec
 
 # GPTQ moves weights further from the checkpoint's than the nearest numbers are, so that their products are nearer: on SmolLM2 their
 # squared error is 1.3 to 3.5 times as large. A scale that is wrong by half of itself makes it tens of times as large.
 _FURTHER = 16.0
 _AS_FAR = 1e-6  # of a sum of squares, float64
+_SCHEMES: dict[WeightsScheme, set[int]] = {"int8": {8}, "int4": {4, 8}, "mixed": {4, 8}, "w8a8": {7, 8}}  # their bits
 
 
 class StoredRoundings(Mapping[str, Rounded]):
@@ -84,7 +86,7 @@ def prove_rounding(checkpoint: RoundedTensors, record: Mapping[str, WeightRecord
     for name in checkpoint.found:
         weight, found, form = checkpoint.original.read(name), checkpoint.rounded(name), checkpoint.forms[name]
         error = relative_squared_error(found, weight)
-        least = relative_squared_error(rounded(weight, form.bits, checkpoint.scales, block=form.block), weight)
+        least = relative_squared_error(rounded(weight, form.bits, checkpoint.scales_of(name), block=form.block), weight)
         ratio = error / least if least else math.inf * error if error else 0.0
         if digest(found) != record[name].sha256:
             ratio, note = math.inf, "is not what GPTQ found"
@@ -96,6 +98,28 @@ def prove_rounding(checkpoint: RoundedTensors, record: Mapping[str, WeightRecord
     return CheckResult(
         "rounded weights, error over the nearest's", worst, worst, _FURTHER, at, passed, note="" if passed else note
     )
+
+
+def prove_described(spec: WeightsSpec, checkpoint: RoundedTensors, levels: Collection[int]) -> CheckResult:
+    """What the manifest says of the weights, by which people choose, is what they are; `levels`: of accuracy, of the graph's products.
+
+    What they cost depends on text, so of that only the bound is looked at.
+    """
+    made = {name: form for name, form in checkpoint.forms.items() if name not in checkpoint.kept}
+    bits = {name: form.bits for name, form in made.items()}
+    turned, narrow = ([name for name in made if getattr(made[name], flag)] for flag in ("transposed", "narrow"))
+    right = {
+        "scheme": set(bits.values()) <= _SCHEMES[spec.scheme],
+        "block_size": forms_of(bits, checkpoint.shapes(), spec.block_size, turned, narrow) == made,
+        "kept": spec.kept == len(checkpoint.kept),
+        "bits": math.isclose(spec.bits, checkpoint.average_bits),
+        "accuracy_level": set(levels) <= {spec.accuracy_level},
+        "cost": spec.cost is not None and spec.cost.kl <= spec.max_kl,
+    }
+    faults = [
+        (f"weights.{name}", "says something else than the bundle has") for name, holds in right.items() if not holds
+    ]
+    return verdict("what the manifest says of rounded weights", faults)
 
 
 def prove_kept(checkpoint: RoundedCheckpoint) -> CheckResult:

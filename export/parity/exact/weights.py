@@ -72,15 +72,22 @@ def _weight(value: ir.Value, tensors: Tensors, dtype: torch.dtype) -> tuple[str 
         return (None if small else "is nothing that the checkpoint has"), ()
     if recipe.name != value.name:
         return "its recipe is another's", ()
-    kind = to_torch_dtype(tensor.dtype)
+    kind, held = to_torch_dtype(tensor.dtype), list[bool]()
+    narrower = kind != dtype and kind in {torch.float16, torch.bfloat16}  # than it should be, unless nothing is lost
+
+    def read(name: str) -> Tensor:
+        exact = tensors.read(name)
+        held.append(not narrower or torch.equal(exact.to(kind).float(), exact.float()))
+        return exact.to(kind)
+
     try:
-        expected = recipe.make(lambda name: tensors.read(name).to(kind))
+        expected = recipe.make(read)
     except KeyError:
         return "its recipe is of another model", ()
     except RuntimeError:
         return "its recipe joins what does not fit together", ()
     actual = tensor.numpy()
-    if actual.shape != tuple(expected.shape) or (kind != dtype and kind in {torch.float16, torch.bfloat16}):
+    if actual.shape != tuple(expected.shape) or not all(held):
         return f"is {tensor.dtype} {list(actual.shape)}", recipe.sources
     different = int((_bits(expected) != actual.view(f"u{kind.itemsize}")).sum())
     return (f"{different:,} of {actual.size:,} numbers differ" if different else None), recipe.sources

@@ -63,7 +63,7 @@ def restored(bundle: Path, source: Path) -> RoundedCheckpoint:
     original = open_checkpoint(source)
     bits = {name: 4 if any(f"{name}.int4" in known for known in names) else 8 for name in original.shapes()}
     rounded = {name: width for name, width in bits.items() if "norm" not in name}
-    return RoundedCheckpoint(original, forms_of(rounded, original.shapes(), 64))
+    return RoundedCheckpoint(original, forms_of(rounded, original.shapes(), 64, narrow=rounded))
 
 
 @pytest.mark.parametrize("attention", ["native", "plugin"])

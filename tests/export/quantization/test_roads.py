@@ -223,7 +223,7 @@ def test_gptq_of_weights_that_come_and_go_finds_the_same(toy_checkpoint, monkeyp
         monkeypatch.setattr("headfold.export.exportables.foreign.widening.LARGE", resident)
         model = Running(source, source.checkpoint, 32)
         names = [name for name in source.checkpoint.shapes() if "layers" in name and "o_proj" in name]
-        found.append(gptq_layers(model, names, tokens, torch.float32, 32, Reporter(quiet=True)))
+        found.append(gptq_layers(model, names, tokens, dict.fromkeys(names, torch.float32), 32, Reporter(quiet=True)))
         assert model.streams == (resident == 0)
     assert len(found[0]) == 2
     for name, rounding in found[0].items():

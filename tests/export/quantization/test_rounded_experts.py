@@ -110,7 +110,7 @@ def test_a_mixture_is_proven_and_computes_with_what_its_file_holds(model_type, s
             assert digest(out.stored(name)) == out.tensors()[name]["sha256"]
             parameter.data = restored(out.stored(name)).contiguous()
         else:  # embedding, head, and products, whose own tests look at the file
-            parameter.data = restored(rounded(parameter, tensor["bits"]))
+            parameter.data = restored(rounded(parameter, tensor["bits"], torch.float16))
     set_level_in_file(out.bundle / MODEL, 1)
     capfd.readouterr()
     opened = load(out.bundle, check=False)

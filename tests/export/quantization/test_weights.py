@@ -17,13 +17,14 @@ from headfold.export.checkpoints.base import MemoryCheckpoint
 from headfold.export.checkpoints.hf_writer import save_hf
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
 from headfold.export.exportables.own import OwnModel
-from headfold.export.exportables.rounded import RoundedCheckpoint
+from headfold.export.exportables.rounded import RoundedCheckpoint, StoredTensors
 from headfold.export.exportables.rounding_record import read_record, record_of, record_to_json
 from headfold.export.graph.bodies import use_quantized_bodies, use_standard_body
 from headfold.export.graph.weights import load_model
 from headfold.export.model.config import ModelConfig
 from headfold.export.model.decoder import Decoder
 from headfold.export.model.rounding import Form, bits_of, forms_of
+from headfold.export.parity.exact.weights import prove_weights
 from headfold.export.parity.verify import verify_bundle
 from headfold.export.progress import Reporter
 from headfold.export.quantization import forced
@@ -31,6 +32,7 @@ from headfold.export.quantization.cost import reference, weights_cost
 from headfold.export.quantization.gate import pass_gate
 from headfold.export.quantization.products import set_level_in_file
 from headfold.export.quantization.rounding import WeightRounding
+from headfold.plugins.attention.schema import TABLES
 from headfold.runtime import load
 from headfold.runtime.errors import BundleError, ConfigError, VerificationError
 from headfold.runtime.manifest import read_manifest
@@ -78,7 +80,7 @@ def rounding(source: Path) -> RoundedCheckpoint:
     """What --weights int4 --rounding nearest makes of it."""
     original = open_checkpoint(source)
     shapes = original.shapes()
-    return RoundedCheckpoint(original, forms_of(bits_of(shapes, "int4"), shapes))
+    return RoundedCheckpoint(original, forms_of(bits_of(shapes, "int4"), shapes, narrow=shapes))
 
 
 def test_the_manifest_says_what_was_done_and_what_it_cost(bundle, source) -> None:
@@ -95,6 +97,39 @@ def test_the_manifest_says_what_was_done_and_what_it_cost(bundle, source) -> Non
     code, output = run("inspect", bundle, "--json")
     assert code == 0
     assert json.loads(output)["weights_cost"]["kl"] == spec.cost.kl
+
+
+@pytest.mark.parametrize("scheme", ["int8", "mixed", "w8a8"])
+@pytest.mark.parametrize("factor", [1.0, 1e-4, 1e7])
+def test_scales_take_two_bytes_where_float16_holds_them(scheme, factor, tmp_path) -> None:
+    """Weights are so much larger, and those behind them smaller, that the model computes the same."""
+    original = checkpoint(replace(CONFIG, tie_word_embeddings=False))
+    tensors = {name: original.read(name).clone() for name in original}
+    for layer in range(2):
+        tensors[f"model.layers.{layer}.mlp.up_proj.weight"] *= factor
+        tensors[f"model.layers.{layer}.mlp.down_proj.weight"] /= factor
+    save_hf(tmp_path / "source", MemoryCheckpoint(Path("memory"), original.config, tensors), torch.float32)
+    options = ("--weights", scheme, *(("--bits", "6", "--max-kl", "9") if scheme == "mixed" else ()), "-q")
+    code, output = run("export", tmp_path / "source", "-o", tmp_path / "bundle", *options)
+    assert code == 0, output
+    values = ir.load(tmp_path / "bundle" / "model.onnx").graph.initializers
+    wide = {name for name, x in values.items() if name.endswith(".scales") and x.dtype != ir.DataType.FLOAT16}
+    layers = {name for name in values if name.endswith(".scales") and "layers" in name}
+    odd = [name for name, size in {"up_proj": factor, "down_proj": 1 / factor}.items() if not 2**-8 < size < 2**17]
+    assert wide == (layers if scheme == "w8a8" else {name for name in layers if any(x in name for x in odd)})
+    assert read_manifest(tmp_path / "bundle").weights.cost.kl < (0.1 if scheme == "mixed" else 0.02)
+
+
+def test_scales_that_float16_does_not_hold_are_seen_by_the_proof(bundle, source) -> None:
+    class Other(StoredTensors):
+        def read(self, name: str) -> torch.Tensor:
+            return super().read(name) * (1 + 1e-5 if name.endswith(".scales") else 1)
+
+    model = load_model(bundle / "model.onnx")
+    for made, passes in ((StoredTensors, True), (Other, False)):
+        check = prove_weights(model, made(rounding(source)), torch.float32, TABLES, [])
+        assert check.passed == passes
+        assert "is FLOAT16 [" in check.note or passes
 
 
 def test_a_tied_head_and_embedding_share_one_matrix(bundle) -> None:
@@ -347,12 +382,60 @@ def test_what_a_caller_may_not_ask_for_is_one_line(options, message) -> None:
     assert message in str(caught.value)
 
 
+def test_text_that_is_not_there_is_told_before_the_work_begins(source, tmp_path) -> None:
+    data = tmp_path / "none.npy"
+    code, output = run("export", source, "-o", tmp_path / "no", "--weights", "int8", "--data", data)
+    assert code == 2
+    assert f"{data}: is no array of numpy" in output
+    assert "trace the graph" not in output
+
+
 def test_a_model_without_whole_blocks_is_refused(tmp_path) -> None:
     small = replace(CONFIG, hidden_size=48, intermediate_size=80, num_attention_heads=3, num_key_value_heads=1)
     save_hf(tmp_path / "source", checkpoint(small), torch.float32)
     code, output = run("export", tmp_path / "source", "-o", tmp_path / "no", "--weights", "int8")
     assert code == 2
     assert "no weight has blocks of 32 inputs" in output
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("scheme", "int8"),
+        ("block_size", 64),
+        ("kept", 3),
+        ("bits", 4.0),
+        ("accuracy_level", 1),
+        ("max_kl", 1e-9),
+        ("cost", None),
+    ],
+)
+def test_what_the_manifest_says_of_the_weights_is_proven(field, said, bundle, source) -> None:
+    manifest = read_manifest(bundle)
+    manifest = manifest.model_copy(update={"weights": manifest.weights.model_copy(update={field: said})})
+    assert getattr(read_manifest(bundle).weights, field) != said
+    report = verify_bundle(bundle, OwnModel(open_checkpoint(source)), manifest, 4, Reporter(quiet=True))
+    where = f"weights.{'cost' if field == 'max_kl' else field}"
+    assert report.failure() == (
+        f"differs from PyTorch in what the manifest says of rounded weights: {where} says something else than the bundle has"
+    )
+
+
+def test_verify_measures_the_cost_on_text_of_ones_own(bundle, source, tmp_path) -> None:
+    shutil.copytree(bundle, tmp_path / "bundle")
+    np.save(tmp_path / "text.npy", np.random.default_rng(0).integers(0, 160, 400))
+    given = ("verify", tmp_path / "bundle", "--against", source, "--data", tmp_path / "text.npy")
+    code, output = run(*given, "--json", "-q")
+    assert code == 0, output
+    cost = json.loads(output)["weights_cost"]
+    assert cost["tokens"] >= 256
+    assert 0 < cost["kl"] < read_manifest(bundle).weights.max_kl
+    content = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
+    content["weights"]["max_kl"] = content["weights"]["cost"]["kl"] = cost["kl"] / 2  # as if it had been less there
+    (tmp_path / "bundle" / "manifest.json").write_text(json.dumps(content))
+    code, output = run(*given, "-q")
+    assert code == 1
+    assert f"its weights cost {cost['kl']:.3g} nats on {tmp_path / 'text.npy'}, and its export allowed" in output
 
 
 @pytest.mark.parametrize(

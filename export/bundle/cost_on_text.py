@@ -1,0 +1,39 @@
+"""What a finished bundle's rounded weights cost on text of a person's own: the export's measure, on other text."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from headfold.export.data.calibration import LENGTH, calibration_tokens
+from headfold.export.exportables.base import Exportable
+from headfold.export.progress import Reporter
+from headfold.export.quantization.cost import reference, weights_cost
+from headfold.export.quantization.rounding import HELD_OUT
+from headfold.export.quantization.running import Running
+from headfold.runtime.manifest import Manifest, WeightsCost
+
+
+def cost_on_text(
+    bundle: Path, manifest: Manifest, source: Exportable, data: Sequence[str], reporter: Reporter
+) -> WeightsCost:
+    """Measure a bundle with rounded weights against the model that it was made from.
+
+    Args:
+        bundle: its directory.
+        manifest: its own.
+        source: the model.
+        data: sources of text, as `headfold.export.data.token_data.tokenize` takes them.
+        reporter: told what goes on.
+
+    Raises:
+        DataError: there is less text than one sequence.
+    """
+    with reporter.step("read the checkpoint"):
+        model = Running(source, source.tensors(getattr(torch, manifest.dtype)), manifest.cache.capacity)
+    tokens = calibration_tokens(source.tokenizer.definition, model, data, HELD_OUT, LENGTH, reporter=reporter)
+    with reporter.step("run PyTorch on the text"):
+        before = reference(model, tokens)
+    del model
+    with reporter.step("run the bundle on it"):
+        return weights_cost(bundle, manifest, before)
