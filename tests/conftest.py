@@ -36,7 +36,8 @@ torchlib.get_torchlib_ops = functools.cache(
 )  # always the same, and asked for by each export: 0.3 s
 
 
-def pytest_collection_finish() -> None:
+@pytest.fixture(scope="module", autouse=True)
+def _frozen() -> None:
     """What was imported stays: an export collects garbage several times, and looking at all that would take it a second."""
     gc.collect()
     gc.freeze()
