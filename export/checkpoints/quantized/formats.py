@@ -79,4 +79,11 @@ def dequantized(format_: Format, stored: Mapping[str, Stored]) -> tuple[dict[str
                 for suffix in found:
                     tensors.pop(base + suffix, None)
                 tensors[base + format_.target] = source
+    for name, tensor in tensors.items():
+        named = [x for x in suffixes if x not in ("", format_.target) and name.endswith(x)]
+        if named and isinstance(tensor, Stored) and tensor.kind not in FLOATS:  # so it is part of nothing
+            base = name.removesuffix(named[0])
+            found = {suffix: stored[base + suffix] for suffix in suffixes if base + suffix in stored}
+            needed = format_.values if found.keys().isdisjoint(format_.values) else format_.scales
+            Parts(base + format_.target, found)[needed[0]]  # which says that it is not there
     return tensors, ignored

@@ -237,7 +237,13 @@ def changed(suffix: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[s
 
 DAMAGED: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
     "no zero points": ("GPTQ 4 bits, groups of 8", lambda t: t.pop(f"{UP}.qzeros"), f"{UP}.weight has no qzeros"),
-    "no scales": ("GPTQ 4 bits, groups of 8", lambda t: t.pop(f"{UP}.scales"), "no quantization_config"),
+    "no scales": ("GPTQ 4 bits, groups of 8", lambda t: t.pop(f"{UP}.scales"), f"{UP}.weight has no scales"),
+    "no values": ("AWQ 4 bits, groups of 16", lambda t: t.pop(f"{UP}.qweight"), f"{UP}.weight has no qweight"),
+    "act-order without an index": (
+        "GPTQ 4 bits, groups of 8",
+        lambda t: t.pop(f"{UP}.g_idx"),
+        f"{UP}.weight has no g_idx",
+    ),
     "fewer scales": ("GPTQ 4 bits, groups of 8", changed(".scales", lambda x: x[1:]), "scales is F16 [5, 80]"),
     "fewer columns": ("GPTQ 4 bits, groups of 8", changed(".qweight", lambda x: x[1:]), "scales is F16 [6, 80]"),
     "one axis": ("GPTQ 4 bits, groups of 8", changed(".qweight", lambda x: x.flatten()), "qweight is I32 [480]"),
