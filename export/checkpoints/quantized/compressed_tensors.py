@@ -33,6 +33,12 @@ class Weights(BaseModel, frozen=True):
     strategy: Literal["tensor", "channel", "group", "block"] | None = None
     group_size: GroupSize | None = None
     block_structure: tuple[BlockSize, BlockSize] | None = None
+    actorder: str | bool | None = None
+
+    @property
+    def ordered(self) -> bool:
+        """Whether columns of a group do not lie together, and an index says whose group a column is."""
+        return self.actorder in {"group", "dynamic", True}
 
     @property
     def title(self) -> str:
@@ -110,7 +116,7 @@ class CompressedTensors(BaseModel, frozen=True):
             raise self._unfit(parts)
         *experts, rows, columns = shape
         fitting = {}  # by block and bits: equal schemes may stand for different modules
-        symmetric = False  # whether one of them is
+        symmetric = unordered = False  # whether one of them is
         for weights in self._weights:
             block = weights.block(rows, columns)
             grid = (-(-rows // block[0]), -(-columns // block[1]))
@@ -126,6 +132,7 @@ class CompressedTensors(BaseModel, frozen=True):
             if wide and scales in flat | {(*experts, *grid)}:
                 fitting[block, weights.num_bits] = grid
                 symmetric |= weights.symmetric
+                unordered |= not weights.ordered
         if len(fitting) != 1:
             raise self._unfit(parts)
         ((block, bits), grid), *_ = fitting.items()
@@ -133,7 +140,7 @@ class CompressedTensors(BaseModel, frozen=True):
         if "_zero_point" in parts or not symmetric:
             stored = (*experts, -(-grid[0] * bits // 32), grid[1]) if packed else parts["_scale"].shape
             parts["_zero_point"].of(stored, "I32" if packed else values.kind)
-        if "_g_idx" in parts:
+        if "_g_idx" in parts or not unordered:
             parts["_g_idx"].of((columns,), "I32", "I64")
         make = partial(_read, parts, tuple(shape), block, bits, (*experts, *grid))
         return Dequantized(tuple(shape), make)

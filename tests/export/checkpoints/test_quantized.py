@@ -286,8 +286,9 @@ def test_damage_is_one_line(case, toy_checkpoint, tmp_path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_zero_points_that_a_scheme_has_are_not_left_out(toy_checkpoint, tmp_path) -> None:
-    weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": False}
+@pytest.mark.parametrize(("has", "lacks"), [({"symmetric": False}, "zero_point"), ({"actorder": "group"}, "g_idx")])
+def test_what_a_scheme_has_is_not_left_out(has, lacks, toy_checkpoint, tmp_path) -> None:
+    weights = {"num_bits": 8, "type": "int", "strategy": "channel", **has}
 
     def store(weight: Tensor) -> Stored:
         return {".weight": weight.to(torch.int8), ".weight_scale": torch.ones(weight.shape[0], 1)}, weight
@@ -298,7 +299,7 @@ def test_zero_points_that_a_scheme_has_are_not_left_out(toy_checkpoint, tmp_path
         "config_groups": {"g": {"weights": weights}},
     }
     quantize(toy_checkpoint, tmp_path / "q", settings, store)
-    with pytest.raises(HeadfoldError, match=r"_proj\.weight has no zero_point"):
+    with pytest.raises(HeadfoldError, match=rf"_proj\.weight has no {lacks}"):
         open_checkpoint(tmp_path / "q")
 
 
