@@ -234,8 +234,8 @@ def main() -> None:
     parser.add_argument("--draft", action="store_true", help="of --speculation: SmolLM2 int4 guesses, too")
     parser.add_argument(
         "--peers",
-        choices=["smollm2", "smollm2-trained", "random-1b"],
-        help="instead: small weights beside other engines', of this model",
+        choices=["smollm2", "smollm2-trained", "random-1b", "subject"],
+        help="instead: small weights beside other engines', of this model; with --rounds 0 what they weigh and cost alone",
     )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of --peers: 'int4' also stands for 'headfold int4'")
     parser.add_argument("--worker", nargs=2, metavar=("KIND", "PATH"), help=argparse.SUPPRESS)

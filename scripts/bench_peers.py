@@ -30,6 +30,7 @@ EXPORTS = {  # options of headfold export, beside --max-kl
     "int8": ("--weights", "int8"),
     "int4": ("--weights", "int4"),
     "int4-128": ("--weights", "int4", "--block-size", "128"),
+    "mixed6": ("--weights", "mixed", "--bits", "6"),
     "mixed5": ("--weights", "mixed", "--bits", "5"),
     "mixed4": ("--weights", "mixed", "--bits", "4"),  # head and all, as onnxruntime-genai's int4
     "mixed4-128": ("--weights", "mixed", "--bits", "4", "--block-size", "128"),
@@ -268,10 +269,13 @@ def peers(
 ) -> dict[str, Any]:
     """Make the models, measure, print the table, and return it.
 
-    `read` are bytes per second of memory; `only` are the contenders beside float32, all if None.
+    Without rounds, what they weigh and cost alone. `read` are bytes per second of memory; `only` are the contenders beside float32, all
+    if None.
     """
     from bench_peers_models import CONTENDERS, models  # of the other environment: it needs torch
 
+    if subject == "subject" and rounds:
+        raise SystemExit("--peers subject: has 512 positions, too few for these prompts. Add --rounds 0.")
     wanted = [*CONTENDERS]
     if only is not None:
         wanted = ["headfold float32", *(name if name in CONTENDERS else f"headfold {name}" for name in only)]
@@ -280,7 +284,7 @@ def peers(
     paths = models(folder / subject, subject, wanted)
     contenders = {name: Contender(kind, paths[name], threads) for name, kind in CONTENDERS.items() if name in paths}
     random = np.random.default_rng(0)
-    for number in range(rounds + 1):  # the first one warms up
+    for number in range(rounds + 1 if rounds else 0):  # the first one warms up
         for length, count in [
             *((length, 1) for length in prompts),
             (SHORT, BATCH),
@@ -298,40 +302,46 @@ def peers(
             contender.start(keep=True)
             contender.stop()
     cpu = next((x.split(": ")[1] for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "?")
-    load = os.getloadavg()[1]
-    print(f"{subject}, {cpu}, {threads} threads, medians of {rounds} rounds; load of the machine {load:.1f}")
+    table: dict[str, Any] = {"cpu": cpu, "threads": threads, "load": os.getloadavg()[1]}
+    print(f"{subject}, {cpu}, {threads} threads, medians of {rounds} rounds; load of the machine {table['load']:.1f}")
+    print(f"{'':28}{'MB':>8}{'KL':>9}{'top-1':>7}")
+    for name, contender in contenders.items():
+        size, (kl, top1) = weight_bytes(contender.path), costs.get(name, (float("nan"), float("nan")))
+        table[name] = {"weight_bytes": size, "kl": kl, "top1": top1}
+        print(f"{name:28}{size / 1e6:8.1f}{kl:9.4f}{top1:7.0%}")
+    if rounds:
+        tell_speed(contenders, prompts, read, table)
+    return table
+
+
+def tell_speed(contenders: dict[str, Contender], prompts: Sequence[int], read: float, table: dict[str, Any]) -> None:
+    """Print what they measured, and add it to the table."""
     heads = "".join(f"{f'{what} {length}':>13}" for what in ("prompt", "decode") for length in prompts)
-    print(f"{'':28}{heads}{f'{BATCH} at once':>11}{'import s':>10}{'load s':>8}{'peak MiB':>10}{'KL':>9}{'top-1':>7}")
-    table: dict[str, Any] = {"cpu": cpu, "threads": threads, "load": load}
+    print(f"{'':28}{heads}{f'{BATCH} at once':>11}{'import s':>10}{'load s':>8}{'peak MiB':>10}")
     for name, contender in contenders.items():
         speeds = [length / statistics.median(contender.prefills[length]) for length in prompts]
         decodes = [statistics.median(contender.decodes[length]) for length in prompts]
         batch = statistics.median(contender.batches)
         importing, loading = statistics.median(contender.imports), statistics.median(contender.loads)
-        kl, top1 = costs.get(name, (float("nan"), float("nan")))
         cells = "".join(f"{speed:13.0f}" for speed in speeds) + "".join(f"{speed:13.1f}" for speed in decodes)
-        memory = f"{contender.peak / 2**20:10,.0f}"
-        print(f"{name:28}{cells}{batch:11.1f}{importing:10.2f}{loading:8.2f}{memory}{kl:9.4f}{top1:7.0%}")
-        table[name] = {
+        print(f"{name:28}{cells}{batch:11.1f}{importing:10.2f}{loading:8.2f}{contender.peak / 2**20:10,.0f}")
+        table[name] |= {
             "prefill": dict(zip(map(str, prompts), speeds, strict=True)),
             "decode": dict(zip(map(str, prompts), decodes, strict=True)),
             f"decode_{BATCH}": batch,
             "import_seconds": importing,
             "load_seconds": loading,
             "peak_bytes": contender.peak,
-            "kl": kl,
-            "top1": top1,
         }
         if contender.kind == "headfold":
-            share = decodes[0] * weight_bytes(contender.path) / read
+            share = decodes[0] * table[name]["weight_bytes"] / read
             table[name]["share_of_memory_bound"] = share
             print(f"{'':28}{share:.0%} of what memory allows, which gives {read / 1e9:.1f} GB/s", flush=True)
-    return table
 
 
-def weight_bytes(bundle: Path) -> int:
-    """What a token reads of a bundle's weights: all of a tied one's, rows apart of an embedding that is no head."""
-    return (bundle / "model.onnx.data").stat().st_size
+def weight_bytes(model: Path) -> int:
+    """Of a GGUF file all, of a directory the graph's weights: what a token reads of them, where embedding and head are one."""
+    return (model / "model.onnx.data" if model.is_dir() else model).stat().st_size
 
 
 def prefixes(bundle: Path) -> list[list[int]]:

@@ -1,5 +1,6 @@
 """The models of `scripts/bench.py --peers`, made once: SmolLM2; SmolLM2 after some steps of training, whose weights lie on no grid any
-more; or a random llama of a billion parameters with its vocabulary.
+more; a random llama of a billion parameters with its vocabulary; or the subject of the uptraining experiments, whose 512 positions are
+enough for its costs alone.
 """
 
 import pydoc_data.topics
@@ -28,7 +29,7 @@ from gguf_of_transformers import add_sizes
 ROOT = Path(__file__).resolve().parents[1]
 HEADFOLD = str(Path(sys.executable).parent / "headfold")
 SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-SUBJECTS = ("smollm2", "smollm2-trained", "random-1b")
+SUBJECTS = ("smollm2", "smollm2-trained", "random-1b", "subject")
 STEPS, ROWS, LENGTH = 300, 2, 64  # of the training: enough that every weight has moved
 CONTENDERS = {f"headfold {name}": "headfold" for name in EXPORTS} | {
     "onnxruntime-genai int4": "onnxruntime-genai",
@@ -49,8 +50,10 @@ def models(folder: Path, subject: str, wanted: Collection[str]) -> dict[str, Pat
         save_source(source, subject)
     exports = [name for name in EXPORTS if subject != "random-1b" or "mixed" not in name]
     paths = {f"headfold {name}": folder / name for name in exports}
-    paths |= {f"llama.cpp {kind}": folder / f"{kind}.gguf" for kind in ("Q4_0", "Q8_0")}
-    paths |= {"onnxruntime-genai int4": folder / "genai", "OpenVINO GenAI Q4_0": folder / "Q4_0.gguf"}
+    paths["onnxruntime-genai int4"] = folder / "genai"
+    if subject != "subject":  # GGUF files have SmolLM2's vocabulary
+        paths |= {f"llama.cpp {kind}": folder / f"{kind}.gguf" for kind in ("Q4_0", "Q8_0")}
+        paths["OpenVINO GenAI Q4_0"] = folder / "Q4_0.gguf"
     paths = {name: path for name, path in paths.items() if name in wanted}
     for path in paths.values():
         if not path.exists():
@@ -70,6 +73,9 @@ def _make(path: Path, source: Path, subject: str) -> None:
 
 def save_source(path: Path, subject: str) -> None:
     """A Hugging Face directory, in 16 bits if it is the random model's."""
+    if subject == "subject":
+        _run([sys.executable, str(ROOT / "scripts" / "train_subject.py"), "--output", str(path)])
+        return
     original = open_checkpoint(SMOLLM2)
     if subject == "smollm2":
         save_hf(path, original, torch.float32)
@@ -121,7 +127,7 @@ def _export(source: Path, folder: Path, name: str, subject: str) -> list[str]:
         "--quiet",
         "--no-verify",
         "--capacity",
-        "4096",
+        "512" if subject == "subject" else "4096",
     ]
     if not EXPORTS[name]:
         return command
