@@ -138,8 +138,9 @@ def prepare(
     experts = {name for name in bits if len(shapes[name]) == 3}
     least = bits | {name: form.bits for name, form in kept.items()}
     bits = {name: width for name, width in bits.items() if name not in kept}  # of those that are rounded
-    blocks = [name for name, width in bits.items() if width != 7 and name not in experts and dtype == torch.float32]
-    narrow = {name for name in blocks if suits_narrow_scales(tensors.read(name))}
+    in_blocks = [name for name, width in bits.items() if width != 7 and name not in experts]
+    wider = dtype == torch.float32  # than float16
+    narrow = {name for name in in_blocks if wider and suits_narrow_scales(tensors.read(name))}
     smoothed = options.scheme == "w8a8" and isinstance(source, OwnModel)
     calibrated = smoothed or (4 in bits.values() and (options.scheme == "mixed" or options.method == "gptq"))
     count = HELD_OUT + CALIBRATION if calibrated else HELD_OUT
