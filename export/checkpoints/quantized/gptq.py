@@ -24,7 +24,7 @@ class GPTQ(BaseModel, frozen=True):
     bits: Literal[2, 4, 8]
     group_size: GroupSize = 128
     checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq"
-    desc_act: bool = False  # act-order
+    desc_act: bool | None = False  # act-order
     pack_dtype: Literal["int32"] = "int32"
     dynamic: dict[str, dict[str, None]] | None = None  # modules with settings of their own; only left-out ones are read
 
@@ -48,7 +48,9 @@ class GPTQ(BaseModel, frozen=True):
         words.of((max(columns, packed) // packed, max(rows, 1)), "I32")
         scales.of((count, rows), *FLOAT_KINDS)
         zeros = parts[".qzeros"].of((count, -(-rows // packed)), "I32")
-        ordered = self.desc_act and self.group_size != -1  # without an index nobody knows whose group a column is
+        ordered = (
+            self.desc_act is True and self.group_size != -1
+        )  # without an index nobody knows whose group a column is
         index = parts[".g_idx"].of((columns,), "I32") if ".g_idx" in parts or ordered else None
 
         def make() -> QuantizedTensor:
