@@ -48,9 +48,8 @@ class GPTQ(BaseModel, frozen=True):
         words.of((max(columns, packed) // packed, max(rows, 1)), "I32")
         scales.of((count, rows), *FLOAT_KINDS)
         zeros = parts[".qzeros"].of((count, -(-rows // packed)), "I32")
-        ordered = (
-            self.desc_act is True and self.group_size != -1
-        )  # without an index nobody knows whose group a column is
+        # Without it nobody knows whose group a column in act-order is
+        ordered = bool(self.desc_act) and self.group_size != -1
         index = parts[".g_idx"].of((columns,), "I32") if ".g_idx" in parts or ordered else None
 
         def make() -> QuantizedTensor:
