@@ -31,9 +31,8 @@ from headfold.export.progress import Reporter
 from headfold.runtime.manifest import Manifest
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
-torchlib.get_torchlib_ops = functools.cache(
-    torchlib.get_torchlib_ops
-)  # always the same, and asked for by each export: 0.3 s
+# They are always the same, and each export asks for them: 0.3 s
+torchlib.get_torchlib_ops = functools.cache(torchlib.get_torchlib_ops)
 
 
 @pytest.fixture(scope="module", autouse=True)

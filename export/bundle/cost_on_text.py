@@ -9,8 +9,10 @@ from headfold.export.data.calibration import LENGTH, calibration_tokens
 from headfold.export.exportables.base import Exportable
 from headfold.export.progress import Reporter
 from headfold.export.quantization.cost import reference, weights_cost
+from headfold.export.quantization.gate import describe, what_helps
 from headfold.export.quantization.rounding import HELD_OUT
 from headfold.export.quantization.running import Running
+from headfold.runtime.errors import VerificationError
 from headfold.runtime.manifest import Manifest, WeightsCost
 
 
@@ -36,4 +38,17 @@ def cost_on_text(
         before = reference(model, tokens)
     del model
     with reporter.step("run the bundle on it"):
-        return weights_cost(bundle, manifest, before)
+        cost = weights_cost(bundle, manifest, before)
+    reporter.note(f"rounded weights on {', '.join(data)}: {describe(cost)}")
+    return cost
+
+
+def refuse_over(cost: WeightsCost, manifest: Manifest, bundle: Path, data: Sequence[str]) -> None:
+    """Raises VerificationError: on this text they cost more than their export allowed."""
+    assert manifest.weights is not None
+    if not cost.kl <= manifest.weights.max_kl:  # NaN is not
+        raise VerificationError(
+            f"its weights cost {cost.kl:.3g} nats on {', '.join(data)}, and its export allowed {manifest.weights.max_kl:g}",
+            where=bundle,
+            fix=f"{what_helps(manifest.dtype, manifest.weights, cost)}, when you export it again.",
+        )

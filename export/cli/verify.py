@@ -72,11 +72,9 @@ def verify(
 
     `headfold verify smol-int4 --against ./SmolLM2-135M-Instruct --data questions.txt`
     """
-    from headfold.export.bundle.cost_on_text import cost_on_text
     from headfold.export.exportables.opening import open_exportable
     from headfold.export.parity.rendering import render
     from headfold.export.parity.verify import verify as verify_against
-    from headfold.export.quantization.gate import describe
     from headfold.runtime.manifest import read_manifest
 
     candidate = None
@@ -90,8 +88,8 @@ def verify(
         def candidate(manifest: "Manifest") -> "Candidate":
             return network_candidate(bundle, manifest, BuildOptions(attention=attention or "native"))
 
-    weights = read_manifest(bundle).weights
-    refuse_idle(weights is None, "data", why=f"is for rounded weights, and {bundle} has none", fix="Leave it out.")
+    own = read_manifest(bundle)
+    refuse_idle(own.weights is None, "data", why=f"is for rounded weights, and {bundle} has none", fix="Leave it out.")
     reporter = reporter_for(quiet)
 
     def opened(manifest: "Manifest") -> "Exportable":
@@ -100,8 +98,9 @@ def verify(
     report = verify_against(bundle, opened, decode_steps, reporter, candidate)
     cost = None
     if data:
-        manifest = read_manifest(bundle)
-        cost = cost_on_text(bundle, manifest, opened(manifest), data, reporter)
+        from headfold.export.bundle.cost_on_text import cost_on_text, refuse_over
+
+        cost = cost_on_text(bundle, own, opened(own), data, reporter)
     if as_json:
         print_json(report.to_json() | ({"weights_cost": cost.model_dump()} if cost is not None else {}))
     elif not quiet:
@@ -109,9 +108,5 @@ def verify(
     if not report.passed:
         click.echo(f"headfold: error: {bundle}: {report.failure()}", err=True)
         sys.exit(1)
-    if cost is not None and weights is not None:
-        reporter.note(f"{weights.scheme} weights on {', '.join(data)}: {describe(cost)}")
-        if not cost.kl <= weights.max_kl:  # NaN is not
-            where = f"headfold: error: {bundle}: its weights cost {cost.kl:.3g} nats on {', '.join(data)}"
-            click.echo(f"{where}, and its export allowed {weights.max_kl:g}", err=True)
-            sys.exit(1)
+    if cost is not None:
+        refuse_over(cost, own, bundle, data)

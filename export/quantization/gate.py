@@ -51,13 +51,14 @@ def pass_gate(stage: Path, manifest: Manifest, before: Reference, reporter: Repo
         raise VerificationError(
             f"{scheme} weights cost more than {max_kl:g} nats: {describe(cost)}",
             where=manifest.source,
-            fix=f"{_what_helps(manifest.dtype, spec, cost)}. No bundle was written.",
+            fix=f"{what_helps(manifest.dtype, spec, cost)}. No bundle was written.",
         )
     reporter.note(f"{scheme} weights, {_INPUTS[chosen]}: {describe(cost)}")
     return spec.model_copy(update={"accuracy_level": chosen, "cost": cost})
 
 
-def _what_helps(dtype: DType, spec: WeightsSpec, cost: WeightsCost) -> str:
+def what_helps(dtype: DType, spec: WeightsSpec, cost: WeightsCost) -> str:
+    """What to do where that is too much, without a full stop."""
     if math.isnan(cost.kl):  # which no --max-kl allows
         return "It computes NaN: use --dtype float32" if dtype != "float32" else "It computes NaN: leave --weights out"
     scheme = "int8" if spec.bits == 8 else spec.scheme  # mixed may be all in eight

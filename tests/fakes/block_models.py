@@ -1,9 +1,17 @@
 """What tests of rounded weights share: a small llama whose matrices have whole blocks, and the command line."""
 
+from pathlib import Path
+
+import torch
 from click.testing import CliRunner
 
+from headfold.export.checkpoints.base import MemoryCheckpoint
+from headfold.export.checkpoints.opening import open_checkpoint
 from headfold.export.cli import main
+from headfold.export.exportables.rounded import RoundedCheckpoint
 from headfold.export.model.config import ModelConfig
+from headfold.export.model.decoder import Decoder
+from headfold.export.model.rounding import bits_of, forms_of
 
 CONFIG = ModelConfig(
     model_type="llama",
@@ -24,3 +32,29 @@ def run(*arguments: object) -> tuple[int, str]:
     """Exit code, and what is on standard error and output."""
     result = CliRunner().invoke(main, list(map(str, arguments)))
     return result.exit_code, result.output
+
+
+def checkpoint(config: ModelConfig, outlier: float = 1.0) -> MemoryCheckpoint:
+    """Random weights. An input of each block is `outlier` times smaller, its weights so many times larger: the same function."""
+    torch.manual_seed(0)
+    decoder = Decoder(config).eval().requires_grad_(False)
+    for name, parameter in decoder.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.02 if "norm" in name else 0.2)
+    decoder.model.embed_tokens.weight /= 2  # and the head, which is tied to it: with smaller logits rounding costs less
+    for layer in decoder.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for norm, readers in (
+            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+        ):
+            norm.weight[::32] /= outlier
+            for reader in readers:
+                reader.weight[:, ::32] *= outlier
+    return MemoryCheckpoint(Path("memory"), config, decoder.state_dict())
+
+
+def rounding(source: Path) -> RoundedCheckpoint:
+    """What --weights int4 --rounding nearest makes of it."""
+    original = open_checkpoint(source)
+    shapes = original.shapes()
+    return RoundedCheckpoint(original, forms_of(bits_of(shapes, "int4"), shapes, narrow=shapes))

@@ -71,19 +71,23 @@ def dequantized(format_: Format, stored: Mapping[str, Stored]) -> tuple[dict[str
     ignored = [name for name in stored if _OF_ACTIVATIONS.search(name)]
     tensors: dict[str, Source] = {name: tensor for name, tensor in stored.items() if name not in set(ignored)}
     suffixes = (*format_.values, *format_.scales, *format_.others)
+
+    def parts_of(base: str) -> Parts:
+        found = {suffix: stored[base + suffix] for suffix in suffixes if base + suffix in stored}
+        return Parts(base + format_.target, found)
+
     for scale in stored:
         for base in (scale.removesuffix(suffix) for suffix in format_.scales if scale.endswith(suffix)):
-            found = {suffix: stored[base + suffix] for suffix in suffixes if base + suffix in stored}
-            if not found.keys().isdisjoint(format_.values):
-                source = format_.source(Parts(base + format_.target, found))
-                for suffix in found:
+            parts = parts_of(base)
+            if any(suffix in parts for suffix in format_.values):
+                source = format_.source(parts)
+                for suffix in parts.stored:
                     tensors.pop(base + suffix, None)
-                tensors[base + format_.target] = source
+                tensors[parts.name] = source
+    named = [suffix for suffix in suffixes if suffix not in ("", format_.target)]  # what no plain tensor's name ends in
     for name, tensor in tensors.items():
-        named = [x for x in suffixes if x not in ("", format_.target) and name.endswith(x)]
-        if named and isinstance(tensor, Stored) and tensor.kind not in FLOATS:  # so it is part of nothing
-            base = name.removesuffix(named[0])
-            found = {suffix: stored[base + suffix] for suffix in suffixes if base + suffix in stored}
-            needed = format_.values if found.keys().isdisjoint(format_.values) else format_.scales
-            Parts(base + format_.target, found)[needed[0]]  # which says that it is not there
+        end = next((suffix for suffix in named if name.endswith(suffix)), None)
+        if end is not None and isinstance(tensor, Stored) and tensor.kind not in FLOATS:  # so it is part of nothing
+            parts = parts_of(name.removesuffix(end))
+            parts[(format_.scales if any(x in parts for x in format_.values) else format_.values)[0]]  # is not there
     return tensors, ignored

@@ -72,22 +72,17 @@ def _weight(value: ir.Value, tensors: Tensors, dtype: torch.dtype) -> tuple[str 
         return (None if small else "is nothing that the checkpoint has"), ()
     if recipe.name != value.name:
         return "its recipe is another's", ()
-    kind, held = to_torch_dtype(tensor.dtype), list[bool]()
+    kind = to_torch_dtype(tensor.dtype)
     narrower = kind != dtype and kind in {torch.float16, torch.bfloat16}  # than it should be, unless nothing is lost
-
-    def read(name: str) -> Tensor:
-        exact = tensors.read(name)
-        held.append(not narrower or torch.equal(exact.to(kind).float(), exact.float()))
-        return exact.to(kind)
-
     try:
-        expected = recipe.make(read)
+        expected = recipe.make(lambda name: tensors.read(name).to(kind))
+        lost = narrower and not torch.equal(expected.float(), recipe.make(tensors.read).float())
     except KeyError:
         return "its recipe is of another model", ()
     except RuntimeError:
         return "its recipe joins what does not fit together", ()
     actual = tensor.numpy()
-    if actual.shape != tuple(expected.shape) or not all(held):
+    if actual.shape != tuple(expected.shape) or lost:
         return f"is {tensor.dtype} {list(actual.shape)}", recipe.sources
     different = int((_bits(expected) != actual.view(f"u{kind.itemsize}")).sum())
     return (f"{different:,} of {actual.size:,} numbers differ" if different else None), recipe.sources

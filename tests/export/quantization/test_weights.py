@@ -11,76 +11,22 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from block_models import CONFIG, run
+from block_models import CONFIG, checkpoint, rounding, run
 
 from headfold.export.checkpoints.base import MemoryCheckpoint
 from headfold.export.checkpoints.hf_writer import save_hf
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
-from headfold.export.exportables.own import OwnModel
-from headfold.export.exportables.rounded import RoundedCheckpoint, StoredTensors
-from headfold.export.exportables.rounding_record import read_record, record_of, record_to_json
 from headfold.export.graph.bodies import use_quantized_bodies, use_standard_body
-from headfold.export.graph.weights import load_model
-from headfold.export.model.config import ModelConfig
-from headfold.export.model.decoder import Decoder
-from headfold.export.model.rounding import Form, bits_of, forms_of
-from headfold.export.parity.exact.weights import prove_weights
-from headfold.export.parity.verify import verify_bundle
-from headfold.export.progress import Reporter
+from headfold.export.model.rounding import bits_of
 from headfold.export.quantization import forced
 from headfold.export.quantization.cost import reference, weights_cost
-from headfold.export.quantization.gate import pass_gate
 from headfold.export.quantization.products import set_level_in_file
-from headfold.export.quantization.rounding import WeightRounding
-from headfold.plugins.attention.schema import TABLES
 from headfold.runtime import load
-from headfold.runtime.errors import BundleError, ConfigError, VerificationError
 from headfold.runtime.manifest import read_manifest
-
-
-def checkpoint(config: ModelConfig, outlier: float = 1.0) -> MemoryCheckpoint:
-    """Random weights. An input of each block is `outlier` times smaller, its weights so many times larger: the same function."""
-    torch.manual_seed(0)
-    decoder = Decoder(config).eval().requires_grad_(False)
-    for name, parameter in decoder.named_parameters():
-        torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.02 if "norm" in name else 0.2)
-    decoder.model.embed_tokens.weight /= 2  # and the head, which is tied to it: with smaller logits rounding costs less
-    for layer in decoder.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        for norm, readers in (
-            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
-            (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
-        ):
-            norm.weight[::32] /= outlier
-            for reader in readers:
-                reader.weight[:, ::32] *= outlier
-    return MemoryCheckpoint(Path("memory"), config, decoder.state_dict())
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("rounded") / "source"
-    save_hf(path, checkpoint(CONFIG), torch.float32)
-    return path
-
-
-@pytest.fixture(scope="module")
-def bundle(source) -> Path:
-    path = source.parent / "int4"
-    code, output = run("export", source, "-o", path, "--weights", "int4", "--rounding", "nearest", "-q")
-    assert code == 0, output
-    return path
 
 
 def shapes_of(source: Path) -> Mapping[str, tuple[int, ...]]:
     return open_checkpoint(source).shapes()
-
-
-def rounding(source: Path) -> RoundedCheckpoint:
-    """What --weights int4 --rounding nearest makes of it."""
-    original = open_checkpoint(source)
-    shapes = original.shapes()
-    return RoundedCheckpoint(original, forms_of(bits_of(shapes, "int4"), shapes, narrow=shapes))
 
 
 def test_the_manifest_says_what_was_done_and_what_it_cost(bundle, source) -> None:
@@ -118,18 +64,6 @@ def test_scales_take_two_bytes_where_float16_holds_them(scheme, factor, tmp_path
     odd = [name for name, size in {"up_proj": factor, "down_proj": 1 / factor}.items() if not 2**-8 < size < 2**17]
     assert wide == (layers if scheme == "w8a8" else {name for name in layers if any(x in name for x in odd)})
     assert read_manifest(tmp_path / "bundle").weights.cost.kl < (0.1 if scheme == "mixed" else 0.02)
-
-
-def test_scales_that_float16_does_not_hold_are_seen_by_the_proof(bundle, source) -> None:
-    class Other(StoredTensors):
-        def read(self, name: str) -> torch.Tensor:
-            return super().read(name) * (1 + 1e-5 if name.endswith(".scales") else 1)
-
-    model = load_model(bundle / "model.onnx")
-    for made, passes in ((StoredTensors, True), (Other, False)):
-        check = prove_weights(model, made(rounding(source)), torch.float32, TABLES, [])
-        assert check.passed == passes
-        assert "is FLOAT16 [" in check.note or passes
 
 
 def test_a_tied_head_and_embedding_share_one_matrix(bundle) -> None:
@@ -217,74 +151,6 @@ def test_eight_bits_with_biases_and_a_head_of_its_own_and_a_cache_of_what_they_m
     assert code == 0, output
 
 
-def test_a_model_with_outliers_is_refused_in_four_bits_and_what_the_message_says_helps(tmp_path) -> None:
-    save_hf(tmp_path / "source", checkpoint(CONFIG, outlier=10), torch.float32)
-    code, output = run("export", tmp_path / "source", "-o", tmp_path / "int4", "--weights", "int4", "-q")
-    assert code == 1
-    assert "int4 weights cost more than 0.1 nats: KL " in output
-    assert "Use --weights mixed or int8, or allow it with --max-kl. No bundle was written." in output
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-    for scheme in ("int8", "mixed"):
-        code, output = run("export", tmp_path / "source", "-o", tmp_path / scheme, "--weights", scheme, "-q")
-        assert code == 0, output
-
-
-@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight"])
-def test_a_wrong_scale_is_seen_by_the_proof_and_by_the_gate(name, bundle, source, tmp_path) -> None:
-    model = ir.load(bundle / "model.onnx")
-    value = next(v for n, v in model.graph.initializers.items() if n.startswith(name) and n.endswith(".scales"))
-    value.const_value = ir.tensor(3 * value.const_value.numpy())
-    ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
-    shutil.copy(bundle / "weights.json", tmp_path)
-    manifest = read_manifest(bundle)
-    decoder = load_decoder(open_checkpoint(source))
-    before = reference(decoder, torch.arange(160).view(5, 32))
-    assert weights_cost(bundle, manifest, before).kl < 0.1
-    with pytest.raises(
-        VerificationError, match=r"int4 weights cost more than 0\.1 nats: KL .* Use --weights mixed or int8"
-    ):
-        pass_gate(tmp_path, manifest, before, Reporter(quiet=True))
-
-    report = verify_bundle(tmp_path, OwnModel(open_checkpoint(source)), manifest, 4, Reporter(quiet=True))
-    failed = [check.name for check in report.checks if not check.passed]
-    assert "weights, bit for bit" in failed
-    assert len(failed) > 1  # the arithmetic is wrong, too
-
-
-@pytest.mark.parametrize(
-    ("kl", "dtype", "spec", "helps"),
-    [
-        (
-            0.2,
-            "float32",
-            {"scheme": "mixed", "bits": 6.0},
-            "Use --weights int8, or more --bits, or allow it with --max-kl",
-        ),
-        (0.2, "float32", {"scheme": "mixed", "bits": 8.0}, "Leave --weights out, or allow it with --max-kl"),
-        (np.nan, "float16", {"scheme": "int8", "bits": 8.0}, "It computes NaN: use --dtype float32. No"),
-        (np.nan, "float32", {"scheme": "int4", "bits": 4.0}, "It computes NaN: leave --weights out. No"),
-    ],
-)
-def test_the_gate_recommends_what_can_help(kl, dtype, spec, helps, bundle, tmp_path, monkeypatch) -> None:
-    for name in ("model.onnx", "model.onnx.data"):
-        shutil.copy(bundle / name, tmp_path)
-    manifest = read_manifest(bundle)
-    cost = manifest.weights.cost.model_copy(update={"kl": kl})
-    monkeypatch.setattr("headfold.export.quantization.gate.weights_cost", lambda *_: cost)
-    manifest = manifest.model_copy(update={"dtype": dtype, "weights": manifest.weights.model_copy(update=spec)})
-    with pytest.raises(VerificationError) as caught:
-        pass_gate(tmp_path, manifest, None, Reporter(quiet=True))
-    assert helps in str(caught.value)
-
-
-@pytest.fixture(scope="module")
-def mixed(source) -> Path:
-    path = source.parent / "mixed"
-    code, output = run("export", source, "-o", path, "--weights", "mixed", "--bits", "6", "-q")
-    assert code == 0, output
-    return path
-
-
 def test_mixed_weights_have_the_bits_that_were_asked_for_where_they_are_worth_most(mixed, bundle, source) -> None:
     tensors, shapes = json.loads((mixed / "weights.json").read_text())["tensors"], open_checkpoint(source).shapes()
     sizes = {name: np.prod(shapes[name]) for name in tensors}
@@ -312,153 +178,3 @@ def test_all_weights_can_have_four_bits_the_head_by_gptq_too(source, tmp_path) -
     assert read_manifest(tmp_path / "out").weights.bits == 4
     code, output = run("verify", tmp_path / "out", "--against", source, "-q")
     assert code == 0, output
-
-
-@pytest.mark.parametrize("part", ["int4", "int4.scales"])
-def test_weights_that_no_rule_finds_are_held_to_their_record(part, mixed, source, tmp_path) -> None:
-    shutil.copytree(mixed, tmp_path, dirs_exist_ok=True)
-    model = ir.load(mixed / "model.onnx")
-    value = next(v for n, v in model.graph.initializers.items() if n.endswith(f"down_proj.weight.{part}"))
-    changed = value.const_value.numpy().copy()
-    changed[0, 0] = 3 * changed[0, 0] if "scales" in part else changed[0, 0] ^ 1
-    value.const_value = ir.tensor(changed)
-    ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
-    report = verify_bundle(tmp_path, OwnModel(open_checkpoint(source)), read_manifest(mixed), 4, Reporter(quiet=True))
-    failed = {check.name: check.note for check in report.checks if not check.passed}
-    assert failed == {"rounded weights, error over the nearest's": "is not what GPTQ found"}
-
-
-def test_a_checkpoint_that_was_trained_on_is_another(mixed, source) -> None:
-    original, nudged = open_checkpoint(source), {}
-    for name in original:
-        nudged[name] = original.read(name) * (1.001 if name.endswith("layers.1.mlp.down_proj.weight") else 1)
-    tuned = OwnModel(MemoryCheckpoint(source, original.config, nudged))
-    report = verify_bundle(mixed, tuned, read_manifest(mixed), 4, Reporter(quiet=True))
-    failed = {check.name: check.note for check in report.checks if not check.passed}
-    assert failed == {"rounded weights, error over the nearest's": "is not as far from the checkpoint's as it was"}
-
-
-@pytest.mark.parametrize("length", [None, 1000])
-def test_weights_that_are_cut_short_or_missing_are_one_line(length, bundle, tmp_path) -> None:
-    shutil.copy(bundle / "model.onnx", tmp_path)
-    if length is not None:
-        (tmp_path / "model.onnx.data").write_bytes((bundle / "model.onnx.data").read_bytes()[:length])
-    with pytest.raises(BundleError, match=r"model\.onnx\.data does not hold .*\. Export it again"):
-        load_model(tmp_path / "model.onnx")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--weights", "int4", "--allow-nan"), "--allow-nan: does not go with weights of four or eight bits"),
-        (("--weights", "int4", "--capacity", "1"), "--capacity 1: is too short to measure rounded weights on"),
-        (("--weights", "int8", "--bits", "5"), "--bits: is for weights of either width. Add --weights mixed."),
-        (("--weights", "int8", "--rounding", "gptq"), "--rounding: is for weights of four bits."),
-        (("--max-kl", "0.2"), "--max-kl: is for rounded weights. Add --weights int8."),
-    ],
-)
-def test_what_does_not_go_together_is_one_line(options, message, source, tmp_path) -> None:
-    code, output = run("export", source, "-o", tmp_path / "no", *options)
-    assert code == 2
-    assert message in output
-    assert not (tmp_path / "no").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"scheme": "int3"}, "--weights: 'int3' is not known. Choose one of int8, "),
-        ({"scheme": "int4", "block_size": 48}, "--block-size: 48 is not known. Choose one of 32, 64, 128."),
-        ({"scheme": "int4", "method": "best"}, "--rounding: 'best' is not known"),
-        ({"scheme": "int4", "max_kl": np.nan}, "--max-kl: is nan. It must be positive"),
-        ({"scheme": "int4", "max_kl": 0.0}, "--max-kl: is 0"),
-        ({"scheme": "mixed", "bits": np.nan}, "--bits: is nan. It must lie between 4 and 8."),
-        ({"scheme": "int8", "bits": 5.0}, "--bits: is for weights of either width"),
-    ],
-)
-def test_what_a_caller_may_not_ask_for_is_one_line(options, message) -> None:
-    with pytest.raises(ConfigError) as caught:
-        WeightRounding(**options)
-    assert message in str(caught.value)
-
-
-def test_text_that_is_not_there_is_told_before_the_work_begins(source, tmp_path) -> None:
-    data = tmp_path / "none.npy"
-    code, output = run("export", source, "-o", tmp_path / "no", "--weights", "int8", "--data", data)
-    assert code == 2
-    assert f"{data}: is no array of numpy" in output
-    assert "trace the graph" not in output
-
-
-def test_a_model_without_whole_blocks_is_refused(tmp_path) -> None:
-    small = replace(CONFIG, hidden_size=48, intermediate_size=80, num_attention_heads=3, num_key_value_heads=1)
-    save_hf(tmp_path / "source", checkpoint(small), torch.float32)
-    code, output = run("export", tmp_path / "source", "-o", tmp_path / "no", "--weights", "int8")
-    assert code == 2
-    assert "no weight has blocks of 32 inputs" in output
-
-
-@pytest.mark.parametrize(
-    ("field", "said"),
-    [
-        ("scheme", "int8"),
-        ("block_size", 64),
-        ("kept", 3),
-        ("bits", 4.0),
-        ("accuracy_level", 1),
-        ("max_kl", 1e-9),
-        ("cost", None),
-    ],
-)
-def test_what_the_manifest_says_of_the_weights_is_proven(field, said, bundle, source) -> None:
-    manifest = read_manifest(bundle)
-    manifest = manifest.model_copy(update={"weights": manifest.weights.model_copy(update={field: said})})
-    assert getattr(read_manifest(bundle).weights, field) != said
-    report = verify_bundle(bundle, OwnModel(open_checkpoint(source)), manifest, 4, Reporter(quiet=True))
-    where = f"weights.{'cost' if field == 'max_kl' else field}"
-    assert report.failure() == (
-        f"differs from PyTorch in what the manifest says of rounded weights: {where} says something else than the bundle has"
-    )
-
-
-def test_verify_measures_the_cost_on_text_of_ones_own(bundle, source, tmp_path) -> None:
-    shutil.copytree(bundle, tmp_path / "bundle")
-    np.save(tmp_path / "text.npy", np.random.default_rng(0).integers(0, 160, 400))
-    given = ("verify", tmp_path / "bundle", "--against", source, "--data", tmp_path / "text.npy")
-    code, output = run(*given, "--json", "-q")
-    assert code == 0, output
-    cost = json.loads(output)["weights_cost"]
-    assert cost["tokens"] >= 256
-    assert 0 < cost["kl"] < read_manifest(bundle).weights.max_kl
-    content = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
-    content["weights"]["max_kl"] = content["weights"]["cost"]["kl"] = cost["kl"] / 2  # as if it had been less there
-    (tmp_path / "bundle" / "manifest.json").write_text(json.dumps(content))
-    code, output = run(*given, "-q")
-    assert code == 1
-    assert f"its weights cost {cost['kl']:.3g} nats on {tmp_path / 'text.npy'}, and its export allowed" in output
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda tensors: tensors.update(more={}), "is no record of rounded weights"),
-        (lambda tensors: tensors["lm_head.weight"].update(bits=5), "lm_head.weight cannot have been rounded so"),
-    ],
-)
-def test_a_record_that_is_wrong_is_one_line(damage, message, tmp_path) -> None:
-    save_hf(tmp_path / "source", checkpoint(replace(CONFIG, tie_word_embeddings=False)), torch.float32)
-    original = open_checkpoint(tmp_path / "source")
-    content = record_to_json(record_of(RoundedCheckpoint(original, {"lm_head.weight": Form(8)}), {}))
-    damage(content["tensors"])
-    (tmp_path / "weights.json").write_text(json.dumps(content))
-    with pytest.raises(BundleError, match=message):
-        read_record(tmp_path / "weights.json", original.shapes(), original.config)
-
-
-def test_a_record_that_is_missing_is_one_line(bundle, source, tmp_path) -> None:
-    shutil.copytree(bundle, tmp_path / "bundle")
-    (tmp_path / "bundle" / "weights.json").unlink()
-    with pytest.raises(BundleError, match=r"weights\.json: is missing"):
-        verify_bundle(
-            tmp_path / "bundle", OwnModel(open_checkpoint(source)), read_manifest(bundle), 4, Reporter(quiet=True)
-        )

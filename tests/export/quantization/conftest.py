@@ -1,0 +1,32 @@
+"""Bundles with rounded weights that several files look at. Not to be changed: copy them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from block_models import CONFIG, checkpoint, run
+
+from headfold.export.checkpoints.hf_writer import save_hf
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("rounded") / "source"
+    save_hf(path, checkpoint(CONFIG), torch.float32)
+    return path
+
+
+@pytest.fixture(scope="module")
+def bundle(source) -> Path:
+    path = source.parent / "int4"
+    code, output = run("export", source, "-o", path, "--weights", "int4", "--rounding", "nearest", "-q")
+    assert code == 0, output
+    return path
+
+
+@pytest.fixture(scope="module")
+def mixed(source) -> Path:
+    path = source.parent / "mixed"
+    code, output = run("export", source, "-o", path, "--weights", "mixed", "--bits", "6", "-q")
+    assert code == 0, output
+    return path
