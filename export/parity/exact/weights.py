@@ -72,17 +72,16 @@ def _weight(value: ir.Value, tensors: Tensors, dtype: torch.dtype) -> tuple[str 
         return (None if small else "is nothing that the checkpoint has"), ()
     if recipe.name != value.name:
         return "its recipe is another's", ()
-    kind = to_torch_dtype(tensor.dtype)
-    narrower = kind != dtype and kind in {torch.float16, torch.bfloat16}  # than it should be, unless nothing is lost
     try:
-        expected = recipe.make(lambda name: tensors.read(name).to(kind))
-        lost = narrower and not torch.equal(expected.float(), recipe.make(tensors.read).float())
+        exact = recipe.make(tensors.read)
     except KeyError:
         return "its recipe is of another model", ()
     except RuntimeError:
         return "its recipe joins what does not fit together", ()
-    actual = tensor.numpy()
-    if actual.shape != tuple(expected.shape) or lost:
+    kind, actual = to_torch_dtype(tensor.dtype), tensor.numpy()
+    expected = exact.to(kind)
+    narrower = kind != dtype and kind in {torch.float16, torch.bfloat16}  # than it should be, unless nothing is lost
+    if actual.shape != tuple(expected.shape) or (narrower and not torch.equal(expected.float(), exact.float())):
         return f"is {tensor.dtype} {list(actual.shape)}", recipe.sources
     different = int((_bits(expected) != actual.view(f"u{kind.itemsize}")).sum())
     return (f"{different:,} of {actual.size:,} numbers differ" if different else None), recipe.sources
