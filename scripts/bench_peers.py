@@ -32,6 +32,7 @@ EXPORTS = {  # options of headfold export, beside --max-kl
     "int4-128": ("--weights", "int4", "--block-size", "128"),
     "mixed6": ("--weights", "mixed", "--bits", "6"),
     "mixed5": ("--weights", "mixed", "--bits", "5"),
+    "mixed4.5": ("--weights", "mixed", "--bits", "4.5"),  # nearly the bytes of onnxruntime-genai's int4
     "mixed4": ("--weights", "mixed", "--bits", "4"),  # head and all, as onnxruntime-genai's int4
     "mixed4-128": ("--weights", "mixed", "--bits", "4", "--block-size", "128"),
     "w8a8": ("--weights", "w8a8"),

@@ -1,9 +1,12 @@
 """GPTQ (Frantar et al. 2022, arXiv 2210.17323): weights rounded column by column, each error made up for by the columns still to come.
 
-Layer by layer, each on what the rounded layers before it hand on, so one layer and the residual streams are all that is in memory.
+Product after product, each on what the rounded ones before it hand on, and so that it makes up for what those got wrong (QEP, Arai and
+Ichikawa 2025, arXiv 2504.09629). One layer, its inputs and the residual streams are all that is in memory.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +20,18 @@ from headfold.runtime.errors import ConfigError
 
 _HEAD_ROWS = 1 << 13  # of the head that are rounded at a time: they are as many as there are tokens
 _ROWS = 1 << 10  # of second moments that are added to at a time
-_DAMPING = 0.01  # of the mean of the second moments' diagonal, added to it (section 3.3 there)
+# Of the mean of the second moments' diagonal, added to it: what holds weights where they are. The paper has 0.01 (section 3.3): with that
+# they make up for noise, too, and other text than the calibration's loses; with 1 they make up for too little
+_DAMPING = 0.3
 _TRIED = [1 - 0.02 * step for step in range(16)]  # of the scale that holds the block's largest weight
+
+
+@dataclass
+class _Heard:
+    """Products that take the same inputs."""
+
+    names: list[str]  # of their weights
+    inputs: list[Tensor]  # [N, S, K], of each part; where a product computes twice, the first ones
 
 
 @torch.inference_mode()
@@ -26,6 +39,7 @@ def gptq_layers(
     model: Running,
     names: Collection[str],
     tokens: Tensor,
+    exact: Sequence[Tensor],
     scales: Mapping[str, torch.dtype],
     block: int,
     reporter: Reporter,
@@ -37,6 +51,8 @@ def gptq_layers(
         model: its other weights (its embedding, say) may be rounded already.
         names: of weights to round, [N, K].
         tokens: see above.
+        exact: what enters the first layer where nothing is rounded, [N, S, hidden], of the tokens `together`. Weights of eight bits are
+            taken for exact ones in what layers make of it.
         scales: their dtypes, by weight.
         block: see `form_of`.
         reporter: told what goes on.
@@ -45,19 +61,17 @@ def gptq_layers(
     found = dict[str, Rounded]()
     parts = together(tokens)
     hidden = [model.enter(part) for part in parts]  # [N, S, hidden] each
-    shelf = open_shelf(hidden) if open_shelf is not None else None
+    shelf = open_shelf([*exact, *hidden]) if open_shelf is not None else None
     with reporter.step("round the layers with GPTQ", model.count) as advance:
         for index in range(model.count):
             with model.layer(index) as modules:
-                linears = {f"{name}.weight": m for name, m in modules.items() if isinstance(m, nn.Linear)}
-                linears = {name: module for name, module in linears.items() if name in names}
                 here = shelf.next_layer(_weights(modules)) if shelf is not None else None
-                moments = _input_moments(linears, _run(model, index, parts, hidden)) if here is None else {}
+                linears = {f"{name}.weight": m for name, m in modules.items() if isinstance(m, nn.Linear)}
+                linears = {name: m for name, m in linears.items() if name in names} if here is None else {}
+                exact, heard = _heard(linears, _run(model, index, parts, exact))
             del modules, linears  # beside the moments of a wide layer its weights may be too much
             if here is None:
-                here = {
-                    name: gptq(model.read(name), moments.pop(name), 4, scales[name], block) for name in list(moments)
-                }
+                here = _round_layer(model, index, heard, parts, hidden, scales, block)
                 here = shelf.put(here) if shelf is not None else here
             with model.replaced({name: restored(rounding) for name, rounding in here.items()}), model.layer(index):
                 hidden = list(_run(model, index, parts, hidden))
@@ -65,6 +79,32 @@ def gptq_layers(
             advance(1)
     if shelf is not None and shelf.found:
         reporter.note(f"{shelf.found} of {model.count} layers had been rounded by an export that did not finish")
+    return found
+
+
+def _round_layer(
+    model: Running,
+    index: int,
+    heard: list[_Heard],
+    parts: Sequence[Tensor],
+    hidden: Sequence[Tensor],
+    scales: Mapping[str, torch.dtype],
+    block: int,
+) -> dict[str, Rounded]:
+    """A layer's products in four bits, in the order in which they compute, where these streams enter it; `heard` is emptied."""
+    found = dict[str, Rounded]()
+    while heard:
+        group = heard.pop(0)
+        before = {name: restored(rounding) for name, rounding in found.items()}
+        with model.replaced(before), model.layer(index) as modules:
+            module = modules[group.names[0].removesuffix(".weight")]
+            entering = (model.enter_module(module, index, *pair) for pair in zip(parts, hidden, strict=True))
+            moments, lacking = _moments(entering, group.inputs)
+        del before, modules, module
+        inputs = Inputs.of(moments, block, lacking)
+        del moments
+        for name in group.names:
+            found[name] = gptq(model.read(name), inputs, 4, scales[name])
     return found
 
 
@@ -77,33 +117,56 @@ def gptq_head(
     Its rows, a token's each, know nothing of each other.
     """
     with reporter.step("round the head with GPTQ"):
-        inputs = (entering.flatten(0, -2) for entering in model.entering_head(together(tokens)))
-        moments = torch.stack([(x.T @ x).double() for x in inputs]).sum(0)
-        parts = [gptq(rows, moments, 4, scales[name], block) for rows in torch.split(model.read(name), _HEAD_ROWS)]
+        inputs = Inputs.of(_moments(model.entering_head(together(tokens)))[0], block)
+        parts = [gptq(rows, inputs, 4, scales[name]) for rows in torch.split(model.read(name), _HEAD_ROWS)]
     return Rounded(4, torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts]))
 
 
-def gptq(
-    weight: Tensor, moments: Tensor, bits: Bits, dtype: torch.dtype = torch.float32, block: int = BLOCK
-) -> Rounded:
-    """Round a weight [N, K] whose inputs have these second moments, float64 [K, K], positive somewhere.
+@dataclass(frozen=True)
+class Inputs:
+    """What GPTQ has to know of the inputs of products, [K]."""
 
-    Whole blocks and the columns in them go in the order of their inputs' size, largest first ("act order" of the authors' code), for
-    the last ones have nobody to make up for them. A block's scale is found when its turn comes: the one of `_TRIED`, either sign, with
-    the least error, weighed by the moments; `dtype` holds the scales. Blocks are as `form_of` has them.
+    block: int  # of their weights
+    order: Tensor  # of columns, largest input first ("act order" of the authors' code), but block by block
+    power: Tensor  # float64 [K], what an error in each column counts, in this order
+    factor: Tensor  # see `_reversed_factor`
+    lacking: Tensor | None  # float32 [K, K], the sum of (x - y) y^T: y are the inputs, x what they were before rounding
 
-    Raises:
-        ConfigError: the moments are not finite.
+    @classmethod
+    def of(cls, moments: Tensor, block: int = BLOCK, lacking: Tensor | None = None) -> Self:
+        """Of second moments, float64 [K, K]; for `block` see `form_of`, for `lacking` above.
+
+        Raises:
+            ConfigError: the moments are not finite.
+        """
+        power = moments.diagonal().clone()
+        size = form_of(4, len(power), block).block
+        order = _order(power, size)
+        factor = _reversed_factor(moments, order)
+        return cls(size, order, power[order] + _DAMPING * power.mean(), factor, lacking)
+
+    def made_up_for(self, weight: Tensor) -> Tensor:
+        """A weight W [N, K] that makes up for what its inputs lack, float64, its columns in the order.
+
+        W + W L M^-1, with M the damped moments and L what is lacking: what QEP, its alpha being 1, rounds in W's place.
+        """
+        columns = weight[:, self.order].double()
+        if self.lacking is None:
+            return columns
+        wanted = (weight @ self.lacking)[:, self.order.flip(0)].double()  # [N, K]
+        return columns.add_(torch.cholesky_solve(wanted.T, self.factor).T.flip(1))
+
+
+def gptq(weight: Tensor, inputs: Inputs, bits: Bits, dtype: torch.dtype = torch.float32) -> Rounded:
+    """Round a weight [N, K] for these inputs, some of which are not zero.
+
+    A block's scale is found when its turn comes: the one of `_TRIED`, either sign, with the least error, weighed by the inputs; `dtype`
+    holds the scales. The last blocks and columns have nobody to make up for them.
     """
     count, width = weight.shape
-    size = form_of(bits, width, block).block
-    power = moments.diagonal().clone()
-    order = _order(power, size)
-    factor = _reversed_factor(moments, order)
-    del moments
+    size, order, power, factor = inputs.block, inputs.order, inputs.power, inputs.factor
     diagonal = factor.diagonal().flip(0)
-    left = weight[:, order].double()  # what is still to round; behind it, what rounding the others has changed
-    power = power[order] + _DAMPING * power.mean()
+    left = inputs.made_up_for(weight)  # what is still to round; behind it, what rounding the others has changed
     numbers = torch.empty(count, width, dtype=torch.int8)
     scales = torch.empty(count, width // size)
     for start in range(0, width, size):
@@ -175,28 +238,43 @@ def _run(model: Running, index: int, parts: Sequence[Tensor], hidden: Sequence[T
         yield model.run_layer(index, part, entering)
 
 
-def _input_moments(linears: Mapping[str, nn.Linear], run: Iterator[Tensor]) -> dict[str, Tensor]:
-    """The sum of x x^T of what enters each product, float64 [K, K], by weight; products of the same inputs share it."""
-    moments, same = dict[str, Tensor](), dict[str, str]()
-    last: tuple[Tensor, str] | None = None  # the input that was heard last, and of which product
+def _heard(linears: Mapping[str, nn.Linear], run: Iterator[Tensor]) -> tuple[list[Tensor], list[_Heard]]:
+    """What a run hands on, and what enters these products in it, in the order in which they compute."""
+    found, results, seen = list[_Heard](), list[Tensor](), set[str]()
 
     def hear(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def add(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            nonlocal last
-            if last is not None and last[0] is inputs[0] and same.setdefault(name, last[1]) == last[1]:
-                return
-            x = inputs[0].flatten(0, -2)
-            if name not in moments:
-                moments[name] = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
-            for rows, columns in zip(torch.split(moments[name], _ROWS), torch.split(x.T, _ROWS), strict=True):
-                rows += columns @ x
-            last = inputs[0], name
+            x, known = inputs[0], next((group for group in found if name in group.names), None)
+            if known is None and found and found[-1].inputs[-1] is x:
+                found[-1].names.append(name)
+            elif known is None:
+                found.append(_Heard([name], [x]))
+            elif known.names[0] == name and name not in seen:
+                known.inputs.append(x)
+            seen.add(name)
 
         return add
 
     hooks = [module.register_forward_pre_hook(hear(name)) for name, module in linears.items()]
-    for _ in run:
-        last = None
+    for result in run:
+        results.append(result)
+        seen.clear()
     for hook in hooks:
         hook.remove()
-    return moments | {name: moments[first] for name, first in same.items() if first in moments}
+    return results, found
+
+
+def _moments(run: Iterator[Tensor], exact: list[Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
+    """Of inputs [..., K]: the sum of x x^T, float64 [K, K], and what they lack beside these, which are used up; see `Inputs`."""
+    moments, lacking = torch.zeros(()), None
+    for number, inputs in enumerate(run):
+        x = inputs.flatten(0, -2)
+        width = x.shape[1]
+        if not number:
+            moments = torch.zeros(width, width, dtype=torch.float64)
+            lacking = torch.zeros(width, width) if exact is not None else None
+        for rows, columns in zip(torch.split(moments, _ROWS), torch.split(x.T, _ROWS), strict=True):
+            rows += columns @ x
+        if lacking is not None and exact is not None:
+            lacking.addmm_((exact.pop(0).flatten(0, -2) - x).T, x)
+    return moments, lacking

@@ -37,7 +37,7 @@ from headfold.export.progress import Reporter
 from headfold.export.quantization.cost import Reference, reference
 from headfold.export.quantization.gate import MAX_KL
 from headfold.export.quantization.gptq import gptq_head, gptq_layers
-from headfold.export.quantization.running import Running
+from headfold.export.quantization.running import Running, together
 from headfold.export.quantization.sensitivity import TOKENS as SENSITIVITY
 from headfold.export.quantization.sensitivity import choose_bits, sensitivities
 from headfold.export.quantization.shelf import Shelf
@@ -183,18 +183,20 @@ def prepare(
                 name: width for name, width in bits.items() if width == 8 and name not in experts
             }
             scales = {name: torch.float16 if name in narrow else dtype for name in by_gptq}
-            calibration = tokens[~measured], scales, block, reporter
+            calibration = tokens[~measured]
+            exact = [model.enter(part) for part in together(calibration)] if by_gptq else []
             if (head := model.head) in by_gptq:
                 forms = forms_of(known, shapes, block, narrow=narrow)
                 with model.reading(RoundedTensors(tensors, forms, scales=dtype)):
-                    gptq[head] = gptq_head(model, head, *calibration)
+                    gptq[head] = gptq_head(model, head, calibration, scales, block, reporter)
             known |= dict.fromkeys(gptq, 4)
             asked = bits, block, capacity, str(dtype), sorted(by_gptq), sorted(narrow)
             made_from = [version("headfold"), source.describe(), *asked]
             shelf = partial(_shelf, unfinished, made_from) if model.streams else None
             forms = forms_of(known, shapes, block, narrow=narrow)
             with model.reading(RoundedTensors(tensors, forms, gptq, dtype)):
-                gptq |= gptq_layers(model, by_gptq, *calibration, shelf) if by_gptq else {}
+                if by_gptq:
+                    gptq |= gptq_layers(model, by_gptq, calibration, exact, scales, block, reporter, shelf)
         forms = forms_of(bits, shapes, block, transposed, narrow)
         if isinstance(source, OwnModel):
             weights = RoundedCheckpoint(source.checkpoint, forms, gptq, kept, dtype)

@@ -131,20 +131,28 @@ class Running:
 
     def enter(self, tokens: Tensor) -> Tensor:
         """What enters the first layer, [N, S, hidden], of int64 tokens [N, S]."""
+        return self._entering(self._layers[0], tokens)
+
+    def enter_module(self, module: nn.Module, index: int, tokens: Tensor, entering: Tensor) -> Tensor:
+        """What enters one of a layer's modules, where this enters the layer."""
+        with self._skipped(index, entering):
+            return self._entering(module, tokens)
+
+    def _entering(self, module: nn.Module, tokens: Tensor) -> Tensor:
         heard = list[Tensor]()
 
         def hear(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             heard.append(inputs[0] if inputs else named["hidden_states"])
             raise _Reached
 
-        handle = self._layers[0].register_forward_pre_hook(hear, with_kwargs=True, prepend=True)
+        handle = module.register_forward_pre_hook(hear, with_kwargs=True, prepend=True)
         try:
             self(tokens)
         except _Reached:
             return heard[0]
         finally:
             handle.remove()
-        raise RuntimeError("the first layer did not run")
+        raise RuntimeError("the module did not run")
 
     def run_layer(self, index: int, tokens: Tensor, entering: Tensor) -> Tensor:
         """What a layer hands on, [N, S, hidden], where this enters it."""

@@ -15,7 +15,7 @@ from headfold.export.checkpoints.hf_writer import save_hf
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
 from headfold.export.model.decoder import Decoder
 from headfold.export.model.rounding import restored, rounded
-from headfold.export.quantization.gptq import gptq
+from headfold.export.quantization.gptq import Inputs, gptq
 from headfold.plugins.quantized.reference import dequantized
 from headfold.runtime import load
 from headfold.runtime.manifest import read_manifest
@@ -87,7 +87,7 @@ def test_what_is_quantized_keeps_its_own_bits_where_float16_holds_its_scales(kin
 def test_scales_are_float16_before_numbers_are_found() -> None:
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     moments = torch.eye(64, dtype=torch.float64)
-    assert torch.equal((by_gptq := gptq(weight, moments, 4, torch.float16).scales).half().float(), by_gptq)
+    assert torch.equal((by_gptq := gptq(weight, Inputs.of(moments), 4, torch.float16).scales).half().float(), by_gptq)
     for rounding in (rounded(weight, 4, torch.float16), rounded(weight, 8, torch.float16)):
         assert torch.equal(rounding.scales.half().float(), rounding.scales)
         assert ((restored(rounding) - weight).abs() <= rounding.scales.abs().repeat_interleave(32, 1) * 1.01).all()

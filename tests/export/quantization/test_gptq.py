@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from headfold.export.model.rounding import nearest, restored, rounded
-from headfold.export.quantization.gptq import best_scales, gptq
+from headfold.export.quantization.gptq import Inputs, best_scales, gptq
 from headfold.export.quantization.sensitivity import choose_bits
 from headfold.plugins.quantized.schema import BLOCK
 from headfold.runtime.errors import ConfigError
@@ -21,15 +21,18 @@ def moments(inputs: torch.Tensor) -> torch.Tensor:
     return (inputs.T @ inputs).double()
 
 
+def damped(hessian: torch.Tensor) -> torch.Tensor:
+    return hessian + 0.3 * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+
+
 def by_definition(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     """Numbers [N, K] of one block: Frantar and Alistarh 2022, equation 3, the largest input first; inverses computed anew."""
-    power = hessian.diagonal()
-    damped = hessian + 0.01 * power.mean() * torch.eye(len(power), dtype=torch.float64)
+    power, moments = hessian.diagonal(), damped(hessian)
     left, numbers = weight.double().clone(), torch.empty_like(weight)
-    scales = best_scales(left, power + 0.01 * power.mean(), 4)
+    scales = best_scales(left, moments.diagonal(), 4)
     remaining = power.argsort(descending=True, stable=True).tolist()
     while remaining:
-        inverse = torch.linalg.inv(damped[remaining][:, remaining])
+        inverse = torch.linalg.inv(moments[remaining][:, remaining])
         column = remaining[0]
         numbers[:, column] = nearest(left[:, column], scales, 4)
         error = (left[:, column] - numbers[:, column] * scales) / inverse[0, 0]
@@ -41,8 +44,33 @@ def by_definition(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("block", [32, 64, 128])
 def test_one_block_is_rounded_as_the_paper_says(block) -> None:
     weight, inputs = problem(block, mixed=1.0)
-    numbers = gptq(weight, moments(inputs), 4, block=block).values
+    numbers = gptq(weight, Inputs.of(moments(inputs), block), 4).values
     assert torch.equal(numbers, by_definition(weight, moments(inputs)).to(torch.int8))
+
+
+def test_what_inputs_lack_is_made_up_for() -> None:
+    """Products of these inputs are as near as they get to those of the exact ones: by least squares, damped as GPTQ is."""
+    weight, exact = problem(2 * BLOCK, mixed=1.0)
+    inputs = exact + 0.3 * torch.randn(exact.shape, generator=torch.Generator().manual_seed(1)) @ torch.rand(64, 64)
+    found = Inputs.of(moments(inputs), lacking=(exact - inputs).T @ inputs)
+    stay = (0.3 * moments(inputs).diagonal().mean()).sqrt() * torch.eye(64, dtype=torch.float64)
+    rows = torch.cat([inputs.double(), stay])
+    wanted = torch.cat([exact.double(), stay]) @ weight.T.double()
+    best = torch.linalg.lstsq(rows, wanted).solution.T
+    assert (best - weight).norm() > 0.1 * weight.norm()
+    torch.testing.assert_close(found.made_up_for(weight), best[:, found.order], rtol=0, atol=1e-4)
+
+
+def test_products_behind_rounded_ones_are_nearer_for_it() -> None:
+    weight, exact = problem(2 * BLOCK, mixed=1.0)
+    first = torch.randn(64, 64, generator=torch.Generator().manual_seed(2))
+    entering, inputs = exact @ first.T, exact @ restored(rounded(first, 4)).T
+    lacking = (entering - inputs).T @ inputs
+    wrong = [
+        (inputs @ restored(gptq(weight, Inputs.of(moments(inputs), lacking=made_up), 4)).T - entering @ weight.T).norm()
+        for made_up in (None, lacking)
+    ]
+    assert wrong[1] < 0.95 * wrong[0]
 
 
 @pytest.mark.parametrize("mixed", [0.0, 3.0])
@@ -50,7 +78,7 @@ def test_products_are_nearer_than_with_the_nearest_weights(mixed) -> None:
     weight, inputs = problem(8 * BLOCK, mixed)
     wrong = [
         (inputs @ (restored(rounding) - weight).T).square().mean().item()
-        for rounding in (rounded(weight, 4), gptq(weight, moments(inputs), 4))
+        for rounding in (rounded(weight, 4), gptq(weight, Inputs.of(moments(inputs)), 4))
     ]
     assert wrong[1] < (0.9 if mixed == 0 else 0.5) * wrong[0]
 
@@ -59,7 +87,7 @@ def test_inputs_that_are_always_zero_are_no_trouble() -> None:
     weight, inputs = problem(2 * BLOCK, mixed=1.0)
     inputs[:, ::7] = 0
     for some in (inputs, torch.zeros_like(inputs)):
-        rounding = gptq(weight, moments(some), 4)
+        rounding = gptq(weight, Inputs.of(moments(some)), 4)
         assert torch.isfinite(rounding.scales).all()
         assert rounding.values.min() >= -8
         assert rounding.values.max() <= 7
@@ -69,10 +97,10 @@ def test_inputs_that_are_huge_in_one_column_or_endless() -> None:
     weight, inputs = problem(2 * BLOCK, mixed=1.0)
     inputs[:, 3] *= 1e6
     in_float32 = (inputs.T @ inputs).double()  # so rounded that it is no second moment any more
-    errors = (restored(gptq(weight, in_float32, 4)) - weight).abs()
+    errors = (restored(gptq(weight, Inputs.of(in_float32), 4)) - weight).abs()
     assert errors[:, 3].mean() < errors.mean() / 2  # what counts is rounded well
     with pytest.raises(ConfigError, match="too large for GPTQ"):
-        gptq(weight, in_float32 * torch.inf, 4)
+        Inputs.of(in_float32 * torch.inf)
 
 
 def test_eight_bits_go_where_they_gain_most_for_their_size() -> None:

@@ -222,10 +222,11 @@ def test_gptq_of_weights_that_come_and_go_finds_the_same(toy_checkpoint, monkeyp
     for resident in (1 << 30, 0):
         monkeypatch.setattr("headfold.export.exportables.foreign.widening.LARGE", resident)
         model = Running(source, source.checkpoint, 32)
-        names = [name for name in source.checkpoint.shapes() if "layers" in name and "o_proj" in name]
-        found.append(gptq_layers(model, names, tokens, dict.fromkeys(names, torch.float32), 32, Reporter(quiet=True)))
+        names = [name for name in source.checkpoint.shapes() if name.endswith("_proj.weight")]
+        exact, scales = [model.enter(tokens)], dict.fromkeys(names, torch.float32)
+        found.append(gptq_layers(model, names, tokens, exact, scales, 32, Reporter(quiet=True)))
         assert model.streams == (resident == 0)
-    assert len(found[0]) == 2
+    assert len(found[0]) == 14
     for name, rounding in found[0].items():
         assert torch.equal(rounding.values, found[1][name].values)
         assert torch.equal(rounding.scales, found[1][name].scales)
