@@ -20,7 +20,7 @@ from headfold.runtime.errors import ConfigError
 
 _HEAD_ROWS = 1 << 13  # of the head that are rounded at a time: they are as many as there are tokens
 _ROWS = 1 << 10  # of second moments that are added to at a time
-# Of the mean of the second moments' diagonal, added to it: what holds weights where they are. The paper has 0.01 (section 3.3): with that
+# Of the mean of the second moments' diagonal, added to it: what holds weights where they are. With the 0.01 of the paper (section 3.3)
 # they make up for noise, too, and other text than the calibration's loses; with 1 they make up for too little
 _DAMPING = 0.3
 _TRIED = [1 - 0.02 * step for step in range(16)]  # of the scale that holds the block's largest weight
