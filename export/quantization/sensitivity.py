@@ -4,10 +4,12 @@ Weights that the graph joins into one product (query, key and value) have one wi
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from headfold.export.model.rounding import Width, restored, rounded
@@ -15,6 +17,7 @@ from headfold.export.progress import Reporter
 from headfold.export.quantization.running import Running
 
 TOKENS = 256  # measured on; each weight takes about half a forward pass
+_STEPS = 1 << 14  # that all sizes are told apart in
 
 
 @torch.inference_mode()
@@ -57,24 +60,42 @@ def choose_bits(
     max_kl: float | None,
     average: float | None,
 ) -> dict[str, Width]:
-    """Give eight bits to the weights that gain most by them, for their size, of those that would have four.
+    """Give eight bits to the weights that gain most by them in so many bytes, of those that would have four.
 
     Args:
         bits: of each weight where nothing gains.
         shapes: of the weights.
         costs: see `sensitivities`. They are taken to add up.
-        max_kl: as many as bring their sum down to this, in nats; or, None,
-        average: as many as the weights can have, with so many bits on average.
+        max_kl: the fewest that bring their sum down to this, in nats; or, None,
+        average: the best that the weights can have with so many bits on average.
     """
     size = {name: math.prod(shapes[name]) for name in bits}
-    chosen, left = dict(bits), sum(costs.values())
-    spent = sum(bits[name] * size[name] for name in bits)
-    for names in sorted(costs, key=lambda names: costs[names] / sum(size[name] for name in names), reverse=True):
-        more = 4 * sum(size[name] for name in names)
-        if max_kl is not None and left <= max_kl:
-            break
-        if average is not None and spent + more > average * sum(size.values()):
-            continue
-        chosen |= dict.fromkeys(names, 8)
-        left, spent = left - costs[names], spent + more
-    return chosen
+    sizes, gains = [sum(size[name] for name in names) for names in costs], list(costs.values())
+    room = sum(sizes)
+    if average is not None:
+        spent = sum(bits[name] * size[name] for name in bits)
+        room = min(room, int((average * sum(size.values()) - spent) / 4))
+    enough = sum(gains) - max_kl if max_kl is not None else math.inf
+    taken = _knapsack(sizes, gains, room, enough)
+    return dict(bits) | {name: 8 for names, wide in zip(costs, taken, strict=True) if wide for name in names}
+
+
+def _knapsack(sizes: Sequence[int], gains: Sequence[float], room: int, enough: float) -> list[bool]:
+    """Which of some things, in the least of this room that gains enough, or the most that it can.
+
+    By dynamic programming, in steps of what divides all sizes or of a part in `_STEPS` of them all. By what they gain for their size a
+    head, a fifth of a small model, would be passed over as soon as it no longer fits.
+    """
+    step = max(math.gcd(*sizes), -(-sum(sizes) // _STEPS), 1)
+    steps = [-(-size // step) for size in sizes]
+    count = sum(steps) if room >= sum(sizes) else max(room, 0) // step
+    best, takes = np.zeros(count + 1), list[NDArray[np.bool_]]()  # the most that each room gains
+    for needed, gain in zip(steps, gains, strict=True):
+        without = best[needed:]
+        takes.append(best[: len(without)] + gain > without)
+        best[needed:] = np.maximum(without, best[: len(without)] + gain)
+    taken, at = list[bool](), int(min(np.searchsorted(best, enough), np.searchsorted(best, best[-1])))
+    for needed, take in zip(reversed(steps), reversed(takes), strict=True):
+        taken.append(at >= needed and bool(take[at - needed]))
+        at -= needed * taken[-1]
+    return taken[::-1]

@@ -1,7 +1,12 @@
 """GPTQ against its definition, written out; and what it is for: products that are nearer than those of the nearest weights."""
 
+import itertools
+from collections.abc import Mapping
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from headfold.export.model.rounding import nearest, restored, rounded
 from headfold.export.quantization.gptq import Inputs, best_scales, gptq
@@ -103,12 +108,45 @@ def test_inputs_that_are_huge_in_one_column_or_endless() -> None:
         Inputs.of(in_float32 * torch.inf)
 
 
-def test_eight_bits_go_where_they_gain_most_for_their_size() -> None:
+def test_eight_bits_go_where_they_gain_most() -> None:
     names = ["a.q_proj.weight", "a.k_proj.weight", "a.v_proj.weight", "a.o_proj.weight", "b.up_proj.weight"]
     bits = dict.fromkeys(names, 4)
     shapes = dict.fromkeys(names, (10, 10))
     costs = {tuple(names[:3]): 0.3, (names[3],): 0.2, (names[4],): 0.05}
     assert choose_bits(bits, shapes, costs, 0.4, None) == bits | {names[3]: 8}
-    assert choose_bits(bits, shapes, costs, 0.3, None) == dict.fromkeys(names, 8) | {names[4]: 4}
+    assert choose_bits(bits, shapes, costs, 0.31, None) == bits | {names[3]: 8, names[4]: 8}
+    assert choose_bits(bits, shapes, costs, 0.28, None) == bits | dict.fromkeys(names[:3], 8)
+    assert choose_bits(bits, shapes, costs, 1e-9, None) == dict.fromkeys(names, 8)
+    assert choose_bits(bits, shapes, costs, 1.0, None) == bits
     assert choose_bits(bits, shapes, costs, None, 5.6) == bits | {names[3]: 8, names[4]: 8}
     assert choose_bits(bits, shapes, costs, None, 8.0) == dict.fromkeys(names, 8)
+    large = dict(zip(names, [(104729, 1009), (1299709, 7), (15485863, 3), (7, 11), (13, 17)], strict=True))
+    assert choose_bits(bits, large, costs, None, 8.0) == dict.fromkeys(
+        names, 8
+    )  # no common divisor, and too many steps
+    assert choose_bits(bits | {names[0]: 8}, shapes, {(names[1],): 0.1}, None, 4.1) == bits | {names[0]: 8}
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.floats(1e-3, 1)), min_size=1, max_size=8),
+    st.floats(4, 8),
+    st.floats(1e-3, 4),
+)
+def test_no_other_choice_of_eight_bits_is_better(things, average, max_kl) -> None:
+    names = [f"layer.{number}.weight" for number in range(len(things))]
+    shapes = {name: (size, 32) for name, (size, _) in zip(names, things, strict=True)}
+    costs = {(name,): cost for name, (_, cost) in zip(names, things, strict=True)}
+    total, everything = sum(costs.values()), sum(size for size, _ in things)
+
+    def of(chosen: Mapping[str, int]) -> tuple[int, float]:
+        wide = [thing for name, thing in zip(names, things, strict=True) if chosen[name] == 8]
+        return sum(size for size, _ in wide), total - sum(cost for _, cost in wide)
+
+    choices = [dict(zip(names, bits, strict=True)) for bits in itertools.product((4, 8), repeat=len(names))]
+    room = (average - 4) / 4 * everything
+    size, left = of(choose_bits(choices[0], shapes, costs, None, average))
+    assert size <= room
+    assert left <= min(of(choice)[1] for choice in choices if of(choice)[0] <= max(room - 1e-6, 0)) + 1e-9
+    size, left = of(choose_bits(choices[0], shapes, costs, max_kl, None))
+    assert left <= max_kl + 1e-9
+    assert size <= min(of(choice)[0] for choice in choices if of(choice)[1] <= max_kl - 1e-9)
