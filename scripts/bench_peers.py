@@ -38,7 +38,7 @@ EXPORTS = {  # options of headfold export, beside --max-kl
     "w8a8": ("--weights", "w8a8"),
 }
 BATCH, SHORT = 8, 32  # sequences that are decoded at once, and the tokens of their prompts
-PREFIXES = 128  # of a text, whose next tokens' distributions are compared; of a random model some: its text is none
+PREFIXES = 256  # of a text, whose next tokens' distributions are compared; of a random model some: its text is none
 Logits = NDArray[np.float32]
 Timed = tuple[float, float]  # seconds of the prompts, up to the first tokens, and of all tokens behind them
 
@@ -352,7 +352,7 @@ def prefixes(bundle: Path) -> list[list[int]]:
     topics = sorted(pydoc_data.topics.topics.values(), key=lambda topic: -len(topic))
     text = " ".join(topics[:8])
     ids = Tokenizer.from_file(str(bundle / "tokenizer.json")).encode(text).ids
-    return [ids[100 * number : 100 * number + 32 + number] for number in range(min(PREFIXES, len(ids) // 100))]
+    return [ids[100 * number : 100 * number + 32 + number % 128] for number in range(min(PREFIXES, len(ids) // 100))]
 
 
 def distances(contenders: dict[str, Contender], texts: list[list[int]], folder: Path) -> dict[str, tuple[float, float]]:

@@ -1,7 +1,8 @@
 """Export, verify and generate with a tiny random model of every type in headfold.export.exportables.tried, and print one table.
 
 A row passes if it comes true: what should be exported is, proven, and generates what transformers does; what should be refused is, for
-the reason that stands there. With --tensorrt the parsed networks are proven too, and one engine of each is built, in float16.
+the reason that stands there. With --tensorrt the parsed networks are proven too, and one engine of each is built, in float16. With
+--weights they are exported rounded, and proven equal to what is rounded; what they generate is then their own.
 Exit code 1 if a row does not pass. `scripts/parity_zoo gemma2 phi3` tries these alone.
 """
 
@@ -35,10 +36,11 @@ from headfold.export.exportables.tried import TRIED, Tried
 from headfold.export.parity.compare import Candidate
 from headfold.export.parity.verify import verify
 from headfold.export.progress import Reporter
+from headfold.export.quantization.rounding import WeightRounding
 from headfold.plugins.attention.schema import Attention
 from headfold.runtime import load
 from headfold.runtime.errors import BuildError, HeadfoldError, KernelError
-from headfold.runtime.manifest import Manifest
+from headfold.runtime.manifest import Manifest, WeightsScheme
 
 PROMPT, NEW = 21, 8  # tokens; the windows that are tried are of 9
 QUIET = Reporter(quiet=True)
@@ -60,6 +62,7 @@ def main() -> int:
     """Try what the command line names, or all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tensorrt", action="store_true", help="prove TensorRT's networks, and build engines")
+    parser.add_argument("--weights", choices=get_args(WeightsScheme), help="round them, whatever it costs")
     parser.add_argument("types", nargs="*")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -67,11 +70,12 @@ def main() -> int:
     table = Table(title=f"{len(rows)} types of transformers' models, random, float32", title_justify="left")
     for column in ("type", "layers", "logits off by", "TensorRT networks", "seconds", ""):
         table.add_column(column)
+    rounding = WeightRounding(scheme=options.weights, max_kl=1000) if options.weights else None
     passed = refused = 0
     for row in rows:
         start = time.monotonic()
         try:
-            result = attempt(row, options.tensorrt)
+            result = attempt(row, rounding, options.tensorrt)
         except Exception as error:
             what = str(error) if isinstance(error, HeadfoldError) else f"{type(error).__name__}: {error}"
             result = Result(outcome=" ".join(what.split())[:300], passed=False)
@@ -84,14 +88,14 @@ def main() -> int:
     return int(passed < len(rows))
 
 
-def attempt(row: Tried, tensorrt: bool) -> Result:
+def attempt(row: Tried, rounding: WeightRounding | None, tensorrt: bool) -> Result:
     """What comes of one type."""
     with tempfile.TemporaryDirectory() as directory:
         model, bundle = Path(directory) / "model", Path(directory) / "bundle"
         save_random(row.model_type, model)
         try:
             source = open_exportable(model, "transformers")
-            result = export_bundle(source, bundle, ExportOptions(decode_steps=NEW), QUIET)
+            result = export_bundle(source, bundle, ExportOptions(decode_steps=NEW, weights=rounding), QUIET)
         except HeadfoldError as error:
             if not row.refused or row.refused not in str(error):
                 raise
@@ -100,7 +104,8 @@ def attempt(row: Tried, tensorrt: bool) -> Result:
             return Result(outcome="is exported, and should be refused", passed=False)
         assert result.parity is not None
         prompt = np.random.default_rng(1).integers(3, 300, PROMPT)
-        expected, actual = greedy_in_pytorch(row.model_type, prompt), greedy(bundle, prompt)
+        actual = greedy(bundle, prompt)
+        expected = greedy_in_pytorch(row.model_type, prompt) if rounding is None else actual
         if expected != actual:
             raise RuntimeError(f"generates {actual} where transformers generates {expected}")
         found = Result(kinds(source.facts.layers), f"{result.parity.summary()['max_logit_error']:.1e}")
