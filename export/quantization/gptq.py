@@ -18,8 +18,7 @@ from headfold.export.quantization.shelf import Shelf
 from headfold.plugins.quantized.schema import BLOCK, Bits
 from headfold.runtime.errors import ConfigError
 
-_HEAD_ROWS = 1 << 13  # of the head that are rounded at a time: they are as many as there are tokens
-_ROWS = 1 << 10  # of second moments that are added to at a time
+_AT_A_TIME = 1 << 23  # of a weight's numbers that are rounded: its rows know nothing of each other
 # Of the mean of the second moments' diagonal, added to it: what holds weights where they are. With the 0.01 of the paper (section 3.3)
 # they make up for noise, too, and other text than the calibration's loses; with 1 they make up for too little
 _DAMPING = 0.3
@@ -31,7 +30,7 @@ class _Heard:
     """Products that take the same inputs."""
 
     names: list[str]  # of their weights
-    inputs: list[Tensor]  # [N, S, K], of each part; where a product computes twice, the first ones
+    inputs: list[Tensor]  # bfloat16 [N, S, K], of each part; where a product computes twice, the first ones
 
 
 @torch.inference_mode()
@@ -112,14 +111,10 @@ def _round_layer(
 def gptq_head(
     model: Running, name: str, tokens: Tensor, scales: Mapping[str, torch.dtype], block: int, reporter: Reporter
 ) -> Rounded:
-    """The head, of this name, in four bits, calibrated on what enters it, as `gptq_layers`.
-
-    Its rows, a token's each, know nothing of each other.
-    """
+    """The head, of this name, in four bits, calibrated on what enters it, as `gptq_layers`."""
     with reporter.step("round the head with GPTQ"):
         inputs = Inputs.of(_moments(model.entering_head(together(tokens)))[0], block)
-        parts = [gptq(rows, inputs, 4, scales[name]) for rows in torch.split(model.read(name), _HEAD_ROWS)]
-    return Rounded(4, torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts]))
+        return gptq(model.read(name), inputs, 4, scales[name])
 
 
 @dataclass(frozen=True)
@@ -134,12 +129,12 @@ class Inputs:
 
     @classmethod
     def of(cls, moments: Tensor, block: int = BLOCK, lacking: Tensor | None = None) -> Self:
-        """Of second moments, float64 [K, K]; for `block` see `form_of`, for `lacking` above.
+        """Of second moments, [K, K]; for `block` see `form_of`, for `lacking` above.
 
         Raises:
             ConfigError: the moments are not finite.
         """
-        power = moments.diagonal().clone()
+        power = moments.diagonal().double()
         size = form_of(4, len(power), block).block
         order = _order(power, size)
         factor = _reversed_factor(moments, order)
@@ -154,7 +149,8 @@ class Inputs:
         if self.lacking is None:
             return columns
         wanted = (weight @ self.lacking)[:, self.order.flip(0)].double()  # [N, K]
-        return columns.add_(torch.cholesky_solve(wanted.T, self.factor).T.flip(1))
+        wanted = torch.linalg.solve_triangular(self.factor.T, wanted, upper=True, left=False)
+        return columns.add_(torch.linalg.solve_triangular(self.factor, wanted, upper=False, left=False).flip(1))
 
 
 def gptq(weight: Tensor, inputs: Inputs, bits: Bits, dtype: torch.dtype = torch.float32) -> Rounded:
@@ -163,6 +159,12 @@ def gptq(weight: Tensor, inputs: Inputs, bits: Bits, dtype: torch.dtype = torch.
     A block's scale is found when its turn comes: the one of `_TRIED`, either sign, with the least error, weighed by the inputs; `dtype`
     holds the scales. The last blocks and columns have nobody to make up for them.
     """
+    rows = max(_AT_A_TIME // weight.shape[1], 1)
+    parts = [_gptq_rows(part, inputs, bits, dtype) for part in torch.split(weight, rows)]
+    return Rounded(bits, torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts]))
+
+
+def _gptq_rows(weight: Tensor, inputs: Inputs, bits: Bits, dtype: torch.dtype) -> Rounded:
     count, width = weight.shape
     size, order, power, factor = inputs.block, inputs.order, inputs.power, inputs.factor
     diagonal = factor.diagonal().flip(0)
@@ -215,16 +217,32 @@ def _reversed_factor(moments: Tensor, order: Tensor) -> Tensor:
     from the inverse, without one ("LDLQ" of Chee et al. 2023, arXiv 2307.13304). Made in place: moments are large.
     """
     backwards = order.flip(0)
-    mean = moments.diagonal().mean().item() or 1.0
+    mean = moments.diagonal().double().mean().item() or 1.0
     for times in (1, 10, 100):  # inputs that are huge in a few columns leave the others to rounding
-        factor = moments[backwards[:, None], backwards].mT  # in the order of LAPACK, which then copies nothing
+        factor = torch.empty_like(moments, dtype=torch.float64)
+        for own, source in zip(factor, backwards, strict=True):
+            own[:] = moments[source, backwards]
         factor.diagonal().add_(times * _DAMPING * mean)
-        failed = torch.empty((), dtype=torch.int32)
-        torch.linalg.cholesky_ex(factor, out=(factor, failed))
-        if not failed and factor.diagonal().isfinite().all():  # what is not finite ends up there
+        if _factorize(factor):
             return factor
         del factor
     raise ConfigError("the inputs of its products are too large for GPTQ", fix="Use --rounding nearest.")
+
+
+def _factorize(matrix: Tensor, panel: int = 512) -> bool:
+    """Cholesky's lower factor in a matrix's place, which PyTorch's copies twice; above the diagonal is then nothing of use.
+
+    False: it is not positive definite, or not finite.
+    """
+    for start in range(0, len(matrix), panel):
+        own, below = slice(start, start + panel), slice(start + panel, None)
+        matrix[start:, own] -= matrix[start:, :start] @ matrix[own, :start].T
+        corner, failed = torch.linalg.cholesky_ex(matrix[own, own])
+        if failed or not corner.diagonal().isfinite().all():
+            return False
+        matrix[own, own] = corner
+        matrix[below, own] = torch.linalg.solve_triangular(corner.T, matrix[below, own], upper=True, left=False)
+    return True
 
 
 def _weights(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -241,17 +259,20 @@ def _run(model: Running, index: int, parts: Sequence[Tensor], hidden: Sequence[T
 def _heard(linears: Mapping[str, nn.Linear], run: Iterator[Tensor]) -> tuple[list[Tensor], list[_Heard]]:
     """What a run hands on, and what enters these products in it, in the order in which they compute."""
     found, results, seen = list[_Heard](), list[Tensor](), set[str]()
+    last: Tensor | None = None  # the input that was heard before
 
     def hear(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def add(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x, known = inputs[0], next((group for group in found if name in group.names), None)
-            if known is None and found and found[-1].inputs[-1] is x:
+            nonlocal last
+            if known is None and last is x:
                 found[-1].names.append(name)
             elif known is None:
-                found.append(_Heard([name], [x]))
+                found.append(_Heard([name], [x.bfloat16()]))
             elif known.names[0] == name and name not in seen:
-                known.inputs.append(x)
+                known.inputs.append(x.bfloat16())
             seen.add(name)
+            last = x
 
         return add
 
@@ -259,22 +280,22 @@ def _heard(linears: Mapping[str, nn.Linear], run: Iterator[Tensor]) -> tuple[lis
     for result in run:
         results.append(result)
         seen.clear()
+        last = None
     for hook in hooks:
         hook.remove()
     return results, found
 
 
 def _moments(run: Iterator[Tensor], exact: list[Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
-    """Of inputs [..., K]: the sum of x x^T, float64 [K, K], and what they lack beside these, which are used up; see `Inputs`."""
+    """Of inputs [..., K]: the sum of x x^T, [K, K], and what they lack beside these, which are used up; see `Inputs`."""
     moments, lacking = torch.zeros(()), None
     for number, inputs in enumerate(run):
         x = inputs.flatten(0, -2)
         width = x.shape[1]
         if not number:
-            moments = torch.zeros(width, width, dtype=torch.float64)
+            moments = torch.zeros(width, width)
             lacking = torch.zeros(width, width) if exact is not None else None
-        for rows, columns in zip(torch.split(moments, _ROWS), torch.split(x.T, _ROWS), strict=True):
-            rows += columns @ x
+        moments.addmm_(x.T, x)
         if lacking is not None and exact is not None:
             lacking.addmm_((exact.pop(0).flatten(0, -2) - x).T, x)
     return moments, lacking

@@ -253,18 +253,28 @@ class Running:
 
     @contextmanager
     def _skipped(self, index: int, entering: Tensor) -> Iterator[None]:
-        """The layers before this one compute nothing, and hand on what is to enter it."""
+        """The layers before this one compute nothing, and this enters it."""
         handed = (entering, *[None] * (self._outputs - 1)) if self._outputs else entering
         # Nobody reads what enters a layer that is skipped, so an embedding rests, too, unless it is also the head
         resting = {piece: handed for piece in range(index)}
-        resting |= {self.count + other: entering for other in range(len(self._master.others) - 1) if index}
+        resting |= {self.count + other: entering for other in range(len(self._master.others) - 1)}
         for piece, result in resting.items():
             self._pieces[piece].forward = lambda *_, result=result, **__: result
         self._resting = resting.keys()
+
+        def give(
+            _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return ((entering, *inputs[1:]), named) if inputs else (inputs, named | {"hidden_states": entering})
+
+        # Behind an embedding a model may do more, which what enters its first layer has behind it
+        hooks = [layer.register_forward_pre_hook(give, with_kwargs=True) for layer in self._layers[index : index + 1]]
         try:
             yield
         finally:
             self._resting = ()
+            for hook in hooks:
+                hook.remove()
             for piece in resting:
                 del self._pieces[piece].forward
 
@@ -311,7 +321,7 @@ class Running:
             self._master.decoder.get_submodule(parent).register_parameter(own, parameter)
 
 
-def together(tokens: Tensor, most: int = 2048) -> tuple[Tensor, ...]:
+def together(tokens: Tensor, most: int = 1024) -> tuple[Tensor, ...]:
     """Tokens [N, S], or what goes with them [N, S, ...], as many sequences at a time as have so many tokens: at least one."""
     return torch.split(tokens, max(most // tokens.shape[1], 1))
 

@@ -184,6 +184,7 @@ def test_a_running_model_computes_what_the_model_does(kind, streamed, tmp_path, 
     hidden = model.enter(tokens)
     for index in range(model.count):
         assert torch.allclose(model.run_from(index, tokens, hidden), logits, atol=1e-5)
+        assert not torch.allclose(model.run_from(index, tokens, 2 * hidden + 1), logits, atol=1e-2)
         hidden = model.run_layer(index, tokens, hidden)
     parts = torch.split(tokens, 1)
     for part, expected in zip(model.logits(parts), logits, strict=True):
