@@ -95,6 +95,8 @@ def _round_layer(
     while heard:
         group = heard.pop(0)
         before = {name: restored(rounding) for name, rounding in found.items()}
+        if model.streams:  # what computes only behind the inputs need not come
+            before |= {name: torch.empty(0) for later in (group, *heard) for name in later.names}
         with model.replaced(before), model.layer(index) as modules:
             module = modules[group.names[0].removesuffix(".weight")]
             entering = (model.enter_module(module, index, *pair) for pair in zip(parts, hidden, strict=True))
@@ -104,6 +106,7 @@ def _round_layer(
         del moments
         for name in group.names:
             found[name] = gptq(model.read(name), inputs, 4, scales[name])
+        del inputs, lacking  # before others are heard: with wide layers all of this is large
     return found
 
 
