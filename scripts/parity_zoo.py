@@ -105,8 +105,7 @@ def attempt(row: Tried, rounding: WeightRounding | None, tensorrt: bool) -> Resu
         assert result.parity is not None
         prompt = np.random.default_rng(1).integers(3, 300, PROMPT)
         actual = greedy(bundle, prompt)
-        expected = greedy_in_pytorch(row.model_type, prompt) if rounding is None else actual
-        if expected != actual:
+        if rounding is None and actual != (expected := greedy_in_pytorch(row.model_type, prompt)):
             raise RuntimeError(f"generates {actual} where transformers generates {expected}")
         found = Result(kinds(source.facts.layers), f"{result.parity.summary()['max_logit_error']:.1e}")
         return with_tensorrt(found, row, source, bundle) if tensorrt else found

@@ -100,7 +100,7 @@ def _round_layer(
         with model.replaced(before), model.layer(index) as modules:
             module = modules[group.names[0].removesuffix(".weight")]
             entering = (model.enter_module(module, index, *pair) for pair in zip(parts, hidden, strict=True))
-            moments, lacking = _moments(entering, group.inputs)
+            moments, lacking = _moments(entering, group.inputs[0].shape[-1], group.inputs)
         del before, modules, module
         inputs = Inputs.of(moments, block, lacking)
         del moments
@@ -116,8 +116,8 @@ def gptq_head(
 ) -> Rounded:
     """The head, of this name, in four bits, calibrated on what enters it, as `gptq_layers`."""
     with reporter.step("round the head with GPTQ"):
-        inputs = Inputs.of(_moments(model.entering_head(together(tokens)))[0], block)
-        return gptq(model.read(name), inputs, 4, scales[name])
+        moments, _ = _moments(model.entering_head(together(tokens)), model.config.hidden_size)
+        return gptq(model.read(name), Inputs.of(moments, block), 4, scales[name])
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ def _reversed_factor(moments: Tensor, order: Tensor) -> Tensor:
 
 
 def _factorize(matrix: Tensor, panel: int = 512) -> bool:
-    """Cholesky's lower factor in a matrix's place, which PyTorch's copies twice; above the diagonal is then nothing of use.
+    """Cholesky's lower factor in a matrix's place, which PyTorch's copies; above the diagonal is then nothing of use.
 
     False: it is not positive definite, or not finite.
     """
@@ -289,15 +289,12 @@ def _heard(linears: Mapping[str, nn.Linear], run: Iterator[Tensor]) -> tuple[lis
     return results, found
 
 
-def _moments(run: Iterator[Tensor], exact: list[Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
+def _moments(run: Iterator[Tensor], width: int, exact: list[Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
     """Of inputs [..., K]: the sum of x x^T, [K, K], and what they lack beside these, which are used up; see `Inputs`."""
-    moments, lacking = torch.zeros(()), None
-    for number, inputs in enumerate(run):
+    moments = torch.zeros(width, width)
+    lacking = torch.zeros(width, width) if exact is not None else None
+    for inputs in run:
         x = inputs.flatten(0, -2)
-        width = x.shape[1]
-        if not number:
-            moments = torch.zeros(width, width)
-            lacking = torch.zeros(width, width) if exact is not None else None
         moments.addmm_(x.T, x)
         if lacking is not None and exact is not None:
             lacking.addmm_((exact.pop(0).flatten(0, -2) - x).T, x)

@@ -179,23 +179,23 @@ def prepare(
             by_gptq = products - held
             if any(bits[name] == 4 for name in experts & bits.keys()):
                 reporter.note("experts of four bits are the nearest numbers: GPTQ hears the inputs of products alone")
-            known: dict[str, Width] = {
-                name: width for name, width in bits.items() if width == 8 and name not in experts
-            }
-            scales = {name: torch.float16 if name in narrow else dtype for name in by_gptq}
-            calibration = tokens[~measured]
-            exact = [model.enter(part) for part in together(calibration)] if by_gptq else []
-            if (head := model.head) in by_gptq:
+            if by_gptq:
+                known: dict[str, Width] = {
+                    name: width for name, width in bits.items() if width == 8 and name not in experts
+                }
+                scales = {name: torch.float16 if name in narrow else dtype for name in by_gptq}
+                calibration = tokens[~measured]
+                exact = [model.enter(part) for part in together(calibration)]
+                if (head := model.head) in by_gptq:
+                    forms = forms_of(known, shapes, block, narrow=narrow)
+                    with model.reading(RoundedTensors(tensors, forms, scales=dtype)):
+                        gptq[head] = gptq_head(model, head, calibration, scales, block, reporter)
+                known |= dict.fromkeys(gptq, 4)
+                asked = bits, block, capacity, str(dtype), sorted(by_gptq), sorted(narrow)
+                made_from = [version("headfold"), source.describe(), *asked]
+                shelf = partial(_shelf, unfinished, made_from) if model.streams else None
                 forms = forms_of(known, shapes, block, narrow=narrow)
-                with model.reading(RoundedTensors(tensors, forms, scales=dtype)):
-                    gptq[head] = gptq_head(model, head, calibration, scales, block, reporter)
-            known |= dict.fromkeys(gptq, 4)
-            asked = bits, block, capacity, str(dtype), sorted(by_gptq), sorted(narrow)
-            made_from = [version("headfold"), source.describe(), *asked]
-            shelf = partial(_shelf, unfinished, made_from) if model.streams else None
-            forms = forms_of(known, shapes, block, narrow=narrow)
-            with model.reading(RoundedTensors(tensors, forms, gptq, dtype)):
-                if by_gptq:
+                with model.reading(RoundedTensors(tensors, forms, gptq, dtype)):
                     gptq |= gptq_layers(model, by_gptq, calibration, exact, scales, block, reporter, shelf)
         forms = forms_of(bits, shapes, block, transposed, narrow)
         if isinstance(source, OwnModel):

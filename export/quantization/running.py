@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from headfold.export.exportables.base import Changed, Exportable, Tensors, first_names
 from headfold.export.exportables.foreign.widening import is_large
@@ -19,8 +20,11 @@ from headfold.export.graph.weights import check_held
 from headfold.export.model.decoder import Cache, Output
 
 
-class _Reached(Exception):  # no error: the layers that are wanted have run
-    pass
+class _Reached(Exception):
+    """No error: what is wanted has been computed."""
+
+    def __init__(self, stream: Tensor) -> None:
+        self.stream = stream
 
 
 class Running:
@@ -139,40 +143,33 @@ class Running:
             return self._entering(module, tokens)
 
     def _entering(self, module: nn.Module, tokens: Tensor) -> Tensor:
-        heard = list[Tensor]()
+        def reach(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            raise _Reached(inputs[0] if inputs else named["hidden_states"])
 
-        def hear(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            heard.append(inputs[0] if inputs else named["hidden_states"])
-            raise _Reached
-
-        handle = module.register_forward_pre_hook(hear, with_kwargs=True, prepend=True)
-        try:
-            self(tokens)
-        except _Reached:
-            return heard[0]
-        finally:
-            handle.remove()
-        raise RuntimeError("the module did not run")
+        return self._until(module.register_forward_pre_hook(reach, with_kwargs=True, prepend=True), tokens)
 
     def run_layer(self, index: int, tokens: Tensor, entering: Tensor) -> Tensor:
         """What a layer hands on, [N, S, hidden], where this enters it."""
-        heard = list[Tensor]()
 
-        def hear(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            heard.append(output[0] if isinstance(output, tuple) else output)
-            raise _Reached
+        def reach(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            raise _Reached(output[0] if isinstance(output, tuple) else output)
 
-        handle = self._layers[index].register_forward_hook(hear)
         try:
             with self._skipped(index, entering):
-                self(tokens)
-        except _Reached:
-            return heard[0]
+                return self._until(self._layers[index].register_forward_hook(reach), tokens)
         finally:
-            handle.remove()
             if self.streams:
                 self._go(index)
-        raise RuntimeError(f"layer {index} did not run")
+
+    def _until(self, hook: RemovableHandle, tokens: Tensor) -> Tensor:
+        """Run until a hook has reached what it hears, and remove it."""
+        try:
+            self(tokens)
+        except _Reached as reached:
+            return reached.stream
+        finally:
+            hook.remove()
+        raise RuntimeError("a module did not run")
 
     def run_from(self, index: int, tokens: Tensor, entering: Tensor) -> Tensor:
         """Logits [N, S, V], where this enters the layer."""

@@ -18,15 +18,16 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(source) -> Path:
-    path = source.parent / "int4"
-    code, output = run("export", source, "-o", path, "--weights", "int4", "--rounding", "nearest", "-q")
-    assert code == 0, output
-    return path
+    return exported(source, "int4", "--weights", "int4", "--rounding", "nearest")
 
 
 @pytest.fixture(scope="module")
 def mixed(source) -> Path:
-    path = source.parent / "mixed"
-    code, output = run("export", source, "-o", path, "--weights", "mixed", "--bits", "6", "-q")
+    return exported(source, "mixed", "--weights", "mixed", "--bits", "6")
+
+
+def exported(source: Path, name: str, *options: str) -> Path:
+    path = source.parent / name
+    code, output = run("export", source, "-o", path, *options, "-q")
     assert code == 0, output
     return path
