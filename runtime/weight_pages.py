@@ -34,11 +34,13 @@ def huge_pages() -> Iterator[None]:
         return
     before = list(_filled())
     yield
-    ranges = []
+    ranges = list[tuple[int, int]]()
     for start, end in _filled():
-        for low, high in before:  # of a mapping that grew upwards, as the heap does, or downwards: the new part
-            start, end = (high if low == start else start), (low if high == end else end)
-        ranges.append((-(-start // _HUGE) * _HUGE, end // _HUGE * _HUGE))
+        for low, high in before:  # in order of address; they lie in a mapping that grew upwards, downwards or both
+            if start < high and low < end:
+                ranges.append(_whole(start, low))
+                start = high
+        ranges.append(_whole(start, end))
     threading.Thread(target=_advise, args=(ranges, _COLLAPSE), name=MOVER, daemon=True).start()
 
 
@@ -61,6 +63,11 @@ def give_back_freed() -> None:
     if c is not None and hasattr(c, "malloc_trim"):  # other C libraries keep little
         c.mallopt(_MMAP_THRESHOLD, _LARGE_BLOCK)
         c.malloc_trim(0)
+
+
+def _whole(start: int, end: int) -> tuple[int, int]:
+    """The huge pages in it; none if the end is not behind the start."""
+    return -(-start // _HUGE) * _HUGE, end // _HUGE * _HUGE
 
 
 def _advise(ranges: Sequence[tuple[int, int]], advice: int) -> None:

@@ -68,6 +68,26 @@ def test_new_memory_moves_and_old_memory_stays() -> None:
 
 
 @pytest.mark.usefixtures("collapses")
+def test_old_memory_stays_where_new_memory_lies_on_both_sides() -> None:
+    """The kernel makes one mapping of neighbours."""
+    memory = mmap.mmap(-1, 3 * SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    numbers = np.frombuffer(memory, np.int64).reshape(3, -1)
+    protect = ctypes.CDLL(None).mprotect
+    protect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    for side in (0, 2):
+        assert protect(numbers[side].ctypes.data, SIZE, 0) == 0
+    numbers[1] = 1
+    before = all_huge_bytes()
+    with huge_pages():
+        for side in (0, 2):
+            assert protect(numbers[side].ctypes.data, SIZE, mmap.PROT_READ | mmap.PROT_WRITE) == 0
+            numbers[side] = side
+    moved()
+    assert 2 * SIZE - (8 << 20) <= all_huge_bytes() - before <= 2 * SIZE
+    assert all((numbers[part] == part).all() for part in range(3))
+
+
+@pytest.mark.usefixtures("collapses")
 def test_memory_that_is_not_in_use_is_not_filled() -> None:
     before = all_huge_bytes()
     with huge_pages():
