@@ -13,6 +13,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from headfold.export.files import CANNOT_WRITE, exchange, lock, lock_file, rename_without_replacing, sync, sync_tree
@@ -110,6 +111,7 @@ def unfinished(target: Path) -> Iterator[Callable[[], Path]]:
 
     with ExitStack() as leaving:
 
+        @cache
         def make() -> Path:
             place.mkdir(exist_ok=True)
             leaving.enter_context(lock_file(place / _LOCK))

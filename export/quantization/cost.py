@@ -39,7 +39,8 @@ def reference(model: Running | Decoder, tokens: Tensor) -> Reference:
     half = tokens.shape[1] // 2
     parts = together(tokens, _TOGETHER)
     run = model.logits(parts) if isinstance(model, Running) else (model(part).logits for part in parts)
-    logits = torch.empty(*tokens.shape, model.config.vocab_size)  # made once: it is large
+    zeros = model.zeros if isinstance(model, Running) else torch.zeros
+    logits = zeros(*tokens.shape, model.config.vocab_size)  # made once: it is large
     for rows, now in zip(together(logits, _TOGETHER), run, strict=True):
         if not now.isfinite().all():
             raise DataError(

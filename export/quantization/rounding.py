@@ -116,7 +116,8 @@ def prepare(
         dtype: of the bundle's other weights, and of scales.
         options: how.
         reporter: told what goes on.
-        unfinished: makes a directory for what a large model's export that is killed should not do again.
+        unfinished: makes a directory for what a large model should not have in memory, and for what an export that is killed should not
+            do again.
 
     Raises:
         ConfigError: nothing in it can be rounded; or a capacity of one token.
@@ -126,7 +127,7 @@ def prepare(
         where = f"--capacity {capacity}"
         raise ConfigError("is too short to measure rounded weights on", where=where, fix="Choose 2 or more.")
     with reporter.step("read the checkpoint"):
-        model = Running(source, tensors, capacity, dict.fromkeys(groups, dtype))
+        model = Running(source, tensors, capacity, dict.fromkeys(groups, dtype), unfinished)
     shapes, kept, costs = tensors.shapes(), dict[str, Form](), dict[str, float]()
     wide = [name for name in groups if model.layer_of(name) is None]
     bits = widths_of({name: shapes[name] for name in groups}, options.scheme, wide, source.path)

@@ -5,11 +5,15 @@ so are embedding and head, where the module says that nobody else reads them.
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryFile, gettempdir
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -18,6 +22,8 @@ from headfold.export.exportables.base import Changed, Exportable, Tensors, first
 from headfold.export.exportables.foreign.widening import is_large
 from headfold.export.graph.weights import check_held
 from headfold.export.model.decoder import Cache, Output
+from headfold.export.publishing import one_line
+from headfold.runtime.errors import BundleError
 
 
 class _Reached(Exception):
@@ -35,6 +41,7 @@ class Running:
         tensors: its weights, opened; they may be others than the model's own.
         capacity: the most tokens of a sequence.
         dtypes: that must hold them, of weights for which float32 is not enough.
+        room: makes a directory for what a large one should not have in memory; None: the system's.
 
     Raises:
         CheckpointError: a weight is not finite in float32 or such a dtype; of layers that come and go, when it first comes.
@@ -46,6 +53,7 @@ class Running:
         tensors: Tensors,
         capacity: int,
         dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
+        room: Callable[[], Path] | None = None,
     ) -> None:
         self.config, self.capacity = exportable.facts, capacity
         self._master = exportable.master(torch.float32, capacity, all_logits=True)
@@ -56,6 +64,7 @@ class Running:
         self._others = dict[str, Tensor]()  # weights that are not the tensors'
         self._dtypes, self._held = dtypes, set[str]()  # the tensors that are known to be held
         self._outputs = 0  # of a layer; 0: the stream alone
+        self._room = room
         own = {id(x) for layer in self._layers for x in layer.parameters()}
         self.streams = is_large(sum(math.prod(x.shape) for x in self._master.decoder.parameters() if id(x) in own))
         self._holding: int | None = None  # a layer whose weights stay until its block ends
@@ -80,8 +89,26 @@ class Running:
 
     def new_cache(self, batch: int, capacity: int | None = None) -> Cache:
         """An empty static cache of zeros."""
-        shapes = [(batch, heads, capacity or self.capacity, size) for heads, size in self.config.cache_shapes]
-        return [(torch.zeros(shape), torch.zeros(shape)) for shape in shapes]
+        shapes = [(2, batch, heads, capacity or self.capacity, size) for heads, size in self.config.cache_shapes]
+        sizes = [math.prod(shape) for shape in shapes]
+        parts = zip(torch.split(self.zeros(sum(sizes)), sizes), shapes, strict=True)
+        return [(keys, values) for keys, values in (part.view(shape) for part, shape in parts)]
+
+    def zeros(self, *shape: int) -> Tensor:
+        """In float32; where layers come and go, in a file without a name, whose pages are memory only while nobody else asks for it.
+
+        Raises:
+            BundleError: the disk is full.
+        """
+        if not self.streams:
+            return torch.zeros(shape)
+        room, size = self._room() if self._room is not None else Path(gettempdir()), 4 * math.prod(shape)
+        with one_line(BundleError, room, f"Free {size >> 20:,} MiB there."), TemporaryFile(dir=room) as file:
+            if hasattr(
+                os, "posix_fallocate"
+            ):  # writing to a mapped page that the disk has no room for ends the process
+                os.posix_fallocate(file.fileno(), 0, size)
+            return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))
 
     @torch.inference_mode()
     def __call__(
@@ -91,11 +118,17 @@ class Running:
         cache: Cache | None = None,
         last_only: bool = False,
     ) -> Output:
-        """See `Decoder.forward`."""
+        """See `Decoder.forward`; without a cache none comes back: layers of one shape have the same."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         self._master.all_logits = not last_only
-        logits, present, hidden = self._master(input_ids, mask, cache or self.new_cache(*input_ids.shape))
-        return Output(logits, present, hidden)
+        logits, present, hidden = self._master(input_ids, mask, cache or self._shared_cache(*input_ids.shape))
+        return Output(logits, present if cache else [], hidden)
+
+    def _shared_cache(self, batch: int, capacity: int) -> Cache:
+        """For a pass without a past, whose layers need what they themselves write."""
+        shapes = [(batch, heads, capacity, size) for heads, size in self.config.cache_shapes]
+        shared = {shape: (torch.zeros(shape), torch.zeros(shape)) for shape in set(shapes)}
+        return [shared[shape] for shape in shapes]
 
     @property
     def head(self) -> str | None:
