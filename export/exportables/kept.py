@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headfold.export.checkpoints.base import Checkpoint
 from headfold.export.checkpoints.quantized.tensor import QuantizedTensor
-from headfold.export.model.rounding import Form, Rounded, restored
+from headfold.export.model.rounding import Form, Rounded, holds
 from headfold.plugins.quantized.schema import LARGEST_BLOCK, SMALLEST_BLOCK, Bits
 
 _EMBEDDING = "model.embed_tokens.weight"  # rows of it are looked up, for which there are no zero points and no order
@@ -37,14 +37,14 @@ def kept(checkpoint: Checkpoint, name: str, scales: torch.dtype, offsets: torch.
     part = checkpoint.quantized(name)
     if part is None:
         return None
-    weight = checkpoint.read(name).float()
+    weight = checkpoint.read(name)
     for rounding in _candidates(part):
         looked_up = rounding.zeros is None and rounding.order is None
         if not _held(rounding.scales, scales):
             continue
         if rounding.offsets is not None and not _held(rounding.offsets, offsets or scales):
             continue
-        if (looked_up or name != _EMBEDDING) and torch.equal(restored(rounding), weight):
+        if (looked_up or name != _EMBEDDING) and holds(rounding, weight):
             return rounding
     return None
 

@@ -80,9 +80,12 @@ def record_of(checkpoint: RoundedTensors, costs: Mapping[str, float]) -> Roundin
 
 def relative_squared_error(rounding: Rounded, weight: Tensor) -> float:
     """See WeightRecord."""
-    pairs = zip(restored(rounding), weight, strict=True) if weight.dim() == 3 else [(restored(rounding), weight)]
+    if weight.dim() == 3:
+        pairs = zip(restored(rounding), weight, strict=True)
+    else:
+        pairs = zip(map(restored, rounding.rows(_ROWS)), torch.split(weight, _ROWS), strict=True)
     lost = kept = 0.0
-    for now, before in (rows for pair in pairs for rows in zip(*(x.split(_ROWS) for x in pair), strict=True)):
+    for now, before in pairs:
         exact = before.double()
         lost += (now.double() - exact).square().sum().item()
         kept += exact.square().sum().item()
@@ -91,8 +94,13 @@ def relative_squared_error(rounding: Rounded, weight: Tensor) -> float:
 
 def digest(rounding: Rounded) -> str:
     """See WeightRecord."""
-    parts = (rounding.values, rounding.scales, rounding.zeros, rounding.offsets, rounding.order)
-    return hashlib.sha256(b"".join(x.contiguous().numpy().tobytes() for x in parts if x is not None)).hexdigest()
+    parts, found = (
+        (rounding.values, rounding.scales, rounding.zeros, rounding.offsets, rounding.order),
+        hashlib.sha256(),
+    )
+    for part in (part for part in parts if part is not None):
+        found.update(part.contiguous().numpy().data)
+    return found.hexdigest()
 
 
 def record_to_json(record: RoundingRecord) -> dict[str, Any]:

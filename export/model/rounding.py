@@ -8,9 +8,9 @@ Of seven bits, a block is all weights of an output, and the inputs of their prod
 import hashlib
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -58,9 +58,17 @@ class Rounded:
         order = hashlib.sha256(self.order.numpy().tobytes()).hexdigest()[:16] if self.order is not None else None
         return Form(self.bits, block, self.zeros is not None, self.offsets is not None, order, self.transposed)
 
+    def rows(self, most: int) -> Iterator[Self]:
+        """So many of its rows at a time, of a weight [N, K]."""
+        for start in range(0, len(self.values), most):
+            own = slice(start, start + most)
+            zeros, offsets = (None if part is None else part[own] for part in (self.zeros, self.offsets))
+            yield replace(self, values=self.values[own], scales=self.scales[own], zeros=zeros, offsets=offsets)
+
 
 SCALES, ZEROS, OFFSETS = ".scales", ".zeros", ".offsets"  # what the names of parts end in
 ORDER = "order."  # what the name of an order begins with: all weights of that order share it
+_AT_A_TIME = 1 << 23  # of a weight's numbers that are rounded
 # In eight bits but of "mixed": four there cost most (issue 13, measured)
 _WIDE = ("model.embed_tokens.weight", "lm_head.weight")
 
@@ -130,9 +138,24 @@ def rounded(
         each = [rounded(expert, bits, scales, block=block) for expert in (weight.mT if transposed else weight)]
         values, found = torch.stack([expert.values for expert in each]), torch.stack([expert.scales for expert in each])
         return Rounded(bits, values, found, transposed=transposed)
-    blocks = weight.float().reshape(len(weight), -1, form_of(bits, weight.shape[1], block).block)  # [N, G, block]
-    found = block_scales(blocks, bits, scales)
-    return Rounded(bits, nearest(blocks, found[..., None], bits).to(torch.int8).flatten(1), found)
+
+    def nearest_rows(rows: Tensor) -> Rounded:
+        blocks = rows.float().reshape(len(rows), -1, form_of(bits, weight.shape[1], block).block)  # [N, G, block]
+        found = block_scales(blocks, bits, scales)
+        return Rounded(bits, nearest(blocks, found[..., None], bits).to(torch.int8).flatten(1), found)
+
+    return in_parts(weight, nearest_rows)
+
+
+def in_parts(weight: Tensor, round_rows: Callable[[Tensor], Rounded]) -> Rounded:
+    """A weight [N, K] rounded by rows that know nothing of each other, so many at a time that what is wide in between is small.
+
+    What makes them gives numbers and scales alone.
+    """
+    parts = [round_rows(rows) for rows in torch.split(weight, _at_a_time(weight))]
+    return Rounded(
+        parts[0].bits, torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts])
+    )
 
 
 def block_scales(blocks: Tensor, bits: Width, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -160,6 +183,19 @@ def restored(rounding: Rounded) -> Tensor:
     if rounding.transposed:
         return columns.mT
     return columns if rounding.order is None else columns[:, rounding.order.argsort()]
+
+
+def holds(rounding: Rounded, weight: Tensor) -> bool:
+    """Whether it stands for exactly these numbers."""
+    if weight.dim() == 3:
+        return torch.equal(restored(rounding), weight.float())
+    pairs = zip(rounding.rows(_at_a_time(weight)), torch.split(weight, _at_a_time(weight)), strict=True)
+    return all(torch.equal(restored(part), rows.float()) for part, rows in pairs)
+
+
+def _at_a_time(weight: Tensor) -> int:
+    """Rows of a weight [N, K], at least one."""
+    return max(_AT_A_TIME // weight.shape[1], 1)
 
 
 def rounded_rows(x: Tensor) -> Tensor:

@@ -41,13 +41,15 @@ def reference(model: Running | Decoder, tokens: Tensor) -> Reference:
     run = model.logits(parts) if isinstance(model, Running) else (model(part).logits for part in parts)
     zeros = model.zeros if isinstance(model, Running) else torch.zeros
     logits = zeros(*tokens.shape, model.config.vocab_size)  # made once: it is large
-    for rows, now in zip(together(logits, _TOGETHER), run, strict=True):
-        if not now.isfinite().all():
+    rows = iter(together(logits, _TOGETHER))
+    for now in run:  # not by zip, which has the last ones still in its hand while the next are computed
+        if not torch.stack(torch.aminmax(now)).isfinite().all():
             raise DataError(
                 "the model computes NaN or infinity, so nobody can say what rounding its weights costs",
                 fix="Leave out --weights, or correct the model.",
             )
-        rows.copy_(now)
+        next(rows).copy_(now)
+        del now
     cache = model.new_cache(len(tokens), 2 * half)
     answers, new = tokens[:, :0], tokens[:, :half]
     for step in range(half):

@@ -11,14 +11,13 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from headfold.export.model.rounding import Rounded, block_scales, form_of, nearest, restored
+from headfold.export.model.rounding import Rounded, block_scales, form_of, in_parts, nearest, restored
 from headfold.export.progress import Reporter
 from headfold.export.quantization.running import Running, together
 from headfold.export.quantization.shelf import Shelf
 from headfold.plugins.quantized.schema import BLOCK, Bits
 from headfold.runtime.errors import ConfigError
 
-_AT_A_TIME = 1 << 23  # of a weight's numbers that are rounded: its rows know nothing of each other
 # Of the mean of the second moments' diagonal, added to it: what holds weights where they are. With the 0.01 of the paper (section 3.3)
 # they make up for noise, too, and other text than the calibration's loses; with 1 they make up for too little
 _DAMPING = 0.3
@@ -162,9 +161,7 @@ def gptq(weight: Tensor, inputs: Inputs, bits: Bits, dtype: torch.dtype = torch.
     A block's scale is found when its turn comes: the one of `_TRIED`, either sign, with the least error, weighed by the inputs; `dtype`
     holds the scales. The last blocks and columns have nobody to make up for them.
     """
-    rows = max(_AT_A_TIME // weight.shape[1], 1)
-    parts = [_gptq_rows(part, inputs, bits, dtype) for part in torch.split(weight, rows)]
-    return Rounded(bits, torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts]))
+    return in_parts(weight, lambda rows: _gptq_rows(rows, inputs, bits, dtype))
 
 
 def _gptq_rows(weight: Tensor, inputs: Inputs, bits: Bits, dtype: torch.dtype) -> Rounded:

@@ -29,7 +29,7 @@ from headfold.export.model.rounding import (
     Width,
     bits_of,
     forms_of,
-    restored,
+    holds,
     rounded,
     suits_narrow_scales,
 )
@@ -274,5 +274,5 @@ def _tell_of_floats(shapes: Mapping[str, tuple[int, ...]], bits: Collection[str]
 
 def is_held(tensors: Tensors, name: str, scales: torch.dtype, block: int) -> bool:
     """Whether four bits, in blocks as `form_of` has them, hold a weight exactly as it is (it was dequantized from such ones)."""
-    weight = tensors.read(name).float()
-    return torch.equal(restored(rounded(weight, 4, scales, block=block)), weight)
+    weight = tensors.read(name)
+    return holds(rounded(weight, 4, scales, block=block), weight)

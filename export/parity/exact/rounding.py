@@ -12,7 +12,7 @@ import torch
 from headfold.export.exportables.rounded import RoundedCheckpoint, RoundedTensors
 from headfold.export.exportables.rounding_record import WeightRecord, digest, relative_squared_error
 from headfold.export.graph.recipes import recipe_of
-from headfold.export.model.rounding import Form, Rounded, forms_of, restored, rounded, stored_shapes, unpacked
+from headfold.export.model.rounding import Form, Rounded, forms_of, holds, rounded, stored_shapes, unpacked
 from headfold.export.parity.report import CheckResult, verdict
 from headfold.runtime.errors import BundleError
 from headfold.runtime.manifest import WeightsScheme, WeightsSpec
@@ -127,6 +127,6 @@ def prove_kept(checkpoint: RoundedCheckpoint) -> CheckResult:
     faults = [
         (name, "is restored to other numbers")
         for name in checkpoint.kept
-        if not torch.equal(restored(checkpoint.rounded(name)), checkpoint.original.read(name).float())
+        if not holds(checkpoint.rounded(name), checkpoint.original.read(name))
     ]
     return verdict(f"weights kept in their own bits, {len(checkpoint.kept)}", faults)

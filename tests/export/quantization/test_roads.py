@@ -1,6 +1,8 @@
 """Rounded weights of models without a table of ours: by way of transformers, in memory, of one's own, mixtures of experts."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +31,7 @@ from headfold.export.quantization.rounding import WeightRounding
 from headfold.export.quantization.running import Running
 from headfold.plugins.quantized.reference import dequantized
 from headfold.runtime import load
-from headfold.runtime.errors import CheckpointError, ConfigError
+from headfold.runtime.errors import BundleError, CheckpointError, ConfigError
 from headfold.runtime.manifest import MODEL, read_manifest
 
 PROMPT = np.random.default_rng(0).integers(3, 300, 21)
@@ -181,6 +183,10 @@ def test_a_running_model_computes_what_the_model_does(kind, streamed, tmp_path, 
     right = source.oracle(torch.float32, 32)
     for row in range(2):
         np.testing.assert_allclose(logits[row], right.answer(tokens[row].numpy()).logits, atol=1e-4)
+    cache = model.new_cache(2, 17)
+    for start, end in ((0, 9), (9, 14), (14, 17)):
+        going_on = model(tokens[:, start:end], torch.ones(2, end, dtype=torch.long), cache).logits
+        assert torch.allclose(going_on[:, -1], logits[:, end - 1], atol=1e-5)
     hidden = model.enter(tokens)
     for index in range(model.count):
         assert torch.allclose(model.run_from(index, tokens, hidden), logits, atol=1e-5)
@@ -203,6 +209,30 @@ def test_a_running_model_computes_what_the_model_does(kind, streamed, tmp_path, 
     with model.replaced({name: torch.zeros_like(model.read(name))}):
         assert not torch.allclose(model(tokens).logits, logits, atol=1e-2)
     assert torch.equal(model(tokens).logits, logits)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system does not say whether there is room")
+def test_what_is_large_lies_in_a_file_if_there_is_room(toy_checkpoint, tmp_path, monkeypatch) -> None:
+    source, rooms = OwnModel(open_checkpoint(toy_checkpoint)), list[Path]()
+
+    def room() -> Path:
+        rooms.append(tmp_path)
+        return tmp_path
+
+    Running(source, source.checkpoint, 32, room=room).new_cache(1, 8)
+    assert not rooms  # it is small
+    monkeypatch.setattr("headfold.export.exportables.foreign.widening.LARGE", 0)
+    model = Running(source, source.checkpoint, 32, room=room)
+    assert all((part == 0).all() for pair in model.new_cache(1, 8) for part in pair)
+    assert rooms
+    assert not list(tmp_path.iterdir())  # it has no name
+
+    def full(_file: int, _start: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", size)
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(BundleError, match=rf"{tmp_path}: .* Free 5 MiB there\."):
+        model.zeros(5, 1 << 18)
 
 
 @pytest.mark.parametrize("streamed", [False, True])

@@ -10,7 +10,7 @@ import torch
 from headfold.export.checkpoints.base import MemoryCheckpoint
 from headfold.export.exportables.rounded import RoundedCheckpoint, StoredTensors
 from headfold.export.model.config import ModelConfig
-from headfold.export.model.rounding import Form, bits_of, form_of, packed, restored, rounded
+from headfold.export.model.rounding import Form, bits_of, form_of, holds, packed, restored, rounded
 from headfold.plugins.quantized.reference import dequantized
 
 CONFIG = ModelConfig(  # of no model: what rounds does not look at it
@@ -43,6 +43,23 @@ def test_every_number_is_within_half_a_step_of_its_weight(bits) -> None:
         bits == 4
     )  # there is no +8: such a weight loses up to a step
     assert (error <= step * (0.5 + 0.5 * clipped) * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("numbers", [1, 200, 400])  # one row of 96 numbers, two, and four of six
+@pytest.mark.parametrize("bits", [4, 7, 8])
+def test_a_large_weight_is_rounded_in_parts(bits, numbers, monkeypatch) -> None:
+    w = weight()
+    whole = rounded(w, bits, torch.float16)
+    assert holds(whole, restored(whole))
+    monkeypatch.setattr("headfold.export.model.rounding._AT_A_TIME", numbers)
+    parts = rounded(w, bits, torch.float16)
+    assert torch.equal(parts.values, whole.values)
+    assert torch.equal(parts.scales, whole.scales)
+    assert holds(whole, restored(whole))
+    for row in (0, 5):
+        off = restored(whole)
+        off[row, 3] += 1e-3
+        assert not holds(whole, off)
 
 
 @pytest.mark.parametrize(("columns", "blocks"), [(96, {32: 32, 128: 32}), (576, {64: 64, 128: 64}), (1536, {128: 128})])
