@@ -161,7 +161,10 @@ class RoundedTensors:
 
     def read(self, name: str) -> Tensor:
         """See Tensors."""
-        return restored(self.rounded(name)) if name in self.forms else self.original.read(name)
+        if name not in self.forms:
+            return self.original.read(name)
+        rounding, self._last = self.rounded(name), None  # who reads it whole asks for no parts, and it may be large
+        return restored(rounding)
 
     def rounded(self, name: str) -> Rounded:
         """One of the rounded weights."""

@@ -206,7 +206,7 @@ def rounded_rows(x: Tensor) -> Tensor:
 
 def packed(values: Tensor, bits: Bits) -> Tensor:
     """Numbers [..., M] as `headfold.plugins.quantized.schema` has them: uint8 [..., M * bits / 8], rounded up."""
-    positive = (values.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+    positive = values.view(torch.uint8) + (1 << (bits - 1))  # modulo 256
     if bits == 8:
         return positive
     if positive.shape[-1] % 2:
