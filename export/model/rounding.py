@@ -217,7 +217,7 @@ def packed(values: Tensor, bits: Bits) -> Tensor:
 def unpacked(stored: Tensor, bits: Bits) -> Tensor:
     """The inverse of `packed`, of an even number of numbers."""
     positive = stored if bits == 8 else torch.stack((stored & 15, stored >> 4), -1)
-    return (positive.flatten(1).to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+    return (positive.flatten(1) - (1 << (bits - 1))).view(torch.int8)
 
 
 def stored_shapes(name: str, form: Form, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:

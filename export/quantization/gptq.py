@@ -58,7 +58,7 @@ def gptq_layers(
     """
     found = dict[str, Rounded]()
     parts = together(tokens)
-    hidden = [model.enter(part) for part in parts]  # [N, S, hidden] each
+    hidden = model.enter(parts)  # [N, S, hidden] each
     shelf = open_shelf([*exact, *hidden]) if open_shelf is not None else None
     with reporter.step("round the layers with GPTQ", model.count) as advance:
         for index in range(model.count):

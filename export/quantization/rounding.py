@@ -186,7 +186,7 @@ def prepare(
                 }
                 scales = {name: torch.float16 if name in narrow else dtype for name in by_gptq}
                 calibration = tokens[~measured]
-                exact = [model.enter(part) for part in together(calibration)]
+                exact = model.enter(together(calibration))
                 if (head := model.head) in by_gptq:
                     forms = forms_of(known, shapes, block, narrow=narrow)
                     with model.reading(RoundedTensors(tensors, forms, scales=dtype)):

@@ -7,7 +7,7 @@ so are embedding and head, where the module says that nobody else reads them.
 import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile, gettempdir
 from types import MappingProxyType
@@ -74,8 +74,8 @@ class Running:
             layer.register_forward_hook(self._learn)
         for index, piece in enumerate(self._pieces if self.streams else ()):
             self._drop(index)
-            piece.register_forward_pre_hook(lambda *_, index=index: self._come(index))
-            piece.register_forward_hook(lambda *_, index=index: self._go(index))
+            piece.register_forward_pre_hook(lambda _, inputs, index=index: self._come(index, *inputs))
+            piece.register_forward_hook(lambda _, inputs, __, index=index: self._go(index, *inputs))
 
     @property
     def count(self) -> int:
@@ -142,11 +142,13 @@ class Running:
 
     def entering_head(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
         """What the head is given, [N, S, hidden], of each part of some tokens; each layer comes once."""
+        streams = self._behind_layers(parts)
         self._master.hidden_states = True
         try:
-            for part, stream in zip(parts, self._behind_layers(parts), strict=True):
-                with self._skipped(self.count, stream):
-                    yield self(part, last_only=True).hidden_states[-1]
+            with self._held_head():
+                for part, stream in zip(parts, streams, strict=True):
+                    with self._skipped(self.count, stream):
+                        yield self(part, last_only=True).hidden_states[-1]
         finally:
             self._master.hidden_states = False
 
@@ -155,20 +157,23 @@ class Running:
         if not self.streams:
             yield from (self(part).logits for part in parts)
             return
-        for part, stream in zip(parts, self._behind_layers(parts), strict=True):
-            yield self.run_from(self.count, part, stream)
+        streams = self._behind_layers(parts)
+        with self._held_head():
+            for part, stream in zip(parts, streams, strict=True):
+                yield self.run_from(self.count, part, stream)
 
     def _behind_layers(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """What the last layer hands on."""
-        streams = [self.enter(part) for part in parts]
+        streams = self.enter(parts)
         for index in range(self.count):
             with self.layer(index):
                 streams = [self.run_layer(index, *pair) for pair in zip(parts, streams, strict=True)]
         return streams
 
-    def enter(self, tokens: Tensor) -> Tensor:
-        """What enters the first layer, [N, S, hidden], of int64 tokens [N, S]."""
-        return self._entering(self._layers[0], tokens)
+    def enter(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """What enters the first layer, [N, S, hidden], of each part of some tokens, int64 [N, S]; an embedding comes once."""
+        with self._held_piece(self.count if self._master.others else None):
+            return [self._entering(self._layers[0], part) for part in parts]
 
     def enter_module(self, module: nn.Module, index: int, tokens: Tensor, entering: Tensor) -> Tensor:
         """What enters one of a layer's modules, where this enters the layer."""
@@ -212,15 +217,24 @@ class Running:
     @contextmanager
     def layer(self, index: int) -> Iterator[Mapping[str, nn.Module]]:
         """A layer's modules by the names that they have in the model; its weights stay in memory until the block ends."""
-        if self.streams:
+        prefix = self._prefixes[index]
+        with self._held_piece(index):
+            yield {f"{prefix}.{name}": module for name, module in self._layers[index].named_modules()}
+
+    def _held_head(self) -> AbstractContextManager[None]:
+        return self._held_piece(len(self._pieces) - 1 if self._master.others else None)
+
+    @contextmanager
+    def _held_piece(self, index: int | None) -> Iterator[None]:
+        """The weights of a piece, if it is one, stay in memory until the block ends."""
+        if index is not None and self.streams:
             self._come(index)
         self._holding = index
-        prefix = self._prefixes[index]
         try:
-            yield {f"{prefix}.{name}": module for name, module in self._layers[index].named_modules()}
+            yield
         finally:
             self._holding = None
-            if self.streams:
+            if index is not None and self.streams:
                 self._go(index)
 
     @contextmanager
@@ -285,12 +299,15 @@ class Running:
     def _skipped(self, index: int, entering: Tensor) -> Iterator[None]:
         """The layers before this one compute nothing, and this enters it."""
         handed = (entering, *[None] * (self._outputs - 1)) if self._outputs else entering
-        # Nobody reads what enters a layer that is skipped, so an embedding rests, too, unless it is also the head
-        resting = {piece: handed for piece in range(index)}
-        resting |= {self.count + other: entering for other in range(len(self._master.others) - 1)}
-        for piece, result in resting.items():
-            self._pieces[piece].forward = lambda *_, result=result, **__: result
-        self._resting = resting.keys()
+        # Nobody reads what enters a layer that is skipped, so an embedding rests, too
+        self._resting = [*range(index), *([self.count] if self._master.others else [])]
+
+        def resting(piece: int, result: Any, own: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *inputs, **named: result if self._rests(piece, *inputs) else own(*inputs, **named)
+
+        for piece in self._resting:
+            result = handed if piece < index else entering
+            self._pieces[piece].forward = resting(piece, result, self._pieces[piece].forward)
 
         def give(
             _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
@@ -302,11 +319,11 @@ class Running:
         try:
             yield
         finally:
-            self._resting = ()
             for hook in hooks:
                 hook.remove()
-            for piece in resting:
+            for piece in self._resting:
                 del self._pieces[piece].forward
+            self._resting = ()
 
     def _learn(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         self._outputs = len(output) if isinstance(output, tuple) else 0
@@ -315,17 +332,17 @@ class Running:
         """What that comes and goes a weight is in."""
         return next((i for i, prefix in enumerate(self._prefixes) if name.startswith(f"{prefix}.")), None)
 
-    def _come(self, index: int) -> None:
-        if not self._stays(index):
+    def _come(self, index: int, *inputs: Any) -> None:
+        if index != self._holding and not self._rests(index, *inputs):
             self._load(f"{self._prefixes[index]}.")
 
-    def _go(self, index: int) -> None:
-        if not self._stays(index):
+    def _go(self, index: int, *inputs: Any) -> None:
+        if index != self._holding and not self._rests(index, *inputs):
             self._drop(index)
 
-    def _stays(self, index: int) -> bool:
-        """As it is: it is held, or computes nothing."""
-        return index == self._holding or index in self._resting
+    def _rests(self, index: int, *inputs: Any) -> bool:
+        """It computes nothing now. An embedding that is the head, too, does where it is given what enters that, which is no ids."""
+        return index in self._resting and not (index == self.count and inputs[0].is_floating_point())
 
     def _drop(self, index: int) -> None:
         for module in self._pieces[index].modules():

@@ -34,7 +34,7 @@ def sensitivities(
     They are of one layer, or of none: embedding and head. For those that are `transposed` see Form, for `block`
     `form_of`.
     """
-    entering = model.enter(tokens)  # [N, S, hidden]
+    (entering,) = model.enter([tokens])  # [N, S, hidden]
     exact, costs = model.run_from(0, tokens, entering).log_softmax(-1), dict[tuple[str, ...], float]()
 
     def measure(index: int | None, run: Callable[[], Tensor]) -> None:

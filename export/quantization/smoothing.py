@@ -23,7 +23,7 @@ _ROWS = 256  # inputs of a product that its error is measured on
 def find_smoothing(model: Running, config: ModelConfig, tokens: Tensor, reporter: Reporter) -> dict[str, Tensor]:
     """The exponents of each seam of a decoder of ours that gains by them, on int64 tokens [N, S]."""
     found, parts = dict[str, Tensor](), together(tokens)
-    hidden = [model.enter(part) for part in parts]  # [N, S, hidden] each
+    hidden = model.enter(parts)  # [N, S, hidden] each
     with reporter.step("find what smooths the layers' inputs", config.num_hidden_layers) as advance:
         for index in range(model.count):
             places = seams(config, index)

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from headfold.export import ExportOptions, ModuleFacts, export_module, verify_module
-from headfold.export.checkpoints.base import TokenizerFiles
+from headfold.export.checkpoints.base import MemoryCheckpoint, TokenizerFiles
 from headfold.export.checkpoints.opening import open_checkpoint
 from headfold.export.exportables.module_road.module_model import ModuleModel
 from headfold.export.exportables.opening import open_exportable
@@ -187,7 +189,7 @@ def test_a_running_model_computes_what_the_model_does(kind, streamed, tmp_path, 
     for start, end in ((0, 9), (9, 14), (14, 17)):
         going_on = model(tokens[:, start:end], torch.ones(2, end, dtype=torch.long), cache).logits
         assert torch.allclose(going_on[:, -1], logits[:, end - 1], atol=1e-5)
-    hidden = model.enter(tokens)
+    (hidden,) = model.enter([tokens])
     for index in range(model.count):
         assert torch.allclose(model.run_from(index, tokens, hidden), logits, atol=1e-5)
         assert not torch.allclose(model.run_from(index, tokens, 2 * hidden + 1), logits, atol=1e-2)
@@ -209,6 +211,33 @@ def test_a_running_model_computes_what_the_model_does(kind, streamed, tmp_path, 
     with model.replaced({name: torch.zeros_like(model.read(name))}):
         assert not torch.allclose(model(tokens).logits, logits, atol=1e-2)
     assert torch.equal(model(tokens).logits, logits)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_embedding_comes_only_where_it_computes(tied, config, memory_checkpoint, monkeypatch) -> None:
+    monkeypatch.setattr("headfold.export.exportables.foreign.widening.LARGE", 0)
+    checkpoint, times = memory_checkpoint(replace(config, tie_word_embeddings=tied)), [0]
+    own = MemoryCheckpoint.read
+
+    def read(checkpoint: MemoryCheckpoint, name: str) -> torch.Tensor:
+        times[0] += name == "model.embed_tokens.weight"
+        return own(checkpoint, name)
+
+    monkeypatch.setattr(MemoryCheckpoint, "read", read)
+    model, parts = Running(OwnModel(checkpoint), checkpoint, 32), torch.split(torch.arange(32).view(4, 8), 1)
+
+    def read_by(run: Callable[[], object]) -> int:
+        times[0] = 0
+        run()
+        return times[0]
+
+    right, entering = model(parts[0]).logits, model.enter(parts)
+    assert read_by(lambda: model.enter(parts)) == 1
+    assert read_by(lambda: model.run_layer(1, parts[0], entering[0])) == 0
+    assert read_by(lambda: model.run_from(0, parts[0], entering[0])) == (1 if tied else 0)
+    assert read_by(lambda: list(model.logits(parts))) == (2 if tied else 1)
+    assert read_by(lambda: list(model.entering_head(parts))) == (2 if tied else 1)
+    assert torch.equal(model.run_from(0, parts[0], entering[0]), right)
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system does not say whether there is room")
@@ -254,7 +283,7 @@ def test_gptq_of_weights_that_come_and_go_finds_the_same(toy_checkpoint, monkeyp
         monkeypatch.setattr("headfold.export.exportables.foreign.widening.LARGE", resident)
         model = Running(source, source.checkpoint, 32)
         names = [name for name in source.checkpoint.shapes() if name.endswith("_proj.weight")]
-        exact, scales = [model.enter(tokens)], dict.fromkeys(names, torch.float32)
+        exact, scales = model.enter([tokens]), dict.fromkeys(names, torch.float32)
         found.append(gptq_layers(model, names, tokens, exact, scales, 32, Reporter(quiet=True)))
         assert model.streams == (resident == 0)
     assert len(found[0]) == 14
