@@ -39,11 +39,12 @@ def sensitivities(
 
     def measure(index: int | None, run: Callable[[], Tensor]) -> None:
         for names in (names for names in groups if model.layer_of(names[0]) == index):
-            found = {name: rounded(model.read(name), 4, transposed=name in transposed, block=block) for name in names}
-            with model.replaced({name: restored(weight) for name, weight in found.items()}):
-                now = run().log_softmax(-1)
-            costs[names] = (exact.exp() * (exact - now)).sum(-1).mean().item()
+            with model.replaced({name: in_four_bits(name) for name in names}):
+                costs[names] = _kl(exact, run())
             advance(1)
+
+    def in_four_bits(name: str) -> Tensor:
+        return restored(rounded(model.read(name), 4, transposed=name in transposed, block=block))
 
     with reporter.step("measure what four bits in each weight cost", len(groups)) as advance:
         measure(None, lambda: model(tokens).logits)  # embedding and head
@@ -51,6 +52,12 @@ def sensitivities(
             measure(index, partial(model.run_from, index, tokens, entering))
             entering = model.run_layer(index, tokens, entering)
     return costs
+
+
+def _kl(exact: Tensor, logits: Tensor) -> float:
+    """KL of log probabilities to logits, both [N, S, V], a mean over tokens; one sequence after the other, since they are large."""
+    pairs = zip(exact, logits, strict=True)
+    return torch.stack([(p.exp() * (p - x.log_softmax(-1))).sum(-1) for p, x in pairs]).mean().item()
 
 
 def choose_bits(
