@@ -6,7 +6,7 @@ so are embedding and head, where the module says that nobody else reads them.
 
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile, gettempdir
@@ -100,7 +100,7 @@ class Running:
         Raises:
             BundleError: the disk is full.
         """
-        if not self.streams:
+        if not self.streams or 0 in shape:
             return torch.zeros(shape)
         room, size = self._room() if self._room is not None else Path(gettempdir()), 4 * math.prod(shape)
         with one_line(BundleError, room, f"Free {size >> 20:,} MiB there."), TemporaryFile(dir=room) as file:
@@ -157,7 +157,10 @@ class Running:
         if not self.streams:
             yield from (self(part).logits for part in parts)
             return
-        streams = self._behind_layers(parts)
+        yield from self.behind(parts, self._behind_layers(parts))
+
+    def behind(self, parts: Sequence[Tensor], streams: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Logits [N, S, V] of each part of some tokens, where these leave the last layer; the head comes once."""
         with self._held_head():
             for part, stream in zip(parts, streams, strict=True):
                 yield self.run_from(self.count, part, stream)

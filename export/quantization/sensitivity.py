@@ -4,8 +4,8 @@ Weights that the graph joins into one product (query, key and value) have one wi
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -37,20 +37,30 @@ def sensitivities(
     (entering,) = model.enter([tokens])  # [N, S, hidden]
     exact, costs = model.run_from(0, tokens, entering).log_softmax(-1), dict[tuple[str, ...], float]()
 
-    def measure(index: int | None, run: Callable[[], Tensor]) -> None:
-        for names in (names for names in groups if model.layer_of(names[0]) == index):
-            with model.replaced({name: in_four_bits(name) for name in names}):
-                costs[names] = _kl(exact, run())
-            advance(1)
+    def in_four_bits(names: Collection[str]) -> AbstractContextManager[None]:
+        found = {name: rounded(model.read(name), 4, transposed=name in transposed, block=block) for name in names}
+        return model.replaced({name: restored(found.pop(name)) for name in names})
 
-    def in_four_bits(name: str) -> Tensor:
-        return restored(rounded(model.read(name), 4, transposed=name in transposed, block=block))
-
-    with reporter.step("measure what four bits in each weight cost", len(groups)) as advance:
-        measure(None, lambda: model(tokens).logits)  # embedding and head
+    layers = {names: layer for names in groups if (layer := model.layer_of(names[0])) is not None}
+    streams = model.zeros(
+        len(layers), *entering.shape
+    )  # what a layer hands on where the weights of one group have four bits
+    with reporter.step("measure what four bits in each weight cost", model.count) as advance:
+        for names in (names for names in groups if names not in layers):
+            with in_four_bits(names):
+                costs[names] = _kl(exact, model(tokens).logits)
         for index in range(model.count):
-            measure(index, partial(model.run_from, index, tokens, entering))
-            entering = model.run_layer(index, tokens, entering)
+            with model.layer(index):
+                for stream, (names, layer) in zip(streams, layers.items(), strict=True):
+                    if layer < index:
+                        stream.copy_(model.run_layer(index, tokens, stream))
+                    elif layer == index:
+                        with in_four_bits(names):
+                            stream.copy_(model.run_layer(index, tokens, entering))
+                entering = model.run_layer(index, tokens, entering)
+            advance(1)
+        for names, logits in zip(layers, model.behind([tokens] * len(layers), streams), strict=True):
+            costs[names] = _kl(exact, logits)
     return costs
 
 
