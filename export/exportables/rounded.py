@@ -17,6 +17,8 @@ from headfold.export.model.config import ModelConfig
 from headfold.export.model.rounding import (
     Form,
     Rounded,
+    Width,
+    as_rounded,
     restored,
     rounded,
     stored_part,
@@ -163,8 +165,10 @@ class RoundedTensors:
         """See Tensors."""
         if name not in self.forms:
             return self.original.read(name)
-        rounding, self._last = self.rounded(name), None  # who reads it whole asks for no parts, and it may be large
-        return restored(rounding)
+        self._last = None  # who reads one whole asks for no parts of another, and it may be large
+        if name in self.found or name in self.kept:
+            return restored(self.rounded(name))
+        return as_rounded(self.original.read(name), *self._rule(name))
 
     def rounded(self, name: str) -> Rounded:
         """One of the rounded weights."""
@@ -176,8 +180,12 @@ class RoundedTensors:
 
     def made(self, name: str) -> Rounded:
         """One that is not found already."""
+        return rounded(self.original.read(name), *self._rule(name))
+
+    def _rule(self, name: str) -> tuple[Width, torch.dtype, bool, int]:
+        """How the nearest numbers are found: what `headfold.export.model.rounding.rounded` takes beside the weight."""
         form = self.forms[name]
-        return rounded(self.original.read(name), form.bits, self.scales_of(name), form.transposed, form.block)
+        return form.bits, self.scales_of(name), form.transposed, form.block
 
     def scales_of(self, name: str) -> torch.dtype:
         """The dtype of a rounded weight's scales."""

@@ -147,6 +147,22 @@ def rounded(
     return in_parts(weight, nearest_rows)
 
 
+def as_rounded(
+    weight: Tensor,
+    bits: Width,
+    scales: torch.dtype = torch.float32,
+    transposed: bool = False,
+    block: int = BLOCK,
+) -> Tensor:
+    """What those numbers stand for, float32, as the weight; by rows, so that the numbers are never all there."""
+    if weight.dim() == 3:
+        return restored(rounded(weight, bits, scales, transposed, block))
+    found, most = torch.empty(weight.shape), _at_a_time(weight)
+    for own, rows in zip(torch.split(found, most), torch.split(weight, most), strict=True):
+        own.copy_(restored(rounded(rows, bits, scales, block=block)))
+    return found
+
+
 def in_parts(weight: Tensor, round_rows: Callable[[Tensor], Rounded]) -> Rounded:
     """A weight [N, K] rounded by rows that know nothing of each other, so many at a time that what is wide in between is small.
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from headfold.export.model.rounding import Width, restored, rounded
+from headfold.export.model.rounding import Width, as_rounded
 from headfold.export.progress import Reporter
 from headfold.export.quantization.running import Running
 
@@ -38,8 +38,8 @@ def sensitivities(
     exact, costs = model.run_from(0, tokens, entering).log_softmax(-1), dict[tuple[str, ...], float]()
 
     def in_four_bits(names: Collection[str]) -> AbstractContextManager[None]:
-        found = {name: rounded(model.read(name), 4, transposed=name in transposed, block=block) for name in names}
-        return model.replaced({name: restored(found.pop(name)) for name in names})
+        weights = ((name, model.read(name), name in transposed) for name in names)
+        return model.replaced({name: as_rounded(x, 4, transposed=turned, block=block) for name, x, turned in weights})
 
     layers = {names: layer for names in groups if (layer := model.layer_of(names[0])) is not None}
     streams = model.zeros(

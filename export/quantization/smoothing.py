@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from headfold.export.model.config import ModelConfig
-from headfold.export.model.rounding import restored, rounded, rounded_rows
+from headfold.export.model.rounding import as_rounded, rounded_rows
 from headfold.export.model.smoothing import LARGEST, seams, shifted
 from headfold.export.progress import Reporter
 from headfold.export.quantization.running import Running, together
@@ -61,7 +61,7 @@ def best_exponents(x: Tensor, largest: Tensor, weights: Sequence[Tensor]) -> Ten
         seen = rounded_rows(shifted(x, 1, -powers))
         error = 0.0
         for weight, right in zip(weights, exact, strict=True):
-            now = seen @ restored(rounded(shifted(weight, 1, powers), 7)).T
+            now = seen @ as_rounded(shifted(weight, 1, powers), 7).T
             error += ((now - right).square().sum() / right.square().sum().clamp_min(1e-30)).item()
         if error < least:
             best, least = powers, error

@@ -10,7 +10,7 @@ import torch
 from headfold.export.checkpoints.base import MemoryCheckpoint
 from headfold.export.exportables.rounded import RoundedCheckpoint, StoredTensors
 from headfold.export.model.config import ModelConfig
-from headfold.export.model.rounding import Form, bits_of, form_of, holds, packed, restored, rounded
+from headfold.export.model.rounding import Form, as_rounded, bits_of, form_of, holds, packed, restored, rounded
 from headfold.plugins.quantized.reference import dequantized
 
 CONFIG = ModelConfig(  # of no model: what rounds does not look at it
@@ -55,6 +55,7 @@ def test_a_large_weight_is_rounded_in_parts(bits, numbers, monkeypatch) -> None:
     parts = rounded(w, bits, torch.float16)
     assert torch.equal(parts.values, whole.values)
     assert torch.equal(parts.scales, whole.scales)
+    assert torch.equal(as_rounded(w, bits, torch.float16), restored(whole))
     assert holds(whole, restored(whole))
     for row in (0, 5):
         off = restored(whole)
