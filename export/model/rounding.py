@@ -169,9 +169,8 @@ def in_parts(weight: Tensor, round_rows: Callable[[Tensor], Rounded]) -> Rounded
     What makes them gives numbers and scales alone.
     """
     parts = [round_rows(rows) for rows in torch.split(weight, _at_a_time(weight))]
-    return Rounded(
-        parts[0].bits, torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts])
-    )
+    values, scales = torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts])
+    return Rounded(parts[0].bits, values, scales)
 
 
 def block_scales(blocks: Tensor, bits: Width, dtype: torch.dtype = torch.float32) -> Tensor:

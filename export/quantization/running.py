@@ -104,9 +104,8 @@ class Running:
             return torch.zeros(shape)
         room, size = self._room() if self._room is not None else Path(gettempdir()), 4 * math.prod(shape)
         with one_line(BundleError, room, f"Free {size >> 20:,} MiB there."), TemporaryFile(dir=room) as file:
-            if hasattr(
-                os, "posix_fallocate"
-            ):  # writing to a mapped page that the disk has no room for ends the process
+            # Writing to a mapped page that the disk has no room for would end the process
+            if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
             return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))
 
@@ -229,7 +228,7 @@ class Running:
 
     @contextmanager
     def _held_piece(self, index: int | None) -> Iterator[None]:
-        """The weights of a piece, if it is one, stay in memory until the block ends."""
+        """The weights of a piece, if there is one, stay in memory until the block ends."""
         if index is not None and self.streams:
             self._come(index)
         self._holding = index
