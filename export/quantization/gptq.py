@@ -6,6 +6,7 @@ Ichikawa 2025, arXiv 2504.09629). One layer, its inputs and the residual streams
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Self
 
 import torch
@@ -42,7 +43,8 @@ def gptq_layers(
     block: int,
     reporter: Reporter,
     open_shelf: Callable[[Sequence[Tensor]], Shelf] | None = None,
-) -> dict[str, Rounded]:
+    others: Mapping[str, Rounded] = MappingProxyType({}),
+) -> Mapping[str, Rounded]:
     """Weights of layers in four bits, calibrated on int64 tokens [N, S]; of those whose inputs can be heard: of nn.Linear.
 
     Args:
@@ -55,25 +57,30 @@ def gptq_layers(
         block: see `form_of`.
         reporter: told what goes on.
         open_shelf: opens where what is found lies, told the streams that enter the first layer; None: in memory.
+        others: weights of no layer that are rounded in four bits, too: they lie there as well.
     """
-    found = dict[str, Rounded]()
     parts = together(tokens)
     hidden = model.enter(parts)  # [N, S, hidden] each
     shelf = open_shelf([*exact, *hidden]) if open_shelf is not None else None
+    in_memory = dict(others) if shelf is None else {}
+    if shelf is not None and others:
+        shelf.put(others)
+    found: Mapping[str, Rounded] = in_memory if shelf is None else shelf
     with reporter.step("round the layers with GPTQ", model.count) as advance:
         for index in range(model.count):
             with model.layer(index) as modules:
-                here = shelf.next_layer(_weights(modules)) if shelf is not None else None
+                lies_there = shelf is not None and shelf.next_layer(_weights(modules))
                 linears = {f"{name}.weight": m for name, m in modules.items() if isinstance(m, nn.Linear)}
-                linears = {name: m for name, m in linears.items() if name in names} if here is None else {}
+                linears = {name: m for name, m in linears.items() if name in names and not lies_there}
                 exact, heard = _heard(linears, _run(model, index, parts, exact))
             del modules, linears  # beside the moments of a wide layer its weights may be too much
-            if here is None:
+            if not lies_there:
                 here = _round_layer(model, index, heard, parts, hidden, scales, block)
-                here = shelf.put(here) if shelf is not None else here
-            with model.replaced({name: restored(rounding) for name, rounding in here.items()}), model.layer(index):
+                in_memory.update(here) if shelf is None else shelf.put(here)
+                del here
+            own = (name for name in found if model.layer_of(name) == index)
+            with model.replaced({name: restored(found[name]) for name in own}), model.layer(index):
                 hidden = list(_run(model, index, parts, hidden))
-            found |= here
             advance(1)
     if shelf is not None and shelf.found:
         reporter.note(f"{shelf.found} of {model.count} layers had been rounded by an export that did not finish")

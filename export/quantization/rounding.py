@@ -172,7 +172,7 @@ def prepare(
             SmoothedCheckpoint(source.checkpoint, smooth), forms_of(bits, shapes, narrow=narrow)
         )
     else:
-        gptq = dict[str, Rounded]()
+        gptq: Mapping[str, Rounded] = {}
         if calibrated and options.method == "gptq":
             products = {name for name, width in bits.items() if width == 4} - experts
             held = {name for name in products if is_held(tensors, name, dtype, block)}
@@ -190,14 +190,14 @@ def prepare(
                 if (head := model.head) in by_gptq:
                     forms = forms_of(known, shapes, block, narrow=narrow)
                     with model.reading(RoundedTensors(tensors, forms, scales=dtype)):
-                        gptq[head] = gptq_head(model, head, calibration, scales, block, reporter)
+                        gptq = {head: gptq_head(model, head, calibration, scales, block, reporter)}
                 known |= dict.fromkeys(gptq, 4)
                 asked = bits, block, capacity, str(dtype), sorted(by_gptq), sorted(narrow)
                 made_from = [version("headfold"), source.describe(), *asked]
                 shelf = partial(_shelf, unfinished, made_from) if model.streams else None
                 forms = forms_of(known, shapes, block, narrow=narrow)
                 with model.reading(RoundedTensors(tensors, forms, gptq, dtype)):
-                    gptq |= gptq_layers(model, by_gptq, calibration, exact, scales, block, reporter, shelf)
+                    gptq = gptq_layers(model, by_gptq, calibration, exact, scales, block, reporter, shelf, gptq)
         forms = forms_of(bits, shapes, block, transposed, narrow)
         if isinstance(source, OwnModel):
             weights = RoundedCheckpoint(source.checkpoint, forms, gptq, kept, dtype)

@@ -4,8 +4,10 @@ A layer's file is named by all that the layer was made from, so nothing that was
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -19,56 +21,73 @@ from headfold.runtime.errors import BundleError
 _VALUES, _SCALES = ".values", ".scales"
 
 
-class Shelf:
-    """Where the rounded weights of a model's layers lie, of one layer after the other.
+class Shelf(Mapping[str, Rounded]):
+    """Where the rounded weights of a model's layers lie, of one layer after the other: those of layers turned to, read when asked for.
 
     Args:
         directory: what lies there already may be of a run that was killed.
         bits: of all of them.
         made_from: what the layers are made from beside their weights.
+
+    Raises:
+        BundleError: a file is damaged.
     """
 
     def __init__(self, directory: Path, bits: Bits, made_from: Iterable[bytes]) -> None:
         self._directory, self._bits, self._key = directory, bits, hashlib.sha256()
         for part in made_from:
             self._key.update(hashlib.sha256(part).digest())
+        self._files = dict[str, Path]()  # by weight
         self.found = 0  # layers that lay there already
 
-    def next_layer(self, weights: Mapping[str, Tensor]) -> dict[str, Rounded] | None:
-        """Turn to the next layer, whose weights these are: what lies there of it, in the mapped file.
-
-        Raises:
-            BundleError: its file is damaged.
-        """
+    def next_layer(self, weights: Mapping[str, Tensor]) -> bool:
+        """Turn to the next layer, whose weights these are, and say whether it lies there."""
         for name, weight in weights.items():
             self._key.update(name.encode())
             self._key.update(weight.contiguous().numpy().data)
         if not self._file.is_file():
-            return None
+            return False
         self.found += 1
-        return self._read()
+        self._turn_to_file()
+        return True
 
-    def put(self, layer: Mapping[str, Rounded]) -> dict[str, Rounded]:
-        """The rounded weights of the layer; returns them in the mapped file."""
-        parts = {f"{name}{_VALUES}": rounding.values for name, rounding in layer.items()}
-        parts |= {f"{name}{_SCALES}": rounding.scales for name, rounding in layer.items()}
+    def put(self, rounded: Mapping[str, Rounded]) -> None:
+        """The rounded weights of the layer turned to, or, before there is one, of those of no layer."""
+        parts = {f"{name}{_VALUES}": rounding.values for name, rounding in rounded.items()}
+        parts |= {f"{name}{_SCALES}": rounding.scales for name, rounding in rounded.items()}
         half_made = self._file.with_suffix(".partial")
         save_file({name: part.contiguous() for name, part in parts.items()}, half_made)
         sync(half_made)
         half_made.replace(self._file)
-        return self._read()
+        self._turn_to_file()
 
     @property
     def _file(self) -> Path:
         return self._directory / f"{self._key.hexdigest()}.safetensors"
 
-    def _read(self) -> dict[str, Rounded]:
-        try:
-            with safe_open(self._file, framework="pt") as file:
-                names = [name.removesuffix(_VALUES) for name in file.keys() if name.endswith(_VALUES)]  # noqa: SIM118
-                return {
-                    name: Rounded(self._bits, file.get_tensor(f"{name}{_VALUES}"), file.get_tensor(f"{name}{_SCALES}"))
-                    for name in names
-                }
-        except SafetensorError as error:
-            raise BundleError(f"a rounded layer is damaged: {error}", where=self._file, fix="Delete it.") from error
+    def _turn_to_file(self) -> None:
+        with _opened(self._file) as file:
+            names = [name.removesuffix(_VALUES) for name in file.keys() if name.endswith(_VALUES)]  # noqa: SIM118
+        self._files |= dict.fromkeys(names, self._file)
+
+    def __getitem__(self, name: str) -> Rounded:
+        with _opened(self._files[name]) as file:
+            return Rounded(self._bits, file.get_tensor(f"{name}{_VALUES}"), file.get_tensor(f"{name}{_SCALES}"))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise BundleError(f"a rounded layer is damaged: {error}", where=path, fix="Delete it.") from error

@@ -1,5 +1,6 @@
 """A large model's layers are rounded once, though the export is killed between them; and never taken for those of something else."""
 
+import json
 import subprocess
 import sys
 from contextlib import ExitStack, suppress
@@ -22,6 +23,7 @@ from headfold.export.quantization import gptq
 from headfold.export.quantization.rounding import WeightRounding
 from headfold.export.quantization.shelf import Shelf
 from headfold.runtime.errors import BundleError
+from headfold.runtime.manifest import WeightsScheme
 
 # Exports a model as if it were large, and dies before a product is rounded when so many have been
 _DYING = """
@@ -55,8 +57,9 @@ def tokens(tmp_path) -> Path:
     return path
 
 
-def export(source: Path, output: Path, tokens: Path) -> None:
-    rounding = WeightRounding(scheme="int4", max_kl=100, data=(str(tokens),))
+def export(source: Path, output: Path, tokens: Path, scheme: WeightsScheme = "int4") -> None:
+    bits = 4.0 if scheme == "mixed" else None
+    rounding = WeightRounding(scheme=scheme, bits=bits, max_kl=100, data=(str(tokens),))
     options = ExportOptions(weights=rounding, verify=False, capacity=64)
     export_bundle(open_exportable(source), output, options, Reporter(quiet=True))
 
@@ -89,6 +92,15 @@ def test_an_export_that_was_killed_goes_on_with_its_layers(source, tokens, tmp_p
         assert (output / file).read_bytes() == (tmp_path / "out" / "whole" / file).read_bytes()
 
 
+def test_a_large_model_in_four_bits_head_and_all_is_the_same(source, tokens, tmp_path, monkeypatch) -> None:
+    for name, large in (("in memory", 1 << 40), ("on the disk", 0)):
+        monkeypatch.setattr("headfold.export.exportables.foreign.widening.LARGE", large)
+        export(source, tmp_path / name, tokens, "mixed")
+    record = json.loads((tmp_path / "on the disk" / "weights.json").read_text())
+    assert {tensor["bits"] for tensor in record["tensors"].values()} == {4}
+    assert record == json.loads((tmp_path / "in memory" / "weights.json").read_text())
+
+
 def test_layers_that_were_made_from_something_else_are_not_taken(tmp_path) -> None:
     weights = {"a": torch.randn(4, 64), "b": torch.randn(8, 64)}
     layer = {name: rounded(weight, 4) for name, weight in weights.items()}
@@ -100,18 +112,19 @@ def test_layers_that_were_made_from_something_else_are_not_taken(tmp_path) -> No
         return made
 
     first = shelf(b"text", weights)
-    assert first.next_layer(weights) is None
+    assert not first.next_layer(weights)
     first.put(layer)
-    found = shelf(b"text", weights).next_layer(weights)
-    assert found is not None
+    found = shelf(b"text", weights)
+    assert not found
+    assert found.next_layer(weights)
     assert found.keys() == layer.keys()
     for name, rounding in found.items():
         assert torch.equal(rounding.values, layer[name].values)
         assert torch.equal(rounding.scales, layer[name].scales)
-    assert shelf(b"other text", weights).next_layer(weights) is None
-    assert shelf(b"text", weights).next_layer(weights | {"b": weights["b"] + 1}) is None
-    assert shelf(b"text", weights | {"a": -weights["a"]}).next_layer(weights) is None  # the layer before is another
-    assert shelf(b"text").next_layer(weights) is None  # there is none before
+    assert not shelf(b"other text", weights).next_layer(weights)
+    assert not shelf(b"text", weights).next_layer(weights | {"b": weights["b"] + 1})
+    assert not shelf(b"text", weights | {"a": -weights["a"]}).next_layer(weights)  # the layer before is another
+    assert not shelf(b"text").next_layer(weights)  # there is none before
 
 
 def test_a_damaged_layer_is_one_line(tmp_path) -> None:
@@ -134,7 +147,7 @@ def test_what_is_unfinished_stays_until_one_ends_well(tmp_path) -> None:
             raise ending
         assert (place / "layer").is_file()
     with unfinished(target) as make, ExitStack() as other:
-        assert make() == place
+        assert make() == make() == place
         make_too = other.enter_context(unfinished(target))
         with pytest.raises(BlockingIOError):
             make_too()
