@@ -128,6 +128,12 @@ def check_held(source: Tensor, tensor: Tensor, *, where: Path, name: str, if_nan
     )
 
 
+def let_go(value: ir.Value) -> None:
+    """Close the file that an initializer which nobody holds any more was read from: mapped, what was read of it stays in memory."""
+    if isinstance(value.const_value, ir.ExternalTensor):
+        value.const_value.release()
+
+
 def _finite(tensor: Tensor) -> bool:
     """Whether all of it is; looked at in parts, since torch takes as much memory again as it looks at."""
     return all(bool(part.isfinite().all()) for part in torch.split(tensor.reshape(-1), _AT_ONCE))

@@ -12,6 +12,7 @@ import torch
 from headfold.export.exportables.rounded import RoundedCheckpoint, RoundedTensors
 from headfold.export.exportables.rounding_record import WeightRecord, digest, relative_squared_error
 from headfold.export.graph.recipes import recipe_of
+from headfold.export.graph.weights import let_go
 from headfold.export.model.rounding import Form, Rounded, forms_of, holds, rounded, stored_shapes, unpacked
 from headfold.export.parity.report import CheckResult, verdict
 from headfold.runtime.errors import BundleError
@@ -63,6 +64,7 @@ class StoredRoundings(Mapping[str, Rounded]):
         if value is None or value.const_value is None:
             raise BundleError(f"the graph has no {part}", fix="Export the bundle again.")
         found = torch.from_numpy(value.const_value.numpy()[row : row + shape[0]].copy())
+        let_go(value)
         if tuple(found.shape) != shape:
             raise BundleError(f"the graph's {part} is {list(found.shape)}, not {list(shape)}", fix="Export it again.")
         return found

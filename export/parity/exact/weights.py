@@ -20,7 +20,7 @@ from headfold.export.exportables.facts import Facts, LayerFacts
 from headfold.export.exportables.oracle import Oracle, QuantizedCache
 from headfold.export.graph.passes import attention_nodes
 from headfold.export.graph.recipes import recipe_of
-from headfold.export.graph.weights import scale_name
+from headfold.export.graph.weights import let_go, scale_name
 from headfold.export.model.config import ModelConfig
 from headfold.export.parity.exact.rotary import tables
 from headfold.export.parity.report import CheckResult, verdict
@@ -51,6 +51,7 @@ def prove_weights(
             faults.append((name, "nothing reads it"))
         elif name not in tables and name not in scales:
             fault, sources = _weight(value, tensors, dtype)
+            let_go(value)
             taken.update(sources)
             if fault is not None:
                 faults.append((name, fault))
