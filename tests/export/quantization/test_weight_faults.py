@@ -14,10 +14,11 @@ from headfold.export.checkpoints.base import MemoryCheckpoint
 from headfold.export.checkpoints.hf_writer import save_hf
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
 from headfold.export.exportables.own import OwnModel
-from headfold.export.exportables.rounded import RoundedCheckpoint, StoredTensors
+from headfold.export.exportables.rounded import RoundedCheckpoint, RoundedTensors, StoredTensors
 from headfold.export.exportables.rounding_record import read_record, record_of, record_to_json
 from headfold.export.graph.weights import load_model
-from headfold.export.model.rounding import Form
+from headfold.export.model.rounding import Form, rounded
+from headfold.export.parity.exact.rounding import prove_rounding
 from headfold.export.parity.exact.weights import prove_weights
 from headfold.export.parity.verify import verify_bundle
 from headfold.export.progress import Reporter
@@ -112,7 +113,7 @@ def test_weights_that_no_rule_finds_are_held_to_their_record(part, mixed, source
     ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
     report = verify_bundle(tmp_path, OwnModel(open_checkpoint(source)), read_manifest(mixed), 4, Reporter(quiet=True))
     failed = {check.name: check.note for check in report.checks if not check.passed}
-    assert failed == {"rounded weights, error over the nearest's": "is not what GPTQ found"}
+    assert failed == {"weights by GPTQ, relative squared error": "is not what GPTQ found"}
 
 
 def test_a_checkpoint_that_was_trained_on_is_another(mixed, source) -> None:
@@ -122,7 +123,16 @@ def test_a_checkpoint_that_was_trained_on_is_another(mixed, source) -> None:
     tuned = OwnModel(MemoryCheckpoint(source, original.config, nudged))
     report = verify_bundle(mixed, tuned, read_manifest(mixed), 4, Reporter(quiet=True))
     failed = {check.name: check.note for check in report.checks if not check.passed}
-    assert failed == {"rounded weights, error over the nearest's": "is not as far from the checkpoint's as it was"}
+    assert failed == {"weights by GPTQ, relative squared error": "is not as far from the checkpoint's as it was"}
+
+
+@pytest.mark.parametrize(("share", "passes"), [(0.1, True), (0.4, True), (0.8, False), (1.0, False)])
+def test_a_weight_that_is_not_the_checkpoints_is_refused_whatever_its_record_says(share, passes, source) -> None:
+    original, name = open_checkpoint(source), "model.layers.1.mlp.down_proj.weight"
+    weight, other = original.read(name), torch.randn(original.shapes()[name], generator=torch.manual_seed(0))
+    changed = weight + share * other * weight.norm() / other.norm()  # squared error: the square of the share
+    found = RoundedTensors(original, {name: Form(4)}, {name: rounded(changed, 4)})
+    assert prove_rounding(found, record_of(found, {}).tensors).passed == passes
 
 
 @pytest.mark.parametrize("length", [None, 1000])
