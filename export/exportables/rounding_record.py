@@ -12,7 +12,7 @@ from torch import Tensor
 from headfold.export.checkpoints.base import Checkpoint
 from headfold.export.exportables.rounded import RoundedCheckpoint, RoundedTensors, SmoothedCheckpoint
 from headfold.export.model.config import ModelConfig
-from headfold.export.model.rounding import Form, Rounded, Width, form_of, restored
+from headfold.export.model.rounding import Form, Rounded, Width, by_rows, form_of
 from headfold.export.model.smoothing import LARGEST, Exponents, seams
 from headfold.plugins.quantized.schema import BLOCK, LARGEST_BLOCK, SMALLEST_BLOCK
 from headfold.runtime.errors import BundleError
@@ -21,7 +21,6 @@ from headfold.runtime.files.json_file import read_object
 RECORD = "weights.json"
 Method = Literal["nearest", "gptq"]  # of rounding
 _LARGEST = 1 << 24  # bytes of it
-_ROWS = 1 << 10  # of a weight that are in float64 at a time
 _BLOCKS = [1 << power for power in range(SMALLEST_BLOCK.bit_length() - 1, LARGEST_BLOCK.bit_length())]
 
 
@@ -80,12 +79,8 @@ def record_of(checkpoint: RoundedTensors, costs: Mapping[str, float]) -> Roundin
 
 def relative_squared_error(rounding: Rounded, weight: Tensor) -> float:
     """See WeightRecord."""
-    if weight.dim() == 3:
-        pairs = zip(restored(rounding), weight, strict=True)
-    else:
-        pairs = zip(map(restored, rounding.rows(_ROWS)), torch.split(weight, _ROWS), strict=True)
     lost = kept = 0.0
-    for now, before in pairs:
+    for now, before in by_rows(rounding, weight):
         exact = before.double()
         lost += (now.double() - exact).square().sum().item()
         kept += exact.square().sum().item()
@@ -94,12 +89,10 @@ def relative_squared_error(rounding: Rounded, weight: Tensor) -> float:
 
 def digest(rounding: Rounded) -> str:
     """See WeightRecord."""
-    parts, found = (
-        (rounding.values, rounding.scales, rounding.zeros, rounding.offsets, rounding.order),
-        hashlib.sha256(),
-    )
-    for part in (part for part in parts if part is not None):
-        found.update(part.contiguous().numpy().data)
+    found = hashlib.sha256()
+    for part in (rounding.values, rounding.scales, rounding.zeros, rounding.offsets, rounding.order):
+        if part is not None:
+            found.update(part.contiguous().numpy().data)
     return found.hexdigest()
 
 

@@ -68,7 +68,7 @@ class Rounded:
 
 SCALES, ZEROS, OFFSETS = ".scales", ".zeros", ".offsets"  # what the names of parts end in
 ORDER = "order."  # what the name of an order begins with: all weights of that order share it
-_AT_A_TIME = 1 << 23  # of a weight's numbers that are rounded
+_AT_A_TIME = 1 << 23  # of a weight's numbers that are rounded or compared
 # In eight bits but of "mixed": four there cost most (issue 13, measured)
 _WIDE = ("model.embed_tokens.weight", "lm_head.weight")
 
@@ -202,15 +202,22 @@ def restored(rounding: Rounded) -> Tensor:
 
 def holds(rounding: Rounded, weight: Tensor) -> bool:
     """Whether it stands for exactly these numbers."""
+    return all(torch.equal(now, rows.float()) for now, rows in by_rows(rounding, weight))
+
+
+def by_rows(rounding: Rounded, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """What it stands for, float32, beside a weight, some rows [n, K] at a time; of experts one after the other."""
+    most = _at_a_time(weight)
     if weight.dim() == 3:
-        return torch.equal(restored(rounding), weight.float())
-    pairs = zip(rounding.rows(_at_a_time(weight)), torch.split(weight, _at_a_time(weight)), strict=True)
-    return all(torch.equal(restored(part), rows.float()) for part, rows in pairs)
+        for now, expert in zip(restored(rounding), weight, strict=True):
+            yield from zip(torch.split(now, most), torch.split(expert, most), strict=True)
+    else:
+        yield from zip(map(restored, rounding.rows(most)), torch.split(weight, most), strict=True)
 
 
 def _at_a_time(weight: Tensor) -> int:
-    """Rows of a weight [N, K], at least one."""
-    return max(_AT_A_TIME // weight.shape[1], 1)
+    """Rows of a weight [(E,) N, K], at least one."""
+    return max(_AT_A_TIME // weight.shape[-1], 1)
 
 
 def rounded_rows(x: Tensor) -> Tensor:

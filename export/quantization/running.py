@@ -7,7 +7,7 @@ so are embedding and head, where the module says that nobody else reads them.
 import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile, gettempdir
 from types import MappingProxyType
@@ -63,6 +63,9 @@ class Running:
         self._pieces = [self._master.decoder.get_submodule(prefix) for prefix in self._prefixes]  # that come and go
         self._others = dict[str, Tensor]()  # weights that are not the tensors'
         self._dtypes, self._held = dtypes, set[str]()  # the tensors that are known to be held
+        # The pieces that are these, if any are; or one that is both
+        self._embedding = self.count if self._master.others else None
+        self._head = len(self._pieces) - 1 if self._master.others else None
         self._outputs = 0  # of a layer; 0: the stream alone
         self._room = room
         own = {id(x) for layer in self._layers for x in layer.parameters()}
@@ -144,7 +147,7 @@ class Running:
         streams = self._behind_layers(parts)
         self._master.hidden_states = True
         try:
-            with self._held_head():
+            with self._held_piece(self._head):
                 for part, stream in zip(parts, streams, strict=True):
                     with self._skipped(self.count, stream):
                         yield self(part, last_only=True).hidden_states[-1]
@@ -160,7 +163,7 @@ class Running:
 
     def behind(self, parts: Sequence[Tensor], streams: Iterable[Tensor]) -> Iterator[Tensor]:
         """Logits [N, S, V] of each part of some tokens, where these leave the last layer; the head comes once."""
-        with self._held_head():
+        with self._held_piece(self._head):
             for part, stream in zip(parts, streams, strict=True):
                 yield self.run_from(self.count, part, stream)
 
@@ -174,7 +177,7 @@ class Running:
 
     def enter(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """What enters the first layer, [N, S, hidden], of each part of some tokens, int64 [N, S]; an embedding comes once."""
-        with self._held_piece(self.count if self._master.others else None):
+        with self._held_piece(self._embedding):
             return [self._entering(self._layers[0], part) for part in parts]
 
     def enter_module(self, module: nn.Module, index: int, tokens: Tensor, entering: Tensor) -> Tensor:
@@ -222,9 +225,6 @@ class Running:
         prefix = self._prefixes[index]
         with self._held_piece(index):
             yield {f"{prefix}.{name}": module for name, module in self._layers[index].named_modules()}
-
-    def _held_head(self) -> AbstractContextManager[None]:
-        return self._held_piece(len(self._pieces) - 1 if self._master.others else None)
 
     @contextmanager
     def _held_piece(self, index: int | None) -> Iterator[None]:
@@ -302,7 +302,7 @@ class Running:
         """The layers before this one compute nothing, and this enters it."""
         handed = (entering, *[None] * (self._outputs - 1)) if self._outputs else entering
         # Nobody reads what enters a layer that is skipped, so an embedding rests, too
-        self._resting = [*range(index), *([self.count] if self._master.others else [])]
+        self._resting = [*range(index), *([] if self._embedding is None else [self._embedding])]
 
         def resting(piece: int, result: Any, own: Callable[..., Any]) -> Callable[..., Any]:
             return lambda *inputs, **named: result if self._rests(piece, *inputs) else own(*inputs, **named)
@@ -344,7 +344,7 @@ class Running:
 
     def _rests(self, index: int, *inputs: Any) -> bool:
         """It computes nothing now. An embedding that is the head, too, does where it is given what enters that, which is no ids."""
-        return index in self._resting and not (index == self.count and inputs[0].is_floating_point())
+        return index in self._resting and not (index == self._embedding and inputs[0].is_floating_point())
 
     def _drop(self, index: int) -> None:
         for module in self._pieces[index].modules():

@@ -42,9 +42,8 @@ def sensitivities(
         return model.replaced({name: as_rounded(x, 4, transposed=turned, block=block) for name, x, turned in weights})
 
     layers = {names: layer for names in groups if (layer := model.layer_of(names[0])) is not None}
-    streams = model.zeros(
-        len(layers), *entering.shape
-    )  # what a layer hands on where the weights of one group have four bits
+    # What a layer hands on where the weights of one group have four bits
+    streams = model.zeros(len(layers), *entering.shape)
     with reporter.step("measure what four bits in each weight cost", model.count) as advance:
         for names in (names for names in groups if names not in layers):
             with in_four_bits(names):

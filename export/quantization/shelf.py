@@ -47,8 +47,10 @@ class Shelf(Mapping[str, Rounded]):
             self._key.update(weight.contiguous().numpy().data)
         if not self._file.is_file():
             return False
+        with _opened(self._file) as file:
+            names = [name.removesuffix(_VALUES) for name in file.keys() if name.endswith(_VALUES)]  # noqa: SIM118
+        self._files |= dict.fromkeys(names, self._file)
         self.found += 1
-        self._turn_to_file()
         return True
 
     def put(self, rounded: Mapping[str, Rounded]) -> None:
@@ -59,16 +61,11 @@ class Shelf(Mapping[str, Rounded]):
         save_file({name: part.contiguous() for name, part in parts.items()}, half_made)
         sync(half_made)
         half_made.replace(self._file)
-        self._turn_to_file()
+        self._files |= dict.fromkeys(rounded, self._file)
 
     @property
     def _file(self) -> Path:
         return self._directory / f"{self._key.hexdigest()}.safetensors"
-
-    def _turn_to_file(self) -> None:
-        with _opened(self._file) as file:
-            names = [name.removesuffix(_VALUES) for name in file.keys() if name.endswith(_VALUES)]  # noqa: SIM118
-        self._files |= dict.fromkeys(names, self._file)
 
     def __getitem__(self, name: str) -> Rounded:
         with _opened(self._files[name]) as file:
