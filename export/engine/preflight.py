@@ -58,6 +58,7 @@ _ALLOWED: dict[str, set[str]] = {
     "Less": set(),
     "LessOrEqual": set(),
     "MatMul": set(),
+    "Max": set(),
     "Min": set(),
     "Mul": set(),
     "Neg": set(),

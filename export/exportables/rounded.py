@@ -154,8 +154,8 @@ class RoundedTensors:
     @property
     def average_bits(self) -> float:
         """Of a rounded weight's numbers; scales not counted."""
-        sizes = {name: math.prod(self.shapes()[name]) for name in self.forms}
-        return sum(form.bits * sizes[name] for name, form in self.forms.items()) / sum(sizes.values())
+        shapes = {name: self.shapes()[name] for name in self.forms}
+        return sum(form.size(shapes[name]) for name, form in self.forms.items()) / sum(map(math.prod, shapes.values()))
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """See Tensors."""
@@ -182,10 +182,10 @@ class RoundedTensors:
         """One that is not found already."""
         return rounded(self.original.read(name), *self._rule(name))
 
-    def _rule(self, name: str) -> tuple[Width, torch.dtype, bool, int]:
+    def _rule(self, name: str) -> tuple[Width, torch.dtype, bool, int, int]:
         """How the nearest numbers are found: what `headfold.export.model.rounding.rounded` takes beside the weight."""
         form = self.forms[name]
-        return form.bits, self.scales_of(name), form.transposed, form.block
+        return form.bits, self.scales_of(name), form.transposed, form.block, form.wide_rows
 
     def scales_of(self, name: str) -> torch.dtype:
         """The dtype of a rounded weight's scales."""

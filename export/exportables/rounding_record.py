@@ -41,12 +41,13 @@ class WeightRecord:
     order: str | None = None  # of its columns where they are not stored as they come (GPTQ's act-order)
     transposed: bool = False  # in the checkpoint: some experts' matrices
     narrow_scales: bool = False  # of float16, whatever the bundle's dtype
+    wide_rows: int = 0  # so many of its first rows have eight bits, the others `bits`
 
     @property
     def form(self) -> Form:
         """How the graph has it."""
-        flags = self.transposed, self.narrow_scales
-        return Form(self.bits, self.block_size, self.zero_points, self.offsets, self.order, *flags)
+        more = self.order, self.transposed, self.narrow_scales, self.wide_rows
+        return Form(self.bits, self.block_size, self.zero_points, self.offsets, *more)
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def record_of(checkpoint: RoundedTensors, costs: Mapping[str, float]) -> Roundin
         method: Method | Literal["kept"] = (
             "kept" if name in checkpoint.kept else "gptq" if name in checkpoint.found else "nearest"
         )
-        more = form.block, form.zeros, form.offsets, form.order, form.transposed, form.narrow
+        more = form.block, form.zeros, form.offsets, form.order, form.transposed, form.narrow, form.wide_rows
         records[name] = WeightRecord(form.bits, method, error, digest(rounding), kind, costs.get(name), *more)
     original = checkpoint.original
     return RoundingRecord(records, original.exponents if isinstance(original, SmoothedCheckpoint) else {})
@@ -130,8 +131,10 @@ def read_record(path: Path, shapes: Mapping[str, tuple[int, ...]], config: Model
             known = record.method == "nearest" and record.form == form_of(7, shape[1])
         elif known:
             known = block in _BLOCKS and shape[1] % block == 0
-            plain = Form(record.bits, block, narrow=record.narrow_scales)
+            plain = Form(record.bits, block, narrow=record.narrow_scales, wide_rows=record.wide_rows)
             known = known and (kept or (record.form == plain and block >= BLOCK))
+            known = known and type(record.wide_rows) is int and 0 <= record.wide_rows < shape[0]
+            known = known and (record.wide_rows == 0 or (record.bits == 4 and not kept))
         if not known:
             raise BundleError(f"{name} cannot have been rounded so", where=path, fix=fix)
     return RoundingRecord(records, _smoothing(content.get("smoothing", {}), shapes, config, path))

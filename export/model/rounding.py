@@ -8,8 +8,9 @@ Of seven bits, a block is all weights of an output, and the inputs of their prod
 import hashlib
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal, Self
 
 import torch
@@ -33,6 +34,18 @@ class Form:
     order: str | None = None  # of the columns, by name; None where they are stored as they come
     transposed: bool = False  # in the checkpoint: some experts' matrices are [E, K, N] there
     narrow: bool = False  # whether its scales are numbers of float16, and stored so, in a graph of a wider dtype
+    wide_rows: int = 0  # so many of its first rows have eight bits, the others four, and are stored apart
+
+    def pieces(self, shape: tuple[int, ...]) -> list[tuple[Self, tuple[int, ...]]]:
+        """What is stored apart of a weight of this shape, rows of one width each."""
+        if not self.wide_rows:
+            return [(self, shape)]
+        wide, others = replace(self, bits=8, wide_rows=0), replace(self, wide_rows=0)
+        return [(wide, (self.wide_rows, shape[1])), (others, (shape[0] - self.wide_rows, shape[1]))]
+
+    def size(self, shape: tuple[int, ...]) -> int:
+        """Bits of all numbers of a weight of this shape; scales not counted."""
+        return sum(form.bits * math.prod(part) for form, part in self.pieces(shape))
 
 
 @dataclass(frozen=True)
@@ -50,20 +63,30 @@ class Rounded:
     offsets: Tensor | None = None  # as the scales; None: 0
     order: Tensor | None = None  # int64 [K]; None: j
     transposed: bool = False  # see Form
+    wide_rows: int = 0  # see Form
 
     @property
     def form(self) -> Form:
         """What of it the graph must know, but for how its scales are stored."""
         block = self.values.shape[-1] // self.scales.shape[-1]
         order = hashlib.sha256(self.order.numpy().tobytes()).hexdigest()[:16] if self.order is not None else None
-        return Form(self.bits, block, self.zeros is not None, self.offsets is not None, order, self.transposed)
+        more = self.zeros is not None, self.offsets is not None, order, self.transposed
+        return Form(self.bits, block, *more, wide_rows=self.wide_rows)
 
     def rows(self, most: int) -> Iterator[Self]:
-        """So many of its rows at a time, of a weight [N, K]."""
+        """So many of its rows at a time, of a weight [N, K] whose rows have one width."""
         for start in range(0, len(self.values), most):
             own = slice(start, start + most)
             zeros, offsets = (None if part is None else part[own] for part in (self.zeros, self.offsets))
             yield replace(self, values=self.values[own], scales=self.scales[own], zeros=zeros, offsets=offsets)
+
+    def pieces(self) -> list[Self]:
+        """Those of its form."""
+        if not self.wide_rows:
+            return [self]
+        values, scales = (torch.tensor_split(part, [self.wide_rows]) for part in (self.values, self.scales))
+        each = zip((8, self.bits), values, scales, strict=True)
+        return [replace(self, bits=bits, values=x, scales=steps, wide_rows=0) for bits, x, steps in each]
 
 
 SCALES, ZEROS, OFFSETS = ".scales", ".zeros", ".offsets"  # what the names of parts end in
@@ -103,13 +126,15 @@ def forms_of(
     block: int = BLOCK,
     transposed: Collection[str] = (),
     narrow: Collection[str] = (),
+    wide_rows: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, Form]:
-    """What the rule gives weights of these shapes; for `transposed` and `narrow` ones see Form. Experts have blocks of `BLOCK`."""
+    """What the rule gives weights of these shapes; experts have blocks of `BLOCK`. For `transposed`, `narrow`, `wide_rows` see Form."""
     forms = {}
     for name, width in bits.items():
         *experts, _, columns = shapes[name]
         form = form_of(width, columns, BLOCK if experts else block)
-        forms[name] = replace(form, transposed=name in transposed, narrow=name in narrow)
+        flags = name in transposed, name in narrow
+        forms[name] = replace(form, transposed=flags[0], narrow=flags[1], wide_rows=wide_rows.get(name, 0))
     return forms
 
 
@@ -125,15 +150,19 @@ def rounded(
     scales: torch.dtype = torch.float32,
     transposed: bool = False,
     block: int = BLOCK,
+    wide_rows: int = 0,
 ) -> Rounded:
     """The nearest numbers, and the scales of their blocks, of a weight [N, K]; of experts [E, N, K], or `transposed` [E, K, N].
 
-    Blocks are as `form_of` has them.
+    Blocks are as `form_of` has them; for `wide_rows`, of a weight [N, K] alone, see Form.
 
     In eight bits the scale is the block's largest magnitude over 127; in four its extreme, with its sign, over -8, so that all 16
     numbers are used (both as in ggml's reference quantization); in seven an output's largest magnitude over 63. A block of zeros has
     scale 1. `scales` is the dtype that holds these: a graph's.
     """
+    if wide_rows:
+        widths = zip(torch.tensor_split(weight, [wide_rows]), (8, bits), strict=True)
+        return joined([rounded(rows, width, scales, block=block) for rows, width in widths])
     if weight.dim() == 3:  # one after the other: what is wide in between is one of them
         each = [rounded(expert, bits, scales, block=block) for expert in (weight.mT if transposed else weight)]
         values, found = torch.stack([expert.values for expert in each]), torch.stack([expert.scales for expert in each])
@@ -153,14 +182,26 @@ def as_rounded(
     scales: torch.dtype = torch.float32,
     transposed: bool = False,
     block: int = BLOCK,
+    wide_rows: int = 0,
 ) -> Tensor:
     """What those numbers stand for, float32, as the weight; by rows, so that the numbers are never all there."""
     if weight.dim() == 3:
         return restored(rounded(weight, bits, scales, transposed, block))
     found, most = torch.empty(weight.shape), _at_a_time(weight)
-    for own, rows in zip(torch.split(found, most), torch.split(weight, most), strict=True):
-        own.copy_(restored(rounded(rows, bits, scales, block=block)))
+    widths: tuple[tuple[Width, slice], ...] = ((8, slice(wide_rows)), (bits, slice(wide_rows, None)))
+    for width, rows in widths if wide_rows else widths[1:]:
+        for own, part in zip(torch.split(found[rows], most), torch.split(weight[rows], most), strict=True):
+            own.copy_(restored(rounded(part, width, scales, block=block)))
     return found
+
+
+def joined(pieces: Sequence[Rounded]) -> Rounded:
+    """The rows of one piece, or of some in eight bits and others, end to end: see Form."""
+    if len(pieces) == 1:
+        return pieces[0]
+    wide, others = pieces
+    values, scales = torch.cat((wide.values, others.values)), torch.cat((wide.scales, others.scales))
+    return Rounded(others.bits, values, scales, wide_rows=len(wide.values))
 
 
 def in_parts(weight: Tensor, round_rows: Callable[[Tensor], Rounded]) -> Rounded:
@@ -245,8 +286,10 @@ def unpacked(stored: Tensor, bits: Bits) -> Tensor:
 def stored_shapes(name: str, form: Form, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """The parts of the weight `name` among a graph's weights: numbers, scales, and what else the form has, in order.
 
-    `shape` is the checkpoint's; what is stored is [N, K], or of experts [E, N, K].
+    `shape` is the checkpoint's; what is stored is [N, K], or of experts [E, N, K]. Rows of eight bits come first.
     """
+    if form.wide_rows:
+        return {part: size for piece in form.pieces(shape) for part, size in stored_shapes(name, *piece).items()}
     *experts, rows, columns = (*shape[:-2], shape[-1], shape[-2]) if form.transposed else shape
     base, blocks = f"{name}.int{form.bits}", columns // form.block
     if experts:
@@ -273,6 +316,8 @@ def whole_name(part: str) -> str:
 
 def stored_part(rounding: Rounded, part: str) -> Tensor:
     """One of the parts that `stored_shapes` names."""
+    if rounding.wide_rows:
+        (rounding,) = (piece for piece in rounding.pieces() if part.removesuffix(SCALES).endswith(f".int{piece.bits}"))
     if rounding.bits == 7:
         return rounding.scales.flatten() if part.endswith(SCALES) else rounding.values
     if part.endswith(SCALES):

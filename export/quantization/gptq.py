@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from headfold.export.model.rounding import Rounded, block_scales, form_of, in_parts, nearest, restored
+from headfold.export.model.rounding import Rounded, block_scales, form_of, in_parts, joined, nearest, restored, rounded
 from headfold.export.progress import Reporter
 from headfold.export.quantization.running import Running, together
 from headfold.export.quantization.shelf import Shelf
@@ -118,12 +118,20 @@ def _round_layer(
 
 @torch.inference_mode()
 def gptq_head(
-    model: Running, name: str, tokens: Tensor, scales: Mapping[str, torch.dtype], block: int, reporter: Reporter
+    model: Running,
+    name: str,
+    tokens: Tensor,
+    scales: Mapping[str, torch.dtype],
+    block: int,
+    wide_rows: int,
+    reporter: Reporter,
 ) -> Rounded:
-    """The head, of this name, in four bits, calibrated on what enters it, as `gptq_layers`."""
+    """The head, of this name, in four bits, calibrated on what enters it, as `gptq_layers`; but for `wide_rows`, see Form."""
     with reporter.step("round the head with GPTQ"):
         moments, _ = _moments(model.entering_head(together(tokens)), model.config.hidden_size)
-        return gptq(model.read(name), Inputs.of(moments, block), 4, scales[name])
+        wide, others = torch.tensor_split(model.read(name), [wide_rows])
+        in_four_bits = gptq(others, Inputs.of(moments, block), 4, scales[name])
+        return joined([rounded(wide, 8, scales[name], block=block), in_four_bits] if wide_rows else [in_four_bits])
 
 
 @dataclass(frozen=True)

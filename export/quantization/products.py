@@ -5,7 +5,7 @@ and MatMul, which ONNX Runtime fuses into the same kernel: with these it loads a
 slower, and holds 42% more memory.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from headfold.export.graph.recipes import (
     shared_constant,
 )
 from headfold.export.graph.weights import load_model
-from headfold.export.model.rounding import OFFSETS, ORDER, SCALES, stored_shapes
+from headfold.export.model.rounding import OFFSETS, ORDER, SCALES, Form, stored_shapes
 from headfold.plugins.experts.onnx_functions import onnxruntime_can
 from headfold.plugins.experts.schema import QUANTIZED as EXPERTS
 from headfold.plugins.experts.schema import ExpertsInputs
@@ -233,7 +233,9 @@ def _experts(
 def _rows(model: ir.Model, tape: ir.tape.Tape, node: ir.Node, name: str, checkpoint: RoundedTensors) -> ir.Value:
     """In place of `Gather(w, ids)`."""
     form, ids = checkpoint.forms[name], node.inputs[1]
-    values, scales, *others = _stored(model, tape, (name,), checkpoint, node.outputs[0].dtype)
+    if form.wide_rows:
+        return _rows_of_two_widths(model, tape, node, name, checkpoint)
+    values, scales, *others = _stored(model, tape, form, {name: checkpoint.shapes()[name]}, node.outputs[0].dtype)
     rows = tape.op(GATHER, [values, scales, ids], {"bits": form.bits}, domain=DOMAIN)  # [B, S, K]
     if not others:
         return rows
@@ -242,6 +244,24 @@ def _rows(model: ir.Model, tape: ir.tape.Tape, node: ir.Node, name: str, checkpo
     last = shared_constant(model, "blocks.last", np.array([-1]))
     offsets = tape.op("Unsqueeze", [tape.op("Gather", [others[0], ids], {"axis": 0}), last])  # [B, S, G, 1]
     return tape.op("Reshape", [tape.op("Add", [in_blocks(model, tape, rows, form.block), offsets]), whole])
+
+
+def _rows_of_two_widths(
+    model: ir.Model, tape: ir.tape.Tape, node: ir.Node, name: str, checkpoint: RoundedTensors
+) -> ir.Value:
+    """Both are looked up, of an id that is the other's the one next to it, and each token takes its own."""
+    form, ids, floats = checkpoint.forms[name], node.inputs[1], node.outputs[0].dtype
+    count, last, none, axis = (
+        shared_constant(model, f"rows.{part}.{form.wide_rows}", np.array(number))
+        for part, number in {"wide": form.wide_rows, "last": form.wide_rows - 1, "first": 0, "axis": [-1]}.items()
+    )
+    own = tape.op("Min", [ids, last]), tape.op("Max", [tape.op("Sub", [ids, count]), none])
+    wide, others = (
+        tape.op(GATHER, [*_stored(model, tape, piece, {name: shape}, floats), at], {"bits": piece.bits}, domain=DOMAIN)
+        for (piece, shape), at in zip(form.pieces(checkpoint.shapes()[name]), own, strict=True)
+    )  # [B, S, K]
+    is_wide = tape.op("Unsqueeze", [tape.op("Less", [ids, count]), axis])
+    return tape.op("Where", [is_wide, wide, others])
 
 
 def _products(
@@ -259,9 +279,8 @@ def _products(
     given, products = node.inputs[0], list[ir.Value]()
     assert given is not None
     assert given.shape is not None
-    for form, group in groupby(sources, key=checkpoint.forms.__getitem__):
-        names = tuple(group)
-        stored = _stored(model, tape, names, checkpoint, given.dtype, transposed=True)
+    for form, shapes in _matrices(sources, checkpoint):
+        stored = _stored(model, tape, form, shapes, given.dtype, transposed=True)
         if form.bits == 7:
             products.append(tape.op(ROUNDED, [given, *stored], domain=DOMAIN))
             continue
@@ -273,7 +292,7 @@ def _products(
                 made[given, order] = tape.op("Gather", [given, order], {"axis": len(given.shape) - 1})
                 made[given, order].type, made[given, order].shape = given.type, given.shape
             x = made[given, order]
-        rows, columns = sum(checkpoint.shapes()[name][0] for name in names), checkpoint.shapes()[names[0]][1]
+        rows, columns = sum(rows for rows, _ in shapes.values()), next(iter(shapes.values()))[1]
         attributes = MatMulAttributes(K=columns, N=rows, bits=form.bits, block_size=form.block)
         product = tape.op(MATMUL, [x, *stored], vars(attributes), domain=DOMAIN)
         if offsets is not None:
@@ -286,11 +305,23 @@ def _products(
     return result if bias is None else tape.op("Add", [result, bias])
 
 
+def _matrices(
+    sources: Sequence[str], checkpoint: RoundedTensors
+) -> Iterator[tuple[Form, Mapping[str, tuple[int, ...]]]]:
+    """Of some weights, end to end, those that are one matrix: their form, and the shape of what is in it of each."""
+    for form, group in groupby(sources, key=checkpoint.forms.__getitem__):
+        shapes = {name: checkpoint.shapes()[name] for name in group}
+        if form.wide_rows:
+            yield from ((piece, {name: part}) for name, shape in shapes.items() for piece, part in form.pieces(shape))
+        else:
+            yield form, shapes
+
+
 def _stored(
     model: ir.Model,
     tape: ir.tape.Tape,
-    names: tuple[str, ...],
-    checkpoint: RoundedTensors,
+    form: Form,
+    weights: Mapping[str, tuple[int, ...]],
     floats: ir.DataType | None,
     transposed: bool = False,
 ) -> list[ir.Value]:
@@ -301,17 +332,17 @@ def _stored(
     """
     shapes = dict[str, tuple[int, ...]]()
     each = []  # the parts of each
-    for name in names:
-        parts = stored_shapes(name, checkpoint.forms[name], checkpoint.shapes()[name])
+    for name, shape in weights.items():
+        parts = stored_shapes(name, form, shape)
         shapes |= parts
         each.append(list(parts))
     values = []
     for sources in zip(*each, strict=True):
         order = sources[0].startswith(ORDER)  # which they share
-        real, by_output = sources[0].endswith((SCALES, OFFSETS)), checkpoint.forms[names[0]].bits == 7
+        real, by_output = sources[0].endswith((SCALES, OFFSETS)), form.bits == 7
         turned = transposed and (sources[0].endswith(OFFSETS) or (by_output and not real))
         recipe = WeightRecipe(sources[:1] if order else sources, turned)
-        cast = sources[0].endswith(SCALES) and checkpoint.forms[names[0]].narrow
+        cast = sources[0].endswith(SCALES) and form.narrow
         kind = floats if real else ir.DataType.INT8 if by_output else ir.DataType.UINT8
         kind = ir.DataType.FLOAT16 if cast else ir.DataType.INT64 if order else kind
         known = model.graph.initializers.get(recipe.name)

@@ -129,6 +129,7 @@ def prepare(
     with reporter.step("read the checkpoint"):
         model = Running(source, tensors, capacity, dict.fromkeys(groups, dtype), unfinished)
     shapes, kept, costs = tensors.shapes(), dict[str, Form](), dict[str, float]()
+    wide_rows = dict[str, int]()  # see Form
     wide = [name for name in groups if model.layer_of(name) is None]
     bits = widths_of({name: shapes[name] for name in groups}, options.scheme, wide, source.path)
     if isinstance(source, OwnModel):
@@ -163,9 +164,9 @@ def prepare(
         joined = {groups[name] for name, width in bits.items() if width == 4}
         found = sensitivities(model, joined, transposed, block, few, reporter)
         max_kl = options.max_kl if options.bits is None else None
-        chosen = choose_bits(least, shapes, found, max_kl, options.bits)
+        chosen, wide_rows = choose_bits(least, shapes, found, max_kl, options.bits)
         bits = {name: chosen[name] for name in bits}
-        costs = {name: cost for names, cost in found.items() for name in names}
+        costs = {name: cost[0] for names, cost in found.items() for name in names}
     if smoothed and isinstance(source, OwnModel):
         smooth = find_smoothing(model, source.checkpoint.config, tokens[~measured], reporter)
         weights: RoundedTensors = RoundedCheckpoint(
@@ -190,15 +191,16 @@ def prepare(
                 if (head := model.head) in by_gptq:
                     forms = forms_of(known, shapes, block, narrow=narrow)
                     with model.reading(RoundedTensors(tensors, forms, scales=dtype)):
-                        gptq = {head: gptq_head(model, head, calibration, scales, block, reporter)}
+                        rows = wide_rows.get(head, 0)
+                        gptq = {head: gptq_head(model, head, calibration, scales, block, rows, reporter)}
                 known |= dict.fromkeys(gptq, 4)
-                asked = bits, block, capacity, str(dtype), sorted(by_gptq), sorted(narrow)
+                asked = bits, wide_rows, block, capacity, str(dtype), sorted(by_gptq), sorted(narrow)
                 made_from = [version("headfold"), source.describe(), *asked]
                 shelf = partial(_shelf, unfinished, made_from) if model.streams else None
-                forms = forms_of(known, shapes, block, narrow=narrow)
+                forms = forms_of(known, shapes, block, narrow=narrow, wide_rows=wide_rows)
                 with model.reading(RoundedTensors(tensors, forms, gptq, dtype)):
                     gptq = gptq_layers(model, by_gptq, calibration, exact, scales, block, reporter, shelf, gptq)
-        forms = forms_of(bits, shapes, block, transposed, narrow)
+        forms = forms_of(bits, shapes, block, transposed, narrow, wide_rows)
         if isinstance(source, OwnModel):
             weights = RoundedCheckpoint(source.checkpoint, forms, gptq, kept, dtype)
         else:

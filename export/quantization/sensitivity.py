@@ -1,6 +1,8 @@
 """What four bits in each weight alone cost the model, and which weights should have eight.
 
 Weights that the graph joins into one product (query, key and value) have one width, and count as one; so do all experts of a layer.
+Embedding and head may have eight bits in their first rows alone: vocabularies give small numbers to frequent tokens, which matter most
+(of SmolLM2's 49,152 rows the first 3,072 are three fifths of what four bits cost in all of them).
 """
 
 import math
@@ -15,9 +17,13 @@ from torch import Tensor
 from headfold.export.model.rounding import Width, as_rounded
 from headfold.export.progress import Reporter
 from headfold.export.quantization.running import Running
+from headfold.plugins.quantized.schema import BLOCK
 
 TOKENS = 256  # measured on; each weight takes about half a forward pass
 _STEPS = 1 << 14  # that all sizes are told apart in
+_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of rows that may have eight bits while the others have four
+# Nats, by the number of first rows that have eight bits where the others have four, 0 among them
+Costs = Mapping[int, float]
 
 
 @torch.inference_mode()
@@ -28,26 +34,30 @@ def sensitivities(
     block: int,
     tokens: Tensor,
     reporter: Reporter,
-) -> dict[tuple[str, ...], float]:
+) -> dict[tuple[str, ...], dict[int, float]]:
     """KL(as it is || with these weights in four bits), nats, a mean over tokens [N, S]; a group's weights together.
 
-    They are of one layer, or of none: embedding and head. For those that are `transposed` see Form, for `block`
-    `form_of`.
+    They are of one layer, or of none: embedding and head, which may be wide in part. For those that are `transposed` see Form, for
+    `block` `form_of`.
     """
     (entering,) = model.enter([tokens])  # [N, S, hidden]
-    exact, costs = model.run_from(0, tokens, entering).log_softmax(-1), dict[tuple[str, ...], float]()
+    exact, costs = model.run_from(0, tokens, entering).log_softmax(-1), dict[tuple[str, ...], dict[int, float]]()
 
-    def in_four_bits(names: Collection[str]) -> AbstractContextManager[None]:
-        weights = ((name, model.read(name), name in transposed) for name in names)
-        return model.replaced({name: as_rounded(x, 4, transposed=turned, block=block) for name, x, turned in weights})
+    def in_four_bits(names: Collection[str], wide_rows: int = 0) -> AbstractContextManager[None]:
+        def seen(name: str) -> Tensor:
+            return as_rounded(model.read(name), 4, transposed=name in transposed, block=block, wide_rows=wide_rows)
+
+        return model.replaced({name: seen(name) for name in names})
 
     layers = {names: layer for names in groups if (layer := model.layer_of(names[0])) is not None}
     # What a layer hands on where the weights of one group have four bits
     streams = model.zeros(len(layers), *entering.shape)
     with reporter.step("measure what four bits in each weight cost", model.count) as advance:
         for names in (names for names in groups if names not in layers):
-            with in_four_bits(names):
-                costs[names] = _kl(exact, model(tokens).logits)
+            costs[names] = dict[int, float]()
+            for rows in (0, *(_wide_rows(model.read(names[0])) if len(names) == 1 else ())):
+                with in_four_bits(names, rows):
+                    costs[names][rows] = _kl(exact, model(tokens).logits)
         for index in range(model.count):
             with model.layer(index):
                 for stream, (names, layer) in zip(streams, layers.items(), strict=True):
@@ -59,8 +69,14 @@ def sensitivities(
                 entering = model.run_layer(index, tokens, entering)
             advance(1)
         for names, logits in zip(layers, model.behind([tokens] * len(layers), streams), strict=True):
-            costs[names] = _kl(exact, logits)
+            costs[names] = {0: _kl(exact, logits)}
     return costs
+
+
+def _wide_rows(weight: Tensor) -> list[int]:
+    """How many of the first rows of a weight [N, K] may have eight bits, multiples of `BLOCK`."""
+    counts = {int(len(weight) * share) // BLOCK * BLOCK for share in _SHARES}
+    return sorted(counts - {0})
 
 
 def _kl(exact: Tensor, logits: Tensor) -> float:
@@ -72,10 +88,10 @@ def _kl(exact: Tensor, logits: Tensor) -> float:
 def choose_bits(
     bits: Mapping[str, Width],
     shapes: Mapping[str, tuple[int, ...]],
-    costs: Mapping[tuple[str, ...], float],
+    costs: Mapping[tuple[str, ...], Costs],
     max_kl: float | None,
     average: float | None,
-) -> dict[str, Width]:
+) -> tuple[dict[str, Width], dict[str, int]]:
     """Give eight bits to the weights that gain most by them in so many bytes, of those that would have four.
 
     Args:
@@ -84,34 +100,46 @@ def choose_bits(
         costs: see `sensitivities`. They are taken to add up.
         max_kl: the fewest that bring their sum down to this, in nats; or, None,
         average: the best that the weights can have with so many bits on average.
+
+    Returns:
+        Bits of each weight, and of those of four bits some of whose first rows have eight how many have.
     """
-    size = {name: math.prod(shapes[name]) for name in bits}
-    sizes, gains = [sum(size[name] for name in names) for names in costs], list(costs.values())
-    room = sum(sizes)
+    things = []  # of each weight what it can have instead, all its rows in eight bits or some, and what that gains
+    for names, cost in costs.items():
+        size = sum(math.prod(shapes[name]) for name in names)
+        columns, choices = shapes[names[0]][-1], sorted(cost)[1:]
+        things.append([(size, cost[0]), *((rows * columns, cost[0] - cost[rows]) for rows in choices)])
+    total = sum(math.prod(shapes[name]) for name in bits)
+    room = sum(size for (size, _), *_ in things)
     if average is not None:
-        spent = sum(bits[name] * size[name] for name in bits)
-        room = min(room, int((average * sum(size.values()) - spent) / 4))
-    enough = sum(gains) - max_kl if max_kl is not None else math.inf
-    taken = _knapsack(sizes, gains, room, enough)
-    return dict(bits) | {name: 8 for names, wide in zip(costs, taken, strict=True) if wide for name in names}
+        spent = sum(width * math.prod(shapes[name]) for name, width in bits.items())
+        room = min(room, int((average * total - spent) / 4))
+    enough = sum(cost[0] for cost in costs.values()) - max_kl if max_kl is not None else math.inf
+    taken = dict(zip(costs, _knapsack(things, room, enough), strict=True))
+    wide_rows = {names[0]: sorted(costs[names])[choice - 1] for names, choice in taken.items() if choice > 1}
+    return dict(bits) | {name: 8 for names, choice in taken.items() if choice == 1 for name in names}, wide_rows
 
 
-def _knapsack(sizes: Sequence[int], gains: Sequence[float], room: int, enough: float) -> list[bool]:
-    """Which of some things, in the least of this room that gains enough, or the most that it can.
+def _knapsack(things: Sequence[Sequence[tuple[int, float]]], room: int, enough: float) -> list[int]:
+    """Which size of each thing, with what it gains, in the least room that gains enough, or the most that it can: from 1; 0 is none.
 
     By dynamic programming, in steps of what divides all sizes or of a part in `_STEPS` of them all. By what they gain for their size a
     head, a fifth of a small model, would be passed over as soon as it no longer fits.
     """
-    step = max(math.gcd(*sizes), -(-sum(sizes) // _STEPS), 1)
-    steps = [-(-size // step) for size in sizes]
-    count = sum(steps) if room >= sum(sizes) else max(room, 0) // step
-    best, takes = np.zeros(count + 1), list[NDArray[np.bool_]]()  # the most that each room gains
-    for needed, gain in zip(steps, gains, strict=True):
-        without = best[needed:]
-        takes.append(best[: len(without)] + gain > without)
-        best[needed:] = np.maximum(without, best[: len(without)] + gain)
-    taken, at = list[bool](), int(min(np.searchsorted(best, enough), np.searchsorted(best, best[-1])))
-    for needed, take in zip(reversed(steps), reversed(takes), strict=True):
-        taken.append(at >= needed and bool(take[at - needed]))
-        at -= needed * taken[-1]
+    whole = sum(max(size for size, _ in sizes) for sizes in things)
+    step = max(math.gcd(*(size for sizes in things for size, _ in sizes)), -(-whole // _STEPS), 1)
+    steps = [[(-(-size // step), gain) for size, gain in sizes] for sizes in things]
+    count = sum(max(sizes)[0] for sizes in steps) if room >= whole else max(room, 0) // step
+    best, choices = np.zeros(count + 1), list[NDArray[np.intp]]()  # the most that each room gains, and how
+    for sizes in steps:
+        gained = np.full((1 + len(sizes), count + 1), -np.inf)
+        gained[0] = best
+        for row, (size, gain) in zip(gained[1:], sizes, strict=True):
+            row[size:] = best[: max(count + 1 - size, 0)] + gain
+        choices.append(gained.argmax(0))
+        best = gained.max(0)
+    taken, at = list[int](), int(min(np.searchsorted(best, enough), np.searchsorted(best, best[-1])))
+    for sizes, choice in zip(reversed(steps), reversed(choices), strict=True):
+        taken.append(int(choice[at]))
+        at -= sizes[taken[-1] - 1][0] if taken[-1] else 0
     return taken[::-1]

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,7 +19,7 @@ from headfold.export.model.rounding import Rounded
 from headfold.plugins.quantized.schema import Bits
 from headfold.runtime.errors import BundleError
 
-_VALUES, _SCALES = ".values", ".scales"
+_VALUES, _SCALES, _WIDE_ROWS = ".values", ".scales", ".wide_rows"
 
 
 class Shelf(Mapping[str, Rounded]):
@@ -57,6 +58,7 @@ class Shelf(Mapping[str, Rounded]):
         """The rounded weights of the layer turned to, or, before there is one, of those of no layer."""
         parts = {f"{name}{_VALUES}": rounding.values for name, rounding in rounded.items()}
         parts |= {f"{name}{_SCALES}": rounding.scales for name, rounding in rounded.items()}
+        parts |= {f"{name}{_WIDE_ROWS}": torch.tensor(rounding.wide_rows) for name, rounding in rounded.items()}
         half_made = self._file.with_suffix(".partial")
         save_file({name: part.contiguous() for name, part in parts.items()}, half_made)
         sync(half_made)
@@ -69,7 +71,8 @@ class Shelf(Mapping[str, Rounded]):
 
     def __getitem__(self, name: str) -> Rounded:
         with _opened(self._files[name]) as file:
-            return Rounded(self._bits, file.get_tensor(f"{name}{_VALUES}"), file.get_tensor(f"{name}{_SCALES}"))
+            values, scales, wide_rows = (file.get_tensor(f"{name}{part}") for part in (_VALUES, _SCALES, _WIDE_ROWS))
+        return Rounded(self._bits, values, scales, wide_rows=int(wide_rows))
 
     def __contains__(self, name: object) -> bool:
         return name in self._files

@@ -13,7 +13,7 @@ from headfold.export.exportables.rounded import RoundedCheckpoint, RoundedTensor
 from headfold.export.exportables.rounding_record import WeightRecord, digest, relative_squared_error
 from headfold.export.graph.recipes import recipe_of
 from headfold.export.graph.weights import let_go
-from headfold.export.model.rounding import Form, Rounded, forms_of, holds, stored_shapes, unpacked
+from headfold.export.model.rounding import Form, Rounded, forms_of, holds, joined, stored_shapes, unpacked
 from headfold.export.parity.report import CheckResult, verdict
 from headfold.runtime.errors import BundleError
 from headfold.runtime.manifest import WeightsScheme, WeightsSpec
@@ -48,10 +48,12 @@ class StoredRoundings(Mapping[str, Rounded]):
                 row += shapes[whole][0] if whole in shapes else 0
 
     def __getitem__(self, name: str) -> Rounded:
-        form = self._forms[name]
-        assert form.bits != 7
-        values, scales = (self._read(*part) for part in stored_shapes(name, form, self._shapes[name]).items())
-        return Rounded(form.bits, unpacked(values, form.bits), scales.float())
+        def read(form: Form, shape: tuple[int, ...]) -> Rounded:
+            assert form.bits != 7
+            values, scales = (self._read(*part) for part in stored_shapes(name, form, shape).items())
+            return Rounded(form.bits, unpacked(values, form.bits), scales.float())
+
+        return joined([read(*piece) for piece in self._forms[name].pieces(self._shapes[name])])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._forms)
@@ -108,9 +110,10 @@ def prove_described(spec: WeightsSpec, checkpoint: RoundedTensors, levels: Colle
     made = {name: form for name, form in checkpoint.forms.items() if name not in checkpoint.kept}
     bits = {name: form.bits for name, form in made.items()}
     turned, narrow = ([name for name in made if getattr(made[name], flag)] for flag in ("transposed", "narrow"))
+    wide_rows = {name: form.wide_rows for name, form in made.items() if form.wide_rows}
     right = {
-        "scheme": set(bits.values()) <= _SCHEMES[spec.scheme],
-        "block_size": forms_of(bits, checkpoint.shapes(), spec.block_size, turned, narrow) == made,
+        "scheme": set(bits.values()) <= _SCHEMES[spec.scheme] and (spec.scheme == "mixed" or not wide_rows),
+        "block_size": forms_of(bits, checkpoint.shapes(), spec.block_size, turned, narrow, wide_rows) == made,
         "kept": spec.kept == len(checkpoint.kept),
         "bits": math.isclose(spec.bits, checkpoint.average_bits),
         "accuracy_level": set(levels) <= {spec.accuracy_level},

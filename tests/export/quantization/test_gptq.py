@@ -112,41 +112,64 @@ def test_eight_bits_go_where_they_gain_most() -> None:
     names = ["a.q_proj.weight", "a.k_proj.weight", "a.v_proj.weight", "a.o_proj.weight", "b.up_proj.weight"]
     bits = dict.fromkeys(names, 4)
     shapes = dict.fromkeys(names, (10, 10))
-    costs = {tuple(names[:3]): 0.3, (names[3],): 0.2, (names[4],): 0.05}
-    assert choose_bits(bits, shapes, costs, 0.4, None) == bits | {names[3]: 8}
-    assert choose_bits(bits, shapes, costs, 0.31, None) == bits | {names[3]: 8, names[4]: 8}
-    assert choose_bits(bits, shapes, costs, 0.28, None) == bits | dict.fromkeys(names[:3], 8)
-    assert choose_bits(bits, shapes, costs, 1e-9, None) == dict.fromkeys(names, 8)
-    assert choose_bits(bits, shapes, costs, 1.0, None) == bits
-    assert choose_bits(bits, shapes, costs, None, 5.6) == bits | {names[3]: 8, names[4]: 8}
-    assert choose_bits(bits, shapes, costs, None, 8.0) == dict.fromkeys(names, 8)
+    costs = {tuple(names[:3]): {0: 0.3}, (names[3],): {0: 0.2}, (names[4],): {0: 0.05}}
+
+    def chosen(*asked: float | None, bits=bits, shapes=shapes, costs=costs) -> dict[str, int]:
+        widths, wide_rows = choose_bits(bits, shapes, costs, *asked)
+        assert not wide_rows
+        return widths
+
+    assert chosen(0.4, None) == bits | {names[3]: 8}
+    assert chosen(0.31, None) == bits | {names[3]: 8, names[4]: 8}
+    assert chosen(0.28, None) == bits | dict.fromkeys(names[:3], 8)
+    assert chosen(1e-9, None) == dict.fromkeys(names, 8)
+    assert chosen(1.0, None) == bits
+    assert chosen(None, 5.6) == bits | {names[3]: 8, names[4]: 8}
+    assert chosen(None, 8.0) == dict.fromkeys(names, 8)
     large = dict(zip(names, [(104729, 1009), (1299709, 7), (15485863, 3), (7, 11), (13, 17)], strict=True))
-    assert choose_bits(bits, large, costs, None, 8.0) == dict.fromkeys(
-        names, 8
-    )  # no common divisor, and too many steps
-    assert choose_bits(bits | {names[0]: 8}, shapes, {(names[1],): 0.1}, None, 4.1) == bits | {names[0]: 8}
+    assert chosen(None, 8.0, shapes=large) == dict.fromkeys(names, 8)  # no common divisor, and too many steps
+    some = bits | {names[0]: 8}
+    assert chosen(None, 4.1, bits=some, costs={(names[1],): {0: 0.1}}) == some
+
+
+def test_some_rows_of_the_vocabulary_have_eight_bits_where_all_are_too_many() -> None:
+    bits, shapes = {"head": 4, "layer": 4}, {"head": (64, 10), "layer": (16, 10)}
+    costs = {("head",): {0: 0.3, 16: 0.1, 32: 0.08}, ("layer",): {0: 0.1}}
+    assert choose_bits(bits, shapes, costs, None, 4.8) == (bits, {"head": 16})
+    assert choose_bits(bits, shapes, costs, None, 5.6) == (bits | {"layer": 8}, {"head": 16})
+    assert choose_bits(bits, shapes, costs, None, 6.4) == (bits | {"layer": 8}, {"head": 32})
+    assert choose_bits(bits, shapes, costs, None, 8.0) == (bits | {"layer": 8, "head": 8}, {})
+    assert choose_bits(bits, shapes, costs, 0.21, None) == (bits, {"head": 16})
+    assert choose_bits(bits, shapes, costs, 0.01, None) == (bits | {"layer": 8, "head": 8}, {})
 
 
 @given(
-    st.lists(st.tuples(st.integers(1, 40), st.floats(1e-3, 1)), min_size=1, max_size=8),
+    st.lists(st.tuples(st.integers(1, 40), st.floats(1e-3, 1), st.lists(st.floats(0, 1), max_size=2)), max_size=6),
     st.floats(4, 8),
     st.floats(1e-3, 4),
 )
-def test_no_other_choice_of_eight_bits_is_better(things, average, max_kl) -> None:
-    names = [f"layer.{number}.weight" for number in range(len(things))]
-    shapes = {name: (size, 32) for name, (size, _) in zip(names, things, strict=True)}
-    costs = {(name,): cost for name, (_, cost) in zip(names, things, strict=True)}
-    total, everything = sum(costs.values()), sum(size for size, _ in things)
+def test_no_other_choice_of_eight_bits_is_better(drawn, average, max_kl) -> None:
+    """Each weight has so many rows, what four bits cost in all, and the share left where one row is wide, and two."""
+    things = {f"layer.{number}.weight": thing for number, thing in enumerate(drawn)} or {"one": (2, 0.5, [])}
+    bits, shapes = dict.fromkeys(things, 4), {name: (size, 32) for name, (size, *_) in things.items()}
+    costs = {
+        (name,): {0: cost} | {rows: share * cost for rows, share in enumerate(left, 1) if rows < size}
+        for name, (size, cost, left) in things.items()
+    }
+    ways = [[*cost.items(), (things[name][0], 0.0)] for (name,), cost in costs.items()]  # wide rows, and what is left
+    choices = [tuple(map(sum, zip(*choice, strict=True))) for choice in itertools.product(*ways)]
+    everything = sum(size for size, *_ in things.values())
 
-    def of(chosen: Mapping[str, int]) -> tuple[int, float]:
-        wide = [thing for name, thing in zip(names, things, strict=True) if chosen[name] == 8]
-        return sum(size for size, _ in wide), total - sum(cost for _, cost in wide)
+    def of(widths: Mapping[str, int], wide_rows: Mapping[str, int]) -> tuple[int, float]:
+        assert all(widths[name] == 4 and 0 < rows < things[name][0] for name, rows in wide_rows.items())
+        chosen = {name: things[name][0] if widths[name] == 8 else wide_rows.get(name, 0) for name in things}
+        left = (0.0 if widths[name] == 8 else cost[chosen[name]] for (name,), cost in costs.items())
+        return sum(chosen.values()), sum(left)
 
-    choices = [dict(zip(names, bits, strict=True)) for bits in itertools.product((4, 8), repeat=len(names))]
     room = (average - 4) / 4 * everything
-    size, left = of(choose_bits(choices[0], shapes, costs, None, average))
+    size, left = of(*choose_bits(bits, shapes, costs, None, average))
     assert size <= room
-    assert left <= min(of(choice)[1] for choice in choices if of(choice)[0] <= max(room - 1e-6, 0)) + 1e-9
-    size, left = of(choose_bits(choices[0], shapes, costs, max_kl, None))
+    assert left <= min(left for size, left in choices if size <= max(room - 1e-6, 0)) + 1e-9
+    size, left = of(*choose_bits(bits, shapes, costs, max_kl, None))
     assert left <= max_kl + 1e-9
-    assert size <= min(of(choice)[0] for choice in choices if of(choice)[1] <= max_kl - 1e-9)
+    assert size <= min(size for size, left in choices if left <= max_kl - 1e-9)
