@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     "--weights",
     type=click.Choice(["int8", "int4", "mixed", "w8a8"]),
     help="Store weights in eight or four bits, blocks with a scale; embedding and head in eight. mixed: these, too, in four or "
-    "eight, by what four cost in it. w8a8: products of integers, for long prompts. What is quantized already keeps its own bits, "
-    "but in w8a8. [default: in --dtype]",
+    "eight, or their first rows in eight, by what four cost. w8a8: products of integers, for long prompts. What is quantized "
+    "already keeps its own bits, but in w8a8. [default: in --dtype]",
 )
 @click.option(
     "--bits",
