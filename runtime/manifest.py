@@ -27,7 +27,8 @@ ROADS_VERSION = (
 )
 ROUNDED_VERSION = 5  # of a bundle with weights of four or eight bits
 ROUNDED_INPUTS_VERSION = 6  # of a bundle with weights of the scheme w8a8
-NEWEST_VERSION = ROUNDED_INPUTS_VERSION
+FLOAT8_VERSION = 7  # of a bundle with weights of the scheme fp8
+NEWEST_VERSION = FLOAT8_VERSION
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 _CHUNK = 1 << 22  # bytes hashed at a time
@@ -47,7 +48,7 @@ def _inside(name: str) -> str:
 
 
 BlockSize = Literal[32, 64, 128]  # powers of two, which TensorRT has, too
-WeightsScheme = Literal["int8", "int4", "mixed", "w8a8"]
+WeightsScheme = Literal["int8", "int4", "mixed", "w8a8", "fp8"]
 Size = Annotated[int, Field(ge=1)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 FileName = Annotated[str, AfterValidator(_inside)]  # relative to the bundle, with slashes
@@ -97,7 +98,8 @@ class WeightsCost(_Strict):
 class WeightsSpec(_Strict):
     """Weights of four or eight bits in blocks along the input that share a scale; `weights.json` has each one's bits.
 
-    Of w8a8 these are embedding and head. The others have seven bits and a scale for each output, and their products' inputs eight bits.
+    Of w8a8 and fp8 these are embedding and head. The others have a scale for each output, and seven bits, where their products' inputs
+    have eight; or are float8_e4m3fn, and inputs stay as they are.
     """
 
     scheme: WeightsScheme

@@ -102,6 +102,8 @@ def _weights(spec: WeightsSpec) -> str:
     if spec.scheme == "w8a8":
         seven = "w8a8, seven bits with a scale for each output, and inputs in eight bits"
         return f"{seven}; embedding and head in eight {blocks}{kept}"
+    if spec.scheme == "fp8":
+        return f"fp8, float8_e4m3fn with a scale for each output; embedding and head in int8 {blocks}{kept}"
     return f"{spec.scheme}, {spec.bits:.3g} bits {blocks}{kept}"
 
 

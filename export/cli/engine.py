@@ -67,7 +67,7 @@ def check_early(
 
     check_flavour(options, dtype)
     if weights is not None:
-        check_weights(weights)
+        check_weights(options, weights)
     if kv_cache is not None:
         check_cache(options, kv_cache)
     open_flavour(options.target)

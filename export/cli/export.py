@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--weights",
-    type=click.Choice(["int8", "int4", "mixed", "w8a8"]),
+    type=click.Choice(["int8", "int4", "mixed", "w8a8", "fp8"]),
     help="Store weights in eight or four bits, blocks with a scale; embedding and head in eight. mixed: these, too, in four or "
-    "eight, or their first rows in eight, by what four cost. w8a8: products of integers, for long prompts. What is quantized "
-    "already keeps its own bits, but in w8a8. [default: in --dtype]",
+    "eight, or their first rows in eight, by what four cost. w8a8: products of integers, for long prompts. fp8: float8, "
+    "for TensorRT since SM 89. What is quantized already keeps its own bits, but in w8a8 and fp8. [default: in --dtype]",
 )
 @click.option(
     "--bits",

@@ -21,7 +21,7 @@ from headfold.export.graph.recipes import recipe_of, remove_unread
 from headfold.export.model.rounding import SCALES
 from headfold.plugins.attention.schema import DOMAIN, OP_TYPE, Attention, AttentionInputs
 from headfold.plugins.names import HIDDEN_STATES, is_cache_input, is_cache_output
-from headfold.plugins.quantized.schema import GATHER, GATHER_INPUTS, MATMUL, MATMUL_INPUTS
+from headfold.plugins.quantized.schema import FLOAT8, GATHER, GATHER_INPUTS, MATMUL, MATMUL_INPUTS
 from headfold.runtime.errors import BuildError, BundleError
 
 _MESSAGE = 2_000_000_000  # bytes of weights; protobuf stops at 2^31
@@ -94,7 +94,7 @@ def fix_capacity(model: ir.Model, capacity: int) -> None:
 
 
 def spell_out_quantized(model: ir.Model, where: Path) -> None:
-    """Matrices of four and eight bits become `DequantizeLinear`, which TensorRT fuses into their products; signed, [N, K].
+    """Matrices of four and eight bits become `DequantizeLinear`, which TensorRT fuses into their products; signed or float8, [N, K].
 
     So the engine keeps them as small as they are. The embedding, too: TensorRT looks rows up in quantized constants in no other way.
     It has no zero points: what they take off the numbers of a block is taken off its product with the sum of the input's block. Nor
@@ -106,6 +106,11 @@ def spell_out_quantized(model: ir.Model, where: Path) -> None:
     _widen_scales(model)
     found = dict[str, ir.Value]()
     for node in list(model.graph):
+        if node.domain == DOMAIN and node.op_type == FLOAT8:
+            x, values, scales = node.inputs
+            tape = ir.tape.Tape()
+            w = tape.op("DequantizeLinear", [values, scales], {"axis": 0})
+            _put(model, node, tape, tape.op("MatMul", [x, tape.op("Transpose", [w], {"perm": [1, 0]})]))
         if node.domain != DOMAIN or node.op_type not in (MATMUL, GATHER):
             continue
         names = MATMUL_INPUTS if node.op_type == MATMUL else GATHER_INPUTS
@@ -134,19 +139,24 @@ def spell_out_quantized(model: ir.Model, where: Path) -> None:
                 assert x is not None
                 model.graph.register_initializer(taken)
                 result = tape.op("Sub", [result, tape.op("MatMul", [block_sums(model, tape, x, block), taken])])
-        old = node.outputs[0]
-        result.name, result.type, result.shape = old.name, old.type, old.shape
-        model.graph.insert_before(node, tape.nodes)
-        ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
-        model.graph.remove(node, safe=True)
+        _put(model, node, tape, result)
         remove_unread(model, [values, zeros])
-    for name in [name for name in model.functions if name[:2] in ((DOMAIN, MATMUL), (DOMAIN, GATHER))]:
+    for name in [name for name in model.functions if name[0] == DOMAIN and name[1] in (MATMUL, GATHER, FLOAT8)]:
         del model.functions[name]
     size = sum(value.const_value.nbytes for value in found.values() if value.const_value is not None)
     if size > _MESSAGE:
         raise BuildError(
             f"{size:,} bytes of rounded weights are too many for TensorRT's parser", where=where, fix=_ELSEWHERE
         )
+
+
+def _put(model: ir.Model, node: ir.Node, tape: ir.tape.Tape, result: ir.Value) -> None:
+    """The tape's nodes stand in a node's place."""
+    old = node.outputs[0]
+    result.name, result.type, result.shape = old.name, old.type, old.shape
+    model.graph.insert_before(node, tape.nodes)
+    ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
+    model.graph.remove(node, safe=True)
 
 
 def _widen_scales(model: ir.Model) -> None:

@@ -157,7 +157,8 @@ def _constant(layer: Any, model: ir.Model) -> Tensor:
     if value.dtype == ir.DataType.INT4:  # which torch has not
         return torch.from_numpy(value.const_value.numpy().astype(np.int8)).reshape(shape)
     dtype = torch_dtype(layer.get_output(0).dtype)
-    bits = np.ascontiguousarray(value.const_value.numpy()).view(np.int16)
+    size = np.uint8 if value.dtype == ir.DataType.FLOAT8E4M3FN else np.int16
+    bits = np.ascontiguousarray(value.const_value.numpy()).view(size)
     return torch.from_numpy(bits.copy()).view(dtype).reshape(shape)
 
 

@@ -64,7 +64,7 @@ def check_options(options: BuildOptions, bundle: Path, manifest: Manifest) -> No
     check_cache_shapes(manifest.cache.shapes, bundle)
     check_flavour(options, manifest.dtype)
     if manifest.weights is not None:
-        check_weights(manifest.weights.scheme)
+        check_weights(options, manifest.weights.scheme)
     if manifest.cache.quantization is not None:
         check_cache(options, manifest.cache_dtype)
     if (
@@ -141,14 +141,17 @@ def _check_capabilities(options: BuildOptions, dtype: str) -> None:
             )
 
 
-def check_weights(scheme: WeightsScheme) -> None:
-    """Refuse what TensorRT is given in no form. Raises BuildError."""
+def check_weights(options: BuildOptions, scheme: WeightsScheme) -> None:
+    """Refuse what TensorRT is given in no form, or a GPU has not. Raises BuildError."""
     if scheme == "w8a8":
         raise BuildError(
             "headfold has not in TensorRT: products with rounded inputs",
             where="--weights w8a8",
             fix="Export the bundle with --weights int8.",
         )
+    for sm in options.compute_capabilities:
+        if sm < FLOAT8_SINCE and scheme == "fp8":
+            raise BuildError(f"SM {sm} has no float8", where="--sm", fix="Export the bundle with --weights int8.")
 
 
 def check_cache(options: BuildOptions, cache_dtype: str) -> None:

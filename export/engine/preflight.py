@@ -27,7 +27,11 @@ _DTYPES = {
     ir.DataType.BOOL,
 }
 _CACHES = {ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN}  # quantized ones, which go into the plugin and nowhere else
-_ROUNDED = {ir.DataType.INT4, ir.DataType.INT8}  # weights, which go into DequantizeLinear and nowhere else
+_ROUNDED = {
+    ir.DataType.INT4,
+    ir.DataType.INT8,
+    ir.DataType.FLOAT8E4M3FN,
+}  # weights, which go into DequantizeLinear and nowhere else
 _BLOCKS = {32, 64, 128}
 
 # Ops that TensorRT imports as they are meant, with the attributes that it heeds.
@@ -207,9 +211,14 @@ def _dequantize(node: ir.Node, inputs: set[str | None]) -> tuple[str, str] | Non
     values, scales, *zeros = node.inputs
     axis, block = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
     if values is None or values.const_value is None or values.dtype not in _ROUNDED:
-        return "TensorRT dequantizes int4 and int8 constants only", _REPORT
+        return "TensorRT dequantizes int4, int8 and float8 constants only", _REPORT
     if any(zero is not None for zero in zeros):
         return "TensorRT has no zero points", _REPORT
+    if values.dtype == ir.DataType.FLOAT8E4M3FN:
+        by_output = scales is not None and scales.const_value is not None and axis == 0 and block == 0
+        if not by_output or scales.const_value.shape.numpy() != values.const_value.shape.numpy()[:1]:  # type: ignore[union-attr]
+            return "float8 has other scales than one for each output", _REPORT
+        return None
     if axis != 1 or len(values.const_value.shape) != 2:
         return f"has blocks in axis {axis}; TensorRT is known to read them in axis 1", _REPORT
     if block not in _BLOCKS:

@@ -93,7 +93,7 @@ def digest(rounding: Rounded) -> str:
     found = hashlib.sha256()
     for part in (rounding.values, rounding.scales, rounding.zeros, rounding.offsets, rounding.order):
         if part is not None:
-            found.update(part.contiguous().numpy().data)
+            found.update(part.contiguous().view(torch.uint8).numpy().data)  # numpy has no float8
     return found.hexdigest()
 
 
@@ -124,11 +124,11 @@ def read_record(path: Path, shapes: Mapping[str, tuple[int, ...]], config: Model
         known = known and isinstance(record.relative_squared_error, float)
         if known and len(shape) == 3:
             known = record.method == "nearest" and record.form == Form(record.bits, transposed=record.transposed)
-            known = known and record.bits != 7 and shape[1] % block == shape[2] % block == 0
+            known = known and not record.form.by_output and shape[1] % block == shape[2] % block == 0
         elif len(shape) != 2:
             known = False
-        elif known and record.bits == 7:
-            known = record.method == "nearest" and record.form == form_of(7, shape[1])
+        elif known and record.form.by_output:
+            known = record.method == "nearest" and record.form == form_of(record.bits, shape[1])
         elif known:
             known = block in _BLOCKS and shape[1] % block == 0
             plain = Form(record.bits, block, narrow=record.narrow_scales, wide_rows=record.wide_rows)

@@ -19,13 +19,14 @@ from headfold.plugins.experts.schema import QUANTIZED as QUANTIZED_EXPERTS
 from headfold.plugins.experts.schema import ExpertsInputs, QuantizedExpertsAttributes
 from headfold.plugins.quantized.onnx_functions import (
     exact_rounded_matmul,
+    float8_matmul,
     gather,
     onnxruntime_matmul,
     onnxruntime_rounded_matmul,
     standard_matmul,
     standard_rounded_matmul,
 )
-from headfold.plugins.quantized.schema import GATHER, MATMUL, MATMUL_INPUTS, ROUNDED, Level
+from headfold.plugins.quantized.schema import FLOAT8, GATHER, MATMUL, MATMUL_INPUTS, ROUNDED, Level
 from headfold.runtime.errors import ConfigError
 
 
@@ -157,6 +158,8 @@ def use_quantized_bodies(model: ir.Model, standard: bool = False) -> None:
         set_body(model, standard_matmul(zeros) if standard else onnxruntime_matmul())
     if ROUNDED in used:
         set_body(model, standard_rounded_matmul() if standard else onnxruntime_rounded_matmul())
+    if FLOAT8 in used:
+        set_body(model, float8_matmul())
     if GATHER in used:
         lookups = [node for node in model.graph if node.domain == DOMAIN and node.op_type == GATHER]
         set_body(model, gather(eight=all(node.attributes["bits"].as_int() == 8 for node in lookups)))

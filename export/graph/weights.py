@@ -136,7 +136,10 @@ def let_go(value: ir.Value) -> None:
 
 def _finite(tensor: Tensor) -> bool:
     """Whether all of it is; looked at in parts, since torch takes as much memory again as it looks at."""
-    return all(bool(part.isfinite().all()) for part in torch.split(tensor.reshape(-1), _AT_ONCE))
+    parts = torch.split(tensor.reshape(-1), _AT_ONCE)
+    if tensor.dtype == torch.float8_e4m3fn:  # of which torch cannot say it
+        return all(bool(part.float().isfinite().all()) for part in parts)
+    return all(bool(part.isfinite().all()) for part in parts)
 
 
 def save_model(model: ir.Model, path: Path, on_tensor: Callable[[str, int], None]) -> None:

@@ -2,7 +2,7 @@
 
 The rule is symmetric. What a checkpoint holds in few bits already may have other blocks, zero points or offsets.
 Of seven bits, a block is all weights of an output, and the inputs of their product are rounded, too: see
-`headfold.plugins.quantized.schema`, which also says why they are not eight.
+`headfold.plugins.quantized.schema`, which also says why they are not eight. So it is of float8, whose inputs stay as they are.
 """
 
 import hashlib
@@ -20,7 +20,9 @@ from torch import Tensor
 from headfold.plugins.quantized.schema import BLOCK, SMALLEST, Bits
 from headfold.runtime.manifest import WeightsScheme
 
-Width = Literal[4, 7, 8]  # bits of a number
+Width = Literal[
+    4, 7, 8, "float8"
+]  # bits of a number, an integer, or a float of eight: e4m3fn (Micikevicius et al. 2022)
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,12 @@ class Form:
 
     def size(self, shape: tuple[int, ...]) -> int:
         """Bits of all numbers of a weight of this shape; scales not counted."""
-        return sum(form.bits * math.prod(part) for form, part in self.pieces(shape))
+        return sum(bit_count(form.bits) * math.prod(part) for form, part in self.pieces(shape))
+
+    @property
+    def by_output(self) -> bool:
+        """Whether all weights of an output share a scale."""
+        return is_by_output(self.bits)
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class Rounded:
     """
 
     bits: Width
-    values: Tensor  # int8 [(E,) N, K], of as many bits
+    values: Tensor  # int8 [(E,) N, K], of as many bits; or float8_e4m3fn
     scales: Tensor  # float32 [(E,) N, G]
     zeros: Tensor | None = None  # as the values [N, G]; None: 0
     offsets: Tensor | None = None  # as the scales; None: 0
@@ -91,12 +98,23 @@ class Rounded:
 
 SCALES, ZEROS, OFFSETS = ".scales", ".zeros", ".offsets"  # what the names of parts end in
 ORDER = "order."  # what the name of an order begins with: all weights of that order share it
+_LARGEST_FLOAT8 = torch.finfo(torch.float8_e4m3fn).max  # 448
 _AT_A_TIME = 1 << 23  # of a weight's numbers that are rounded or compared
 # In eight bits but of "mixed": four there cost most (issue 13, measured)
 _WIDE = ("model.embed_tokens.weight", "lm_head.weight")
 
 
-_WIDTHS: dict[WeightsScheme, Width] = {"int8": 8, "w8a8": 7, "int4": 4, "mixed": 4}
+_WIDTHS: dict[WeightsScheme, Width] = {"int8": 8, "w8a8": 7, "fp8": "float8", "int4": 4, "mixed": 4}
+
+
+def bit_count(width: Width) -> int:
+    """Of a number."""
+    return 8 if width == "float8" else width
+
+
+def is_by_output(bits: Width) -> bool:
+    """Whether all weights of an output share a scale; then they need no whole blocks."""
+    return bits in (7, "float8")
 
 
 def bits_of(
@@ -104,20 +122,20 @@ def bits_of(
 ) -> dict[str, Width]:
     """Which of a decoder's tensors are rounded, and to how many bits: its matrices, [out, in], that have whole blocks, and experts'.
 
-    (For seven bits none are needed, and there are no experts of them.) Those that are `wide` have eight. Of "mixed" this is the least
-    that they can have, four for all.
+    (Where outputs have a scale each none are needed, and there are no experts.) Those that are `wide` have eight. Of "mixed" this is
+    the least that they can have, four for all.
     """
     eight = () if scheme == "mixed" else wide
-    ranks = (2,) if scheme == "w8a8" else (2, 3)
+    ranks = (2,) if is_by_output(_WIDTHS[scheme]) else (2, 3)
     widths = {name: 8 if name in eight else _WIDTHS[scheme] for name, shape in shapes.items() if len(shape) in ranks}
     # An expert's inputs are either of its axes
     whole = {name for name, shape in shapes.items() if all(size % BLOCK == 0 for size in shape[1:])}
-    return {name: width for name, width in widths.items() if width == 7 or name in whole}
+    return {name: width for name, width in widths.items() if is_by_output(width) or name in whole}
 
 
 def form_of(bits: Width, columns: int, block: int = BLOCK) -> Form:
     """What the rule gives a weight with so many columns: blocks of the largest power of two up to `block` that divides them."""
-    return Form(bits, columns if bits == 7 else math.gcd(columns, block))
+    return Form(bits, columns if is_by_output(bits) else math.gcd(columns, block))
 
 
 def forms_of(
@@ -157,8 +175,8 @@ def rounded(
     Blocks are as `form_of` has them; for `wide_rows`, of a weight [N, K] alone, see Form.
 
     In eight bits the scale is the block's largest magnitude over 127; in four its extreme, with its sign, over -8, so that all 16
-    numbers are used (both as in ggml's reference quantization); in seven an output's largest magnitude over 63. A block of zeros has
-    scale 1. `scales` is the dtype that holds these: a graph's.
+    numbers are used (both as in ggml's reference quantization); in seven an output's largest magnitude over 63, in float8 over 448.
+    A block of zeros has scale 1. `scales` is the dtype that holds these: a graph's.
     """
     if wide_rows:
         widths = zip(torch.tensor_split(weight, [wide_rows]), (8, bits), strict=True)
@@ -171,7 +189,8 @@ def rounded(
     def nearest_rows(rows: Tensor) -> Rounded:
         blocks = rows.float().reshape(len(rows), -1, form_of(bits, weight.shape[1], block).block)  # [N, G, block]
         found = block_scales(blocks, bits, scales)
-        return Rounded(bits, nearest(blocks, found[..., None], bits).to(torch.int8).flatten(1), found)
+        kind = torch.float8_e4m3fn if bits == "float8" else torch.int8
+        return Rounded(bits, nearest(blocks, found[..., None], bits).to(kind).flatten(1), found)
 
     return in_parts(weight, nearest_rows)
 
@@ -217,12 +236,15 @@ def in_parts(weight: Tensor, round_rows: Callable[[Tensor], Rounded]) -> Rounded
 def block_scales(blocks: Tensor, bits: Width, dtype: torch.dtype = torch.float32) -> Tensor:
     """The scales [...] of blocks [..., block]; see `rounded`."""
     largest = blocks.abs().amax(-1) if bits != 4 else blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))[..., 0]
-    scales = (largest / {8: 127, 7: 63, 4: -8}[bits]).to(dtype).to(blocks.dtype)
+    scales = (largest / {8: 127, 7: 63, 4: -8, "float8": _LARGEST_FLOAT8}[bits]).to(dtype).to(blocks.dtype)
     return torch.where(scales == 0, 1.0, scales)
 
 
 def nearest(weights: Tensor, scales: Tensor, bits: Width) -> Tensor:
     """The nearest numbers that `bits` have, in the dtype of the weights; scales broadcast."""
+    if bits == "float8":
+        in_range = (weights / scales).clamp_(-_LARGEST_FLOAT8, _LARGEST_FLOAT8)
+        return in_range.to(torch.float8_e4m3fn).to(weights.dtype)
     half = 1 << (bits - 1)
     return (weights / scales).round_().clamp_(-half, half - 1)
 
@@ -291,11 +313,12 @@ def stored_shapes(name: str, form: Form, shape: tuple[int, ...]) -> dict[str, tu
     if form.wide_rows:
         return {part: size for piece in form.pieces(shape) for part, size in stored_shapes(name, *piece).items()}
     *experts, rows, columns = (*shape[:-2], shape[-1], shape[-2]) if form.transposed else shape
-    base, blocks = f"{name}.int{form.bits}", columns // form.block
+    kind = form.bits if form.bits == "float8" else f"int{form.bits}"
+    base, blocks = f"{name}.{kind}", columns // form.block
+    if form.bits == 7 or form.bits == "float8":
+        return {base: (rows, columns), f"{base}{SCALES}": (rows,)}
     if experts:
         return {base: (*experts, rows, columns * form.bits // 8), f"{base}{SCALES}": (*experts, rows, blocks)}
-    if form.bits == 7:
-        return {base: (rows, columns), f"{base}{SCALES}": (rows,)}
     shapes: dict[str, tuple[int, ...]] = {
         base: (rows, blocks, form.block * form.bits // 8),
         f"{base}{SCALES}": (rows, blocks),
@@ -311,14 +334,14 @@ def stored_shapes(name: str, form: Form, shape: tuple[int, ...]) -> dict[str, tu
 
 def whole_name(part: str) -> str:
     """The weight that the numbers `part` are of, see `stored_shapes`; of another tensor itself."""
-    return re.sub(r"\.int[478]$", "", part)
+    return re.sub(r"\.(int[478]|float8)$", "", part)
 
 
 def stored_part(rounding: Rounded, part: str) -> Tensor:
     """One of the parts that `stored_shapes` names."""
     if rounding.wide_rows:
         (rounding,) = (piece for piece in rounding.pieces() if part.removesuffix(SCALES).endswith(f".int{piece.bits}"))
-    if rounding.bits == 7:
+    if rounding.bits == 7 or rounding.bits == "float8":
         return rounding.scales.flatten() if part.endswith(SCALES) else rounding.values
     if part.endswith(SCALES):
         return rounding.scales

@@ -21,8 +21,9 @@ _HELPS: dict[WeightsScheme, str] = {
     "mixed": "Use --weights int8, or more --bits",
     "int8": "Leave --weights out",
     "w8a8": "Use --weights int8",
+    "fp8": "Use --weights int8",
 }
-_INPUTS: dict[Level, str] = {4: "inputs in eight bits", 1: "inputs in float32"}  # of w8a8, the head's
+_INPUTS: dict[Level, str] = {4: "inputs in eight bits", 1: "inputs in float32"}  # of w8a8 and fp8, the head's
 
 
 def pass_gate(stage: Path, manifest: Manifest, before: Reference, reporter: Reporter) -> WeightsSpec:

@@ -36,10 +36,11 @@ from headfold.export.model.rounding import OFFSETS, ORDER, SCALES, Form, stored_
 from headfold.plugins.experts.onnx_functions import onnxruntime_can
 from headfold.plugins.experts.schema import QUANTIZED as EXPERTS
 from headfold.plugins.experts.schema import ExpertsInputs
-from headfold.plugins.quantized.schema import BLOCK, DOMAIN, GATHER, MATMUL, ROUNDED, Level, MatMulAttributes
+from headfold.plugins.quantized.schema import BLOCK, DOMAIN, FLOAT8, GATHER, MATMUL, ROUNDED, Level, MatMulAttributes
 
 # Sums of blocks of a product's input, and its columns in another order, which other products take too
 Made = dict[tuple[ir.Value, int | ir.Value], ir.Value]
+_NUMBERS = {7: ir.DataType.INT8, "float8": ir.DataType.FLOAT8E4M3FN}  # how they are stored; others are packed
 _PLACES = {"MatMul": 1, "Gemm": 1, "Gather": 0}  # of the weight among the inputs
 
 
@@ -281,8 +282,8 @@ def _products(
     assert given.shape is not None
     for form, shapes in _matrices(sources, checkpoint):
         stored = _stored(model, tape, form, shapes, given.dtype, transposed=True)
-        if form.bits == 7:
-            products.append(tape.op(ROUNDED, [given, *stored], domain=DOMAIN))
+        if form.bits == 7 or form.bits == "float8":
+            products.append(tape.op(ROUNDED if form.bits == 7 else FLOAT8, [given, *stored], domain=DOMAIN))
             continue
         order = stored.pop() if form.order is not None else None
         offsets = stored.pop() if form.offsets else None
@@ -339,11 +340,11 @@ def _stored(
     values = []
     for sources in zip(*each, strict=True):
         order = sources[0].startswith(ORDER)  # which they share
-        real, by_output = sources[0].endswith((SCALES, OFFSETS)), form.bits == 7
-        turned = transposed and (sources[0].endswith(OFFSETS) or (by_output and not real))
+        real = sources[0].endswith((SCALES, OFFSETS))
+        turned = transposed and (sources[0].endswith(OFFSETS) or (form.bits == 7 and not real))
         recipe = WeightRecipe(sources[:1] if order else sources, turned)
         cast = sources[0].endswith(SCALES) and form.narrow
-        kind = floats if real else ir.DataType.INT8 if by_output else ir.DataType.UINT8
+        kind = floats if real else _NUMBERS.get(form.bits, ir.DataType.UINT8)
         kind = ir.DataType.FLOAT16 if cast else ir.DataType.INT64 if order else kind
         known = model.graph.initializers.get(recipe.name)
         value = known or add_weight(model, recipe, recipe.shape(shapes), kind)

@@ -30,6 +30,7 @@ from headfold.export.model.rounding import (
     bits_of,
     forms_of,
     holds,
+    is_by_output,
     rounded,
     suits_narrow_scales,
 )
@@ -133,14 +134,14 @@ def prepare(
     wide = [name for name in groups if model.layer_of(name) is None]
     bits = widths_of({name: shapes[name] for name in groups}, options.scheme, wide, source.path)
     if isinstance(source, OwnModel):
-        kept = kept_forms(source.checkpoint, [name for name, width in bits.items() if width != 7], dtype)
+        kept = kept_forms(source.checkpoint, [name for name, width in bits.items() if not is_by_output(width)], dtype)
     _tell(source, bits, kept, dtype, reporter)
     _tell_of_floats(shapes, bits, reporter)
     block = options.block_size
     experts = {name for name in bits if len(shapes[name]) == 3}
     least = bits | {name: form.bits for name, form in kept.items()}
     bits = {name: width for name, width in bits.items() if name not in kept}  # of those that are rounded
-    in_blocks = [name for name, width in bits.items() if width != 7 and name not in experts]
+    in_blocks = [name for name, width in bits.items() if not is_by_output(width) and name not in experts]
     wider = dtype == torch.float32  # than float16
     narrow = {name for name in in_blocks if wider and suits_narrow_scales(tensors.read(name))}
     smoothed = options.scheme == "w8a8" and isinstance(source, OwnModel)
@@ -255,8 +256,8 @@ def _tell(
         reporter.note(f"{len(kept)} of {len(bits)} weights are kept as they are quantized, bit for bit")
     if again:
         others = f" and {len(again) - 1} others" if len(again) > 1 else ""
-        if 7 in bits.values():
-            why = "w8a8 has numbers of its own"
+        if any(is_by_output(bits[name]) for name in again):
+            why = "products with a scale for each output have numbers of their own"
         elif dtype != torch.float32 and kept_forms(source.checkpoint, again[:1], torch.float32):
             why = f"{str(dtype).removeprefix('torch.')} does not hold its scales, --dtype float32 does"
         else:

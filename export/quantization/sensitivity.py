@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from headfold.export.model.rounding import Width, as_rounded
+from headfold.export.model.rounding import Width, as_rounded, bit_count
 from headfold.export.progress import Reporter
 from headfold.export.quantization.running import Running
 from headfold.plugins.quantized.schema import BLOCK
@@ -112,7 +112,7 @@ def choose_bits(
     total = sum(math.prod(shapes[name]) for name in bits)
     room = sum(size for (size, _), *_ in things)
     if average is not None:
-        spent = sum(width * math.prod(shapes[name]) for name, width in bits.items())
+        spent = sum(bit_count(width) * math.prod(shapes[name]) for name, width in bits.items())
         room = min(room, int((average * total - spent) / 4))
     enough = sum(cost[0] for cost in costs.values()) - max_kl if max_kl is not None else math.inf
     taken = dict(zip(costs, _knapsack(things, room, enough), strict=True))

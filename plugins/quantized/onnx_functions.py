@@ -12,6 +12,7 @@ from onnx import FunctionProto, TensorProto, numpy_helper
 from headfold.plugins.onnx_body import OPSET, Body, Operator
 from headfold.plugins.quantized.schema import (
     DOMAIN,
+    FLOAT8,
     GATHER,
     GATHER_INPUTS,
     GATHER_OUTPUT,
@@ -33,6 +34,7 @@ from headfold.plugins.quantized.schema import (
 _MATMUL = Operator(DOMAIN, MATMUL, VERSION, MatMulInputs, MatMulAttributes, (MATMUL_OUTPUT,))
 _GATHER = Operator(DOMAIN, GATHER, VERSION, GatherInputs, GatherAttributes, (GATHER_OUTPUT,))
 _ROUNDED = Operator(DOMAIN, ROUNDED, VERSION, RoundedInputs, RoundedAttributes, (MATMUL_OUTPUT,))
+_FLOAT8 = Operator(DOMAIN, FLOAT8, VERSION, RoundedInputs, RoundedAttributes, (MATMUL_OUTPUT,))
 
 
 def onnxruntime_matmul() -> FunctionProto:
@@ -115,6 +117,18 @@ def exact_rounded_matmul() -> FunctionProto:
     body("CastLike", ["values", "x"], "numbers")
     body("Mul", ["numbers", "scales"], "w")
     body("MatMul", ["x", "w"], MATMUL_OUTPUT)
+    return body.function({"": OPSET}, ROUNDED_INPUTS)
+
+
+def float8_matmul() -> FunctionProto:
+    """Standard ops, for all. No DequantizeLinear: ONNX Runtime makes a matrix wide once while it loads, and that at every call."""
+    body = Body(_FLOAT8)
+    body.ints("matrix", 1)
+    body("CastLike", ["values", "x"], "numbers")
+    body("Unsqueeze", ["scales", "matrix"], "of_rows")  # [N, 1]
+    body("Mul", ["numbers", "of_rows"], "w")
+    body("Transpose", ["w"], "w_transposed", perm=[1, 0])
+    body("MatMul", ["x", "w_transposed"], MATMUL_OUTPUT)
     return body.function({"": OPSET}, ROUNDED_INPUTS)
 
 

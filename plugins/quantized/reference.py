@@ -35,6 +35,13 @@ def quantized_gather(values: Array, scales: Array, indices: Array, bits: Bits) -
     return dequantized(values, scales, bits)[indices].astype(scales.dtype)
 
 
+def float8_matmul(x: Array, values: Array, scales: Array) -> Array:
+    """The product with values of ml_dtypes' float8_e4m3fn, computed in float64, in the dtype of x."""
+    w = values.astype(np.float64) * scales.astype(np.float64)[:, None]
+    product: Array = x.astype(np.float64) @ w.T
+    return product.astype(x.dtype)
+
+
 def rounded_rows(x: Array) -> tuple[Array, Array]:
     """u - 128 of each row, int64 [..., K], and m / 127, float64 [..., 1]."""
     largest = np.maximum(np.abs(x).max(-1, keepdims=True), SMALLEST).astype(np.float64)

@@ -1,4 +1,5 @@
-"""The operators headfold::QuantizedMatMul, QuantizedGather and RoundedMatMul: a matrix of few bits multiplies, or is looked up in.
+"""The operators headfold::QuantizedMatMul, QuantizedGather, RoundedMatMul and Float8MatMul: a matrix of few bits multiplies, or is
+looked up in.
 
 Every body and kernel obeys this file. A matrix W [N, K] is G blocks of K / G = `block` numbers along K, each with a scale:
 W[n, k] = (q[n, k] - z[n, k // block]) * scales[n, k // block], q from 0 to 2^bits - 1. Both operators read it in one form, so that
@@ -15,6 +16,11 @@ RoundedMatMul rounds its input, too, so that sums are of integers, exact. Each r
 
     values  int8 [K, N], from -63 to 63: on CPUs with AVX2 and no VNNI two products of u (eight bits) and a value are added in 16
             bits, saturating; 2 * 255 * 64 fits
+    scales  T [N]
+
+Float8MatMul takes x as it is: product = x @ (values * scales[:, None]).T
+
+    values  float8_e4m3fn [N, K]
     scales  T [N]
 """
 
@@ -35,6 +41,7 @@ Level = Literal[1, 4]
 MATMUL = "QuantizedMatMul"
 MATMUL_OUTPUT = "product"  # T [..., N]: x @ W.T
 ROUNDED = "RoundedMatMul"
+FLOAT8 = "Float8MatMul"
 GATHER = "QuantizedGather"
 GATHER_OUTPUT = "rows"  # T [B, S, K]: W[indices]
 V = TypeVar("V")  # an array, a value of a graph
@@ -61,7 +68,7 @@ class GatherInputs(Generic[V]):
 
 @dataclass(frozen=True, kw_only=True)
 class RoundedInputs(Generic[V]):
-    """The inputs of RoundedMatMul, in the order of an ONNX node's."""
+    """The inputs of RoundedMatMul and Float8MatMul, in the order of an ONNX node's."""
 
     x: V  # T [..., K]
     values: V
@@ -93,4 +100,4 @@ class GatherAttributes:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundedAttributes:
-    """RoundedMatMul has none."""
+    """RoundedMatMul and Float8MatMul have none."""

@@ -101,7 +101,7 @@ class _Spelling:
     def _of_weight(self, node: ir.Node) -> tuple[Any, ...] | None:
         """A product with a weight, or rows of it, however its numbers are stored; a bias is added apart."""
         match node.domain, node.op_type, list(node.inputs):
-            case (_, "QuantizedMatMul" | "RoundedMatMul", [x, ir.Value() as weight, *_]):
+            case (_, "QuantizedMatMul" | "RoundedMatMul" | "Float8MatMul", [x, ir.Value() as weight, *_]):
                 return ("product", _sources(weight), self.of(x))
             case (_, "QuantizedGather", [ir.Value() as weight, _, ids]):
                 return ("rows", _sources(weight), self.of(ids))

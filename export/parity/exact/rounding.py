@@ -13,7 +13,7 @@ from headfold.export.exportables.rounded import RoundedCheckpoint, RoundedTensor
 from headfold.export.exportables.rounding_record import WeightRecord, digest, relative_squared_error
 from headfold.export.graph.recipes import recipe_of
 from headfold.export.graph.weights import let_go
-from headfold.export.model.rounding import Form, Rounded, forms_of, holds, joined, stored_shapes, unpacked
+from headfold.export.model.rounding import Form, Rounded, Width, forms_of, holds, joined, stored_shapes, unpacked
 from headfold.export.parity.report import CheckResult, verdict
 from headfold.runtime.errors import BundleError
 from headfold.runtime.manifest import WeightsScheme, WeightsSpec
@@ -22,7 +22,13 @@ from headfold.runtime.manifest import WeightsScheme, WeightsSpec
 # further off than the nearest numbers are: on SmolLM2 up to 0.021, in tiny random mixtures of experts to 0.2. Another weight has 2.
 _FURTHEST = 0.5
 _AS_FAR = 1e-6  # of a sum of squares, float64
-_SCHEMES: dict[WeightsScheme, set[int]] = {"int8": {8}, "int4": {4, 8}, "mixed": {4, 8}, "w8a8": {7, 8}}  # their bits
+_SCHEMES: dict[WeightsScheme, set[Width]] = {
+    "int8": {8},
+    "int4": {4, 8},
+    "mixed": {4, 8},
+    "w8a8": {7, 8},
+    "fp8": {"float8", 8},
+}
 
 
 class StoredRoundings(Mapping[str, Rounded]):
@@ -49,7 +55,7 @@ class StoredRoundings(Mapping[str, Rounded]):
 
     def __getitem__(self, name: str) -> Rounded:
         def read(form: Form, shape: tuple[int, ...]) -> Rounded:
-            assert form.bits != 7
+            assert form.bits == 4 or form.bits == 8
             values, scales = (self._read(*part) for part in stored_shapes(name, form, shape).items())
             return Rounded(form.bits, unpacked(values, form.bits), scales.float())
 

@@ -86,7 +86,7 @@ def test_other_models_are_told_what_the_commands_would_tell(model_type, graphs, 
         export_bundle(exportable, tmp_path / "other", ExportOptions(cache=CacheCalibration("int8")), QUIET)
     assert str(caught.value).endswith(found["--kv-cache"].note)
     assert found["--weights"].possible
-    assert found["--weights"].note == "int8, int4, mixed, w8a8"
+    assert found["--weights"].note == "int8, int4, mixed, w8a8, fp8"
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])
