@@ -4,7 +4,7 @@ A form is taken only if it restores every weight of the tensor bit for bit.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -12,19 +12,22 @@ from torch import Tensor
 
 from headfold.export.checkpoints.base import Checkpoint
 from headfold.export.checkpoints.quantized.tensor import QuantizedTensor
-from headfold.export.model.rounding import Form, Rounded, holds
+from headfold.export.model.rounding import Form, Rounded, Width, holds, is_by_output
 from headfold.plugins.quantized.schema import LARGEST_BLOCK, SMALLEST_BLOCK, Bits
 
 _EMBEDDING = "model.embed_tokens.weight"  # rows of it are looked up, for which there are no zero points and no order
 
 
-def kept_forms(checkpoint: Checkpoint, names: Iterable[str], dtype: torch.dtype) -> dict[str, Form]:
-    """The forms of those weights that can be kept, in a graph of `dtype`; each is read once, and let go."""
+def kept_forms(checkpoint: Checkpoint, widths: Mapping[str, Width], dtype: torch.dtype) -> dict[str, Form]:
+    """The forms of those weights that can be kept, in a graph of `dtype`; each is read once, and let go.
+
+    `widths` are what they would have otherwise: float8 is kept where it would be that, integers where they would be integers in blocks.
+    """
     forms = dict[str, Form]()
-    for name in names:
-        rounding = kept(checkpoint, name, dtype)
-        if rounding is not None:
-            narrow = dtype == torch.float32 and _held(rounding.scales, torch.float16)
+    for name, width in widths.items():
+        rounding = kept(checkpoint, name, dtype) if width != 7 else None
+        if rounding is not None and (rounding.bits == "float8") == (width == "float8"):
+            narrow = dtype == torch.float32 and not is_by_output(width) and _held(rounding.scales, torch.float16)
             forms[name] = replace(rounding.form, narrow=narrow)
     return forms
 
@@ -56,6 +59,9 @@ def _held(x: Tensor, dtype: torch.dtype) -> bool:
 def _candidates(part: QuantizedTensor) -> list[Rounded]:
     """The forms that may hold it, the fastest first."""
     rows, columns = part.values.shape[-2:]
+    if part.values.dtype == torch.float8_e4m3fn and part.values.ndim == 2 and part.scales.shape[-1] == 1:
+        own = torch.arange(rows) // part.block[0] if len(part.scales) > 1 else torch.zeros(rows, dtype=torch.long)
+        return [Rounded("float8", part.values, part.scales.float()[own])]
     divisor = math.gcd(part.block[1], columns)
     block = min(divisor & -divisor, LARGEST_BLOCK)  # the largest power of two in it
     integers = part.values.dtype in (torch.int8, torch.uint8)

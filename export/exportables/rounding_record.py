@@ -128,7 +128,8 @@ def read_record(path: Path, shapes: Mapping[str, tuple[int, ...]], config: Model
         elif len(shape) != 2:
             known = False
         elif known and record.form.by_output:
-            known = record.method == "nearest" and record.form == form_of(record.bits, shape[1])
+            known = record.method == "nearest" or (kept and record.bits == "float8")
+            known = known and record.form == form_of(record.bits, shape[1])
         elif known:
             known = block in _BLOCKS and shape[1] % block == 0
             plain = Form(record.bits, block, narrow=record.narrow_scales, wide_rows=record.wide_rows)

@@ -134,7 +134,7 @@ def prepare(
     wide = [name for name in groups if model.layer_of(name) is None]
     bits = widths_of({name: shapes[name] for name in groups}, options.scheme, wide, source.path)
     if isinstance(source, OwnModel):
-        kept = kept_forms(source.checkpoint, [name for name, width in bits.items() if not is_by_output(width)], dtype)
+        kept = kept_forms(source.checkpoint, bits, dtype)
     _tell(source, bits, kept, dtype, reporter)
     _tell_of_floats(shapes, bits, reporter)
     block = options.block_size
@@ -251,18 +251,18 @@ def _tell(
             )
         return
     kinds = {name: source.checkpoint.kind(name) for name in bits}
-    again = [name for name, kind in kinds.items() if kind is not None and name not in kept]
+    again = {name: bits[name] for name, kind in kinds.items() if kind is not None and name not in kept}
     if kept:
         reporter.note(f"{len(kept)} of {len(bits)} weights are kept as they are quantized, bit for bit")
     if again:
-        others = f" and {len(again) - 1} others" if len(again) > 1 else ""
-        if any(is_by_output(bits[name]) for name in again):
+        first, others = next(iter(again)), f" and {len(again) - 1} others" if len(again) > 1 else ""
+        if any(map(is_by_output, again.values())):
             why = "products with a scale for each output have numbers of their own"
-        elif dtype != torch.float32 and kept_forms(source.checkpoint, again[:1], torch.float32):
+        elif dtype != torch.float32 and kept_forms(source.checkpoint, {first: again[first]}, torch.float32):
             why = f"{str(dtype).removeprefix('torch.')} does not hold its scales, --dtype float32 does"
         else:
             why = "no form here holds it"
-        reporter.note(f"quantized, and rounded again, for {why}: {again[0]} ({kinds[again[0]]}){others}")
+        reporter.note(f"quantized, and rounded again, for {why}: {first} ({kinds[first]}){others}")
 
 
 def _tell_of_floats(shapes: Mapping[str, tuple[int, ...]], bits: Collection[str], reporter: Reporter) -> None:

@@ -155,13 +155,25 @@ def test_kinds_of_gguf_whose_scales_are_products(kind) -> None:
     [
         replace(GROUPS, groups=torch.arange(384) % 2),
         QuantizedTensor(integers(0, 16, 6, 60), scales(6, 3), None, (1, 20), 4),
-        QuantizedTensor(torch.ones(6, 64).to(torch.float8_e4m3fn), scales(1, 1), None, (6, 64), 8),
+        QuantizedTensor(torch.ones(6, 64).to(torch.float8_e4m3fn), scales(3, 2), None, (2, 32), 8),
     ],
-    ids=["groups of other sizes", "groups of 20", "float8"],
+    ids=["groups of other sizes", "groups of 20", "blocks of float8"],
 )
 def test_what_no_form_holds_is_not_kept(part) -> None:
     assert kept(of(part), "w", torch.float32) is None
-    assert kept_forms(of(part), ["w"], torch.float32) == {}
+    assert kept_forms(of(part), {"w": 4}, torch.float32) == {}
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (3, 1), (6, 1)])
+def test_float8_is_kept_where_outputs_share_no_more_than_a_scale_and_it_would_be_float8_anyway(grid) -> None:
+    values = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
+    checkpoint = of(QuantizedTensor(values, scales(*grid), None, (6 // grid[0], 64), 8))
+    assert kept_forms(checkpoint, {"w": "float8"}, torch.float32) == {"w": Form("float8", 64)}
+    for width in (4, 7, 8):
+        assert kept_forms(checkpoint, {"w": width}, torch.float32) == {}
+    rounding = kept(checkpoint, "w", torch.float32)
+    assert rounding is not None
+    assert torch.equal(restored(rounding), checkpoint.read("w"))
 
 
 def test_an_embedding_is_kept_without_zero_points_only() -> None:

@@ -13,6 +13,8 @@ import onnx_ir as ir
 import pytest
 import torch
 from block_models import checkpoint, run
+from quantized_models import in_directory
+from quantized_weights import float8
 from random_transformers import save_random
 
 from headfold.export.checkpoints.hf_writer import save_hf
@@ -116,6 +118,15 @@ def test_a_model_of_transformers(model_type, tmp_path) -> None:
     save_random(model_type, tmp_path / "model")
     manifest = read_manifest(export(tmp_path / "model", tmp_path / "fp8", "--max-kl", "9"))
     assert (manifest.road, manifest.parity["passed"]) == ("transformers", True)
+
+
+def test_a_checkpoint_of_float8_keeps_its_numbers(tmp_path) -> None:
+    source = in_directory({"quant_method": "fp8", "activation_scheme": "static"}, float8(None))(tmp_path)
+    manifest = read_manifest(export(source, tmp_path / "fp8"))
+    assert manifest.parity["passed"]
+    assert manifest.weights.kept == 7
+    assert manifest.weights.cost.kl < 1e-3  # embedding and head alone, in eight bits
+    assert run("verify", tmp_path / "fp8", "--against", source, "-q")[0] == 0
 
 
 def test_a_wrong_scale_is_seen(bundle, source, tmp_path) -> None:
