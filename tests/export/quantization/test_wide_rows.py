@@ -120,6 +120,22 @@ def test_it_is_proven_and_computes_with_what_its_file_holds(config, options, in_
         assert np.square(error[:WIDE]).mean() < np.square(error[WIDE:]).mean() / 50
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_large_model_is_the_same(tied, in_part, tmp_path, monkeypatch) -> None:
+    save_hf(tmp_path / "source", checkpoint(replace(CONFIG, tie_word_embeddings=tied)), torch.float32)
+    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(0, CONFIG.vocab_size, 4096))
+    records = []
+    for name, large in (("in memory", 1 << 40), ("on the disk", 0)):
+        monkeypatch.setattr("headfold.export.exportables.foreign.widening.LARGE", large)
+        bundle = export(tmp_path / "source", tmp_path / name, "--data", tmp_path / "tokens.npy", "--no-verify")
+        records.append(json.loads((bundle / "weights.json").read_text())["tensors"])
+    whole, streamed = records
+    assert whole[EMBEDDING]["wide_rows"] == WIDE
+    assert {name: tensor["sha256"] for name, tensor in whole.items()} == {
+        name: tensor["sha256"] for name, tensor in streamed.items()
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["gemma3_text", "phi3"])  # the one has its embedding as head
 def test_so_it_is_by_way_of_transformers(model_type, in_part, tmp_path) -> None:
