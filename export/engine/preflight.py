@@ -27,11 +27,8 @@ _DTYPES = {
     ir.DataType.BOOL,
 }
 _CACHES = {ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN}  # quantized ones, which go into the plugin and nowhere else
-_ROUNDED = {
-    ir.DataType.INT4,
-    ir.DataType.INT8,
-    ir.DataType.FLOAT8E4M3FN,
-}  # weights, which go into DequantizeLinear and nowhere else
+# Weights, which go into DequantizeLinear and nowhere else
+_ROUNDED = {ir.DataType.INT4, ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN}
 _BLOCKS = {32, 64, 128}
 
 # Ops that TensorRT imports as they are meant, with the attributes that it heeds.
