@@ -248,9 +248,14 @@ def rounds_inputs(model: ir.Model) -> bool:
     return any(node.domain == DOMAIN and node.op_type == ROUNDED for node in model.graph)
 
 
-def round_no_inputs(model: ir.Model) -> bool:
-    """Have all products with matrices of few bits compute with their inputs as they are; whether there are any."""
+def round_no_inputs(model: ir.Model, late: bool = False) -> bool:
+    """Have all products with matrices of few bits compute with their inputs as they are; whether there are any.
+
+    If `late`, bodies that make a matrix wide wait for the input that it multiplies.
+    """
     rounding = rounds_inputs(model)
     if rounding:
-        set_body(model, exact_rounded_matmul())
+        set_body(model, exact_rounded_matmul(late))
+    if late and any(node.domain == DOMAIN and node.op_type == FLOAT8 for node in model.graph):
+        set_body(model, float8_matmul(late))
     return set_level(model, 1) or rounding

@@ -58,13 +58,26 @@ def attach_weights(model: ir.Model, tensors: Tensors, tables: Mapping[str, Tenso
     return total
 
 
-def open_parts(models: Iterable[bytes], path: Path, options: ort.SessionOptions) -> list[ort.InferenceSession]:
-    """Sessions of graphs made of the one at `path`, serialized, whose weights lie beside it. ONNX Runtime prints nothing."""
+def open_parts(
+    models: Iterable[bytes], path: Path, options: ort.SessionOptions, fold: bool = True
+) -> list[ort.InferenceSession]:
+    """Sessions of graphs made of the one at `path`, serialized, whose weights lie beside it. ONNX Runtime prints nothing.
+
+    Unless they `fold` constants, weights that a body makes wide are so only while they multiply.
+    """
     folder = str(data_file(path).resolve().parent)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     options.log_severity_level = SILENT
     with silenced():
-        return [ort.InferenceSession(model, options, providers=["CPUExecutionProvider"]) for model in models]
+        return [
+            ort.InferenceSession(
+                model,
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=[] if fold else ["ConstantFolding"],
+            )
+            for model in models
+        ]
 
 
 def scale_name(layer: int, part: str) -> str:

@@ -29,7 +29,9 @@ from headfold.plugins.names import HIDDEN_STATES, input_of, is_cache_input, is_c
 from headfold.runtime.errors import BundleError
 from headfold.runtime.session import SILENT, silenced
 
-_MAPPED = 1 << 30  # bytes of weights; more are read where they lie in their file, and not packed for speed
+_MAPPED = (
+    1 << 30
+)  # bytes of weights; more are read where they lie in their file, not packed for speed, and made wide as they multiply
 Outputs = OrderedDict[str, NDArray[Any]]
 Pass = Callable[[ir.Model], object]
 
@@ -168,12 +170,13 @@ class Graph:
         """
         with self._errors():
             model = load_model(self.path)
-            exact = round_no_inputs(model)  # what rounding a product's inputs costs is for the gate
-            if not passes and not exact:
+            exact = round_no_inputs(model, late=self._large)  # what rounding a product's inputs costs is for the gate
+            if not passes and not exact and not self._large:
                 return ort.InferenceSession(self.path, self._options(), providers=["CPUExecutionProvider"])
             for change in passes:
                 change(model)
-            return open_parts([ir.to_proto(model).SerializeToString()], self.path, self._options())[0]
+            proto = ir.to_proto(model).SerializeToString()
+            return open_parts([proto], self.path, self._options(), fold=not self._large)[0]
 
     def open_layers(self) -> list[ort.InferenceSession]:
         """A session for each layer alone, and one for what comes behind the last; see `split_layers`.
@@ -183,17 +186,23 @@ class Graph:
         """
         with self._errors():
             model, options = load_model(self.path), self._options()
-            round_no_inputs(model)
+            round_no_inputs(model, late=self._large)
             # A session would keep what one long cache takes
             options.enable_cpu_mem_arena = options.enable_mem_pattern = False
             parts = (ir.to_proto(part).SerializeToString() for part in split_layers(model))
-            return open_parts(parts, self.path, options)
+            return open_parts(parts, self.path, options, fold=not self._large)
+
+    @property
+    def _large(self) -> bool:
+        data = data_file(self.path)
+        return data.is_file() and data.stat().st_size > _MAPPED
 
     def _options(self) -> ort.SessionOptions:
         options = ort.SessionOptions()
         options.log_severity_level = SILENT  # what goes wrong is raised too
-        if self.path.is_file() and data_file(self.path).is_file() and data_file(self.path).stat().st_size > _MAPPED:
+        if self._large:
             options.add_session_config_entry("session.disable_prepacking", "1")
+            options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # it would keep all that was ever wide
         return options
 
     @contextmanager

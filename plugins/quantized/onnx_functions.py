@@ -111,25 +111,41 @@ def standard_rounded_matmul() -> FunctionProto:
     return body.function({"": OPSET}, ROUNDED_INPUTS)
 
 
-def exact_rounded_matmul() -> FunctionProto:
-    """x as it is, by the same matrix."""
+def exact_rounded_matmul(late: bool = False) -> FunctionProto:
+    """x as it is, by the same matrix; for `late` see `_values`."""
     body = Body(_ROUNDED)
-    body("CastLike", ["values", "x"], "numbers")
+    body("CastLike", [_values(body, late, first=True), "x"], "numbers")
     body("Mul", ["numbers", "scales"], "w")
     body("MatMul", ["x", "w"], MATMUL_OUTPUT)
     return body.function({"": OPSET}, ROUNDED_INPUTS)
 
 
-def float8_matmul() -> FunctionProto:
-    """Standard ops, for all. No DequantizeLinear: ONNX Runtime makes a matrix wide once while it loads, and that at every call."""
+def float8_matmul(late: bool = False) -> FunctionProto:
+    """Standard ops, for all; for `late` see `_values`.
+
+    No DequantizeLinear: ONNX Runtime makes a matrix wide once while it loads, and that at every call.
+    """
     body = Body(_FLOAT8)
-    body.ints("matrix", 1)
-    body("CastLike", ["values", "x"], "numbers")
-    body("Unsqueeze", ["scales", "matrix"], "of_rows")  # [N, 1]
+    body.ints("second", 1)
+    body("CastLike", [_values(body, late, first=False), "x"], "numbers")
+    body("Unsqueeze", ["scales", "second"], "of_rows")  # [N, 1]
     body("Mul", ["numbers", "of_rows"], "w")
     body("Transpose", ["w"], "w_transposed", perm=[1, 0])
     body("MatMul", ["x", "w_transposed"], MATMUL_OUTPUT)
     return body.function({"": OPSET}, ROUNDED_INPUTS)
+
+
+def _values(body: Body, late: bool, first: bool) -> str:
+    """The values, whose `first` axis or last is K; if `late` in a shape that x gives them, so that they wait for it.
+
+    All matrices of a model would be wide at once otherwise, where ONNX Runtime folds no constants.
+    """
+    if not late:
+        return "values"
+    body.ints("rest", -1)
+    body("Shape", ["x"], "columns", start=-1)
+    body("Concat", ["columns", "rest"] if first else ["rest", "columns"], "matrix", axis=0)
+    return body("Reshape", ["values", "matrix"], "late_values")
 
 
 def _round_rows(body: Body) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import block_models
 import ml_dtypes
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -24,6 +25,7 @@ from headfold.export.engine.options import BuildOptions
 from headfold.export.exportables.own import OwnModel
 from headfold.export.model.decoder import Decoder
 from headfold.export.model.rounding import as_rounded, holds, restored, rounded
+from headfold.export.parity import runners
 from headfold.export.parity.verify import verify_bundle
 from headfold.export.progress import Reporter
 from headfold.export.quantization.products import set_level_in_file
@@ -120,6 +122,30 @@ def test_a_model_of_transformers(model_type, tmp_path) -> None:
     assert (manifest.road, manifest.parity["passed"]) == ("transformers", True)
 
 
+@pytest.mark.parametrize("scheme", ["fp8", "w8a8"])
+def test_a_large_one_is_never_wide_as_a_whole(scheme, source, tmp_path, monkeypatch) -> None:
+    """Neither when it is opened nor while it runs: what becomes floats waits for what it multiplies."""
+    for name in ("parity.runners._MAPPED", "quantization.forced.LARGE"):
+        monkeypatch.setattr(f"headfold.export.{name}", 0)
+    opened, open_parts = [], runners.open_parts
+
+    def seen(models, path, options, fold):
+        models = [*models]
+        opened.append((fold, options.enable_cpu_mem_arena, [onnx.load_from_string(model) for model in models]))
+        return open_parts(models, path, options, fold)
+
+    monkeypatch.setattr(runners, "open_parts", seen)
+    code, output = run("export", source, "-o", tmp_path / "out", "--weights", scheme, "-q")
+    assert code == 0, output
+    assert {(fold, arena) for fold, arena, _ in opened} == {(False, False)}
+    for function in (f for *_, models in opened for model in models for f in model.functions):
+        if function.name in ("Float8MatMul", "RoundedMatMul"):
+            makers = {name: node for node in function.node for name in node.output}
+            wide = next(node for node in function.node if node.op_type == "CastLike")
+            shape = makers[makers[wide.input[0]].input[1]]
+            assert any(makers[part].input[0] == "x" for part in shape.input if part in makers and makers[part].input)
+
+
 def test_a_checkpoint_of_float8_keeps_its_numbers(tmp_path) -> None:
     source = in_directory({"quant_method": "fp8", "activation_scheme": "static"}, float8(None))(tmp_path)
     manifest = read_manifest(export(source, tmp_path / "fp8"))
@@ -159,5 +185,8 @@ def test_engines_are_for_gpus_that_have_float8(bundle, source, tmp_path) -> None
     code, output = run("build", tmp_path / "fp8", "--sm", "86,89", "-q")
     assert code == 2
     assert "--sm: SM 86 has no float8. Export the bundle with --weights int8." in output.replace("\n", " ")
+    options = ("--weights", "fp8", "--target", "tensorrt-rtx", "--sm", "86")
+    code, output = run("export", source, "-o", tmp_path / "no", *options)  # before a long export
+    assert (code, "SM 86 has no float8" in output) == (2, True)
     code, output = run("build", tmp_path / "fp8", "--sm", "89", "-q")
     assert code == 0, output

@@ -17,8 +17,9 @@ from headfold.plugins.quantized.schema import DOMAIN, FLOAT8, ROUNDED_INPUTS
 K, N = 33, 24  # no blocks are needed
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_the_body_computes_what_the_reference_does(dtype) -> None:
+def test_the_body_computes_what_the_reference_does(dtype, late) -> None:
     rng = np.random.default_rng(0)
     values = rng.standard_normal((N, K)).astype(ml_dtypes.float8_e4m3fn)
     scales, x = rng.uniform(0.5, 2, N).astype(dtype), rng.standard_normal((2, 5, K)).astype(dtype)
@@ -35,7 +36,7 @@ def test_the_body_computes_what_the_reference_does(dtype) -> None:
         stored,
     )
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
-    model = helper.make_model(graph, functions=[float8_matmul()], opset_imports=opsets, ir_version=11)
+    model = helper.make_model(graph, functions=[float8_matmul(late)], opset_imports=opsets, ir_version=11)
     right = reference(x, values, scales)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     step = (

@@ -60,11 +60,12 @@ def test_bodies_compute_what_the_reference_does(body) -> None:
         np.testing.assert_allclose(ReferenceEvaluator(model(body())).run(None, {"x": x})[0], right, rtol=1e-6)
 
 
-def test_the_exact_body_leaves_the_input_as_it_is() -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_the_exact_body_leaves_the_input_as_it_is(late) -> None:
     x = np.random.default_rng(2).standard_normal((2, 5, K), dtype=np.float32)
     values, scales = matrix().values()
     right = x.astype(np.float64) @ (values * scales.astype(np.float64))
-    np.testing.assert_allclose(in_onnxruntime(model(exact_rounded_matmul()), x), right, atol=1e-5)
+    np.testing.assert_allclose(in_onnxruntime(model(exact_rounded_matmul(late)), x), right, atol=1e-5)
 
 
 def test_the_reference_rounds_each_input_by_half_a_step_at_most() -> None:
