@@ -16,6 +16,7 @@ from headfold.export.parity.verify import verify
 from headfold.export.progress import Reporter
 from headfold.runtime import BundleError, load
 from headfold.runtime.files.graph_file import check_capacity, initializer_shapes
+from headfold.runtime.manifest import NEWEST_VERSION
 
 Damage = Callable[[Path], object]
 
@@ -104,7 +105,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "link to another file": (link_elsewhere, r"tokenizer\.json: has \d+ bytes, not the"),
     "pipe": (pipe, r"tokenizer\.json: is missing, or no regular file"),
     "linked directory": (link_directory, r"more: is not listed in the manifest"),
-    "newer": (edit(format_version=7), "format version 7, this headfold reads up to 6. Upgrade headfold"),
+    "newer": (
+        edit(format_version=NEWEST_VERSION + 1),
+        f"format version {NEWEST_VERSION + 1}, this headfold reads up to {NEWEST_VERSION}. Upgrade headfold",
+    ),
     "no JSON": (lambda p: (p / "manifest.json").write_bytes(b"\xff{"), "manifest.json: is not JSON"),
     "no object": (lambda p: (p / "manifest.json").write_text("[]"), "manifest.json: is no JSON object"),
     "field missing": (drop_field, r"cache\.capacity: Field required"),
