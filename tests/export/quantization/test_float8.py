@@ -107,6 +107,7 @@ def test_it_computes_with_them(bundle, source, tmp_path) -> None:
     np.testing.assert_allclose(logits, decoder(torch.tensor(ids)[None]).logits[0, -1], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_model_with_joined_products_and_a_head_of_its_own_in_float16(tmp_path) -> None:
     config = replace(CONFIG, tie_word_embeddings=False, model_type="qwen2", qkv_bias=True)
     save_hf(tmp_path / "source", checkpoint(config), torch.float32)
@@ -171,7 +172,7 @@ def test_a_wrong_scale_is_seen(bundle, source, tmp_path) -> None:
 
 
 @installed
-@pytest.mark.parametrize("attention", ["native", "plugin"])
+@pytest.mark.parametrize("attention", ["native", pytest.param("plugin", marks=pytest.mark.slow)])
 def test_the_parsed_network_agrees_with_pytorch(attention, bundle, source) -> None:
     manifest = read_manifest(bundle)
     candidate = network_candidate(bundle, manifest, BuildOptions(attention=attention))

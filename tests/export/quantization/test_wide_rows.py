@@ -166,7 +166,7 @@ def test_standard_ops_compute_the_same(in_part, tmp_path) -> None:
 
 
 @installed
-@pytest.mark.parametrize("attention", ["native", "plugin"])
+@pytest.mark.parametrize("attention", ["native", pytest.param("plugin", marks=pytest.mark.slow)])
 def test_the_parsed_network_agrees_with_pytorch(attention, in_part, tmp_path) -> None:
     save_hf(tmp_path / "source", checkpoint(CONFIG), torch.float32)
     bundle = export(tmp_path / "source", tmp_path / "bundle", "--rounding", "nearest", "--no-verify")
