@@ -17,7 +17,7 @@ from headfold.export.graph.bodies import block_sums, call_plugin, inline_standar
 from headfold.export.graph.experts import experts_nodes
 from headfold.export.graph.joining import unpack_inputs
 from headfold.export.graph.passes import attention_nodes
-from headfold.export.graph.recipes import recipe_of, remove_unread
+from headfold.export.graph.recipes import recipe_of, remove_unread, replace_node
 from headfold.export.model.rounding import SCALES
 from headfold.plugins.attention.schema import DOMAIN, OP_TYPE, Attention, AttentionInputs
 from headfold.plugins.names import HIDDEN_STATES, is_cache_input, is_cache_output
@@ -106,12 +106,16 @@ def spell_out_quantized(model: ir.Model, where: Path) -> None:
     _widen_scales(model)
     found = dict[str, ir.Value]()
     for node in list(model.graph):
-        if node.domain == DOMAIN and node.op_type == FLOAT8:
+        if node.domain != DOMAIN or node.op_type not in (MATMUL, GATHER, FLOAT8):
+            continue
+        if node.op_type == FLOAT8:
             x, values, scales = node.inputs
+            assert values is not None
+            assert values.name is not None
+            found[values.name] = values
             tape = ir.tape.Tape()
             w = tape.op("DequantizeLinear", [values, scales], {"axis": 0})
-            _put(model, node, tape, tape.op("MatMul", [x, tape.op("Transpose", [w], {"perm": [1, 0]})]))
-        if node.domain != DOMAIN or node.op_type not in (MATMUL, GATHER):
+            replace_node(model, node, tape, tape.op("MatMul", [x, tape.op("Transpose", [w], {"perm": [1, 0]})]))
             continue
         names = MATMUL_INPUTS if node.op_type == MATMUL else GATHER_INPUTS
         inputs = dict(zip(names, node.inputs, strict=False))
@@ -139,7 +143,7 @@ def spell_out_quantized(model: ir.Model, where: Path) -> None:
                 assert x is not None
                 model.graph.register_initializer(taken)
                 result = tape.op("Sub", [result, tape.op("MatMul", [block_sums(model, tape, x, block), taken])])
-        _put(model, node, tape, result)
+        replace_node(model, node, tape, result)
         remove_unread(model, [values, zeros])
     for name in [name for name in model.functions if name[0] == DOMAIN and name[1] in (MATMUL, GATHER, FLOAT8)]:
         del model.functions[name]
@@ -148,15 +152,6 @@ def spell_out_quantized(model: ir.Model, where: Path) -> None:
         raise BuildError(
             f"{size:,} bytes of rounded weights are too many for TensorRT's parser", where=where, fix=_ELSEWHERE
         )
-
-
-def _put(model: ir.Model, node: ir.Node, tape: ir.tape.Tape, result: ir.Value) -> None:
-    """The tape's nodes stand in a node's place."""
-    old = node.outputs[0]
-    result.name, result.type, result.shape = old.name, old.type, old.shape
-    model.graph.insert_before(node, tape.nodes)
-    ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
-    model.graph.remove(node, safe=True)
 
 
 def _widen_scales(model: ir.Model) -> None:
@@ -244,10 +239,7 @@ def spell_out_argmax(model: ir.Model) -> None:
         first = tape.op("ReduceMin", [indices, along], {"keepdims": keepdims})
         for initializer in tape.initializers:
             model.graph.register_initializer(initializer)
-        model.graph.insert_before(node, tape.nodes)
-        first.type, first.shape = node.outputs[0].type, node.outputs[0].shape
-        ir.convenience.replace_all_uses_with(node.outputs[0], first)
-        model.graph.remove(node, safe=True)
+        replace_node(model, node, tape, first)
 
 
 def share_dimensions(model: ir.Model) -> None:

@@ -212,8 +212,8 @@ def _dequantize(node: ir.Node, inputs: set[str | None]) -> tuple[str, str] | Non
     if any(zero is not None for zero in zeros):
         return "TensorRT has no zero points", _REPORT
     if values.dtype == ir.DataType.FLOAT8E4M3FN:
-        by_output = scales is not None and scales.const_value is not None and axis == 0 and block == 0
-        if not by_output or scales.const_value.shape.numpy() != values.const_value.shape.numpy()[:1]:  # type: ignore[union-attr]
+        given = scales.const_value.shape.numpy() if scales is not None and scales.const_value is not None else None
+        if axis != 0 or block != 0 or given != values.const_value.shape.numpy()[:1]:
             return "float8 has other scales than one for each output", _REPORT
         return None
     if axis != 1 or len(values.const_value.shape) != 2:

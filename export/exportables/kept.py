@@ -25,20 +25,27 @@ def kept_forms(checkpoint: Checkpoint, widths: Mapping[str, Width], dtype: torch
     """
     forms = dict[str, Form]()
     for name, width in widths.items():
-        rounding = kept(checkpoint, name, dtype) if width != 7 else None
-        if rounding is not None and (rounding.bits == "float8") == (width == "float8"):
+        rounding = kept(checkpoint, name, dtype, float8=width == "float8") if width != 7 else None
+        if rounding is not None:
             narrow = dtype == torch.float32 and not is_by_output(width) and _held(rounding.scales, torch.float16)
             forms[name] = replace(rounding.form, narrow=narrow)
     return forms
 
 
-def kept(checkpoint: Checkpoint, name: str, scales: torch.dtype, offsets: torch.dtype | None = None) -> Rounded | None:
+def kept(
+    checkpoint: Checkpoint,
+    name: str,
+    scales: torch.dtype,
+    offsets: torch.dtype | None = None,
+    float8: bool | None = None,
+) -> Rounded | None:
     """A weight in the bits that the checkpoint has it in; None where it has none, or no form of ours holds them exactly.
 
-    `scales` is the dtype that a graph has scales in, and offsets, unless it has them in `offsets`.
+    `scales` is the dtype that a graph has scales in, and offsets, unless it has them in `offsets`. `float8` says whether it is to be
+    that; None: either.
     """
     part = checkpoint.quantized(name)
-    if part is None:
+    if part is None or float8 not in (None, part.values.dtype == torch.float8_e4m3fn):
         return None
     weight = checkpoint.read(name)
     for rounding in _candidates(part):

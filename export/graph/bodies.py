@@ -152,7 +152,7 @@ def use_quantized_bodies(model: ir.Model, standard: bool = False) -> None:
 
     Standard ops want zero points of all products or of none: those without get the ones that they have by default.
     """
-    products, used = quantized_products(model), {node.op_type for node in model.graph if node.domain == DOMAIN}
+    products, used = quantized_products(model), _own_ops(model)
     zeros = any(len(node.inputs) == len(MATMUL_INPUTS) for node in products)
     if MATMUL in used:
         set_body(model, standard_matmul(zeros) if standard else onnxruntime_matmul())
@@ -245,7 +245,12 @@ def _leveled(model: ir.Model) -> list[ir.Node]:
 
 def rounds_inputs(model: ir.Model) -> bool:
     """Whether there are products that round their inputs by themselves, not by a level."""
-    return any(node.domain == DOMAIN and node.op_type == ROUNDED for node in model.graph)
+    return ROUNDED in _own_ops(model)
+
+
+def _own_ops(model: ir.Model) -> set[str]:
+    """Those of ours that are in the graph."""
+    return {node.op_type for node in model.graph if node.domain == DOMAIN}
 
 
 def round_no_inputs(model: ir.Model, late: bool = False) -> bool:
@@ -256,6 +261,6 @@ def round_no_inputs(model: ir.Model, late: bool = False) -> bool:
     rounding = rounds_inputs(model)
     if rounding:
         set_body(model, exact_rounded_matmul(late))
-    if late and any(node.domain == DOMAIN and node.op_type == FLOAT8 for node in model.graph):
+    if late and FLOAT8 in _own_ops(model):
         set_body(model, float8_matmul(late))
     return set_level(model, 1) or rounding

@@ -111,6 +111,15 @@ def shared_constant(model: ir.Model, name: str, content: NDArray[Any], dtype: ir
     return value
 
 
+def replace_node(model: ir.Model, node: ir.Node, tape: ir.tape.Tape, result: ir.Value) -> None:
+    """The tape's nodes stand in a node's place, and its result is what the node's output was."""
+    old = node.outputs[0]
+    result.name, result.type, result.shape = old.name, old.type, old.shape
+    model.graph.insert_before(node, tape.nodes)
+    ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
+    model.graph.remove(node, safe=True)
+
+
 def remove_unread(model: ir.Model, values: Iterable[ir.Value | None]) -> None:
     """Drop those initializers that nothing reads any more."""
     for value in values:

@@ -20,9 +20,8 @@ from torch import Tensor
 from headfold.plugins.quantized.schema import BLOCK, SMALLEST, Bits
 from headfold.runtime.manifest import WeightsScheme
 
-Width = Literal[
-    4, 7, 8, "float8"
-]  # bits of a number, an integer, or a float of eight: e4m3fn (Micikevicius et al. 2022)
+# Bits of a number, an integer; or a float of eight: e4m3fn (Micikevicius et al. 2022)
+Width = Literal[4, 7, 8, "float8"]
 
 
 @dataclass(frozen=True)
@@ -151,8 +150,8 @@ def forms_of(
     for name, width in bits.items():
         *experts, _, columns = shapes[name]
         form = form_of(width, columns, BLOCK if experts else block)
-        flags = name in transposed, name in narrow
-        forms[name] = replace(form, transposed=flags[0], narrow=flags[1], wide_rows=wide_rows.get(name, 0))
+        rows = wide_rows.get(name, 0)
+        forms[name] = replace(form, transposed=name in transposed, narrow=name in narrow, wide_rows=rows)
     return forms
 
 
@@ -315,16 +314,17 @@ def stored_shapes(name: str, form: Form, shape: tuple[int, ...]) -> dict[str, tu
     *experts, rows, columns = (*shape[:-2], shape[-1], shape[-2]) if form.transposed else shape
     kind = form.bits if form.bits == "float8" else f"int{form.bits}"
     base, blocks = f"{name}.{kind}", columns // form.block
-    if form.bits == 7 or form.bits == "float8":
+    if form.by_output:
         return {base: (rows, columns), f"{base}{SCALES}": (rows,)}
+    bits = bit_count(form.bits)
     if experts:
-        return {base: (*experts, rows, columns * form.bits // 8), f"{base}{SCALES}": (*experts, rows, blocks)}
+        return {base: (*experts, rows, columns * bits // 8), f"{base}{SCALES}": (*experts, rows, blocks)}
     shapes: dict[str, tuple[int, ...]] = {
-        base: (rows, blocks, form.block * form.bits // 8),
+        base: (rows, blocks, form.block * bits // 8),
         f"{base}{SCALES}": (rows, blocks),
     }
     if form.zeros:
-        shapes[f"{base}{ZEROS}"] = (rows, -(-blocks * form.bits // 8))
+        shapes[f"{base}{ZEROS}"] = (rows, -(-blocks * bits // 8))
     if form.offsets:
         shapes[f"{base}{OFFSETS}"] = (rows, blocks)
     if form.order is not None:

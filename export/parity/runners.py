@@ -29,9 +29,8 @@ from headfold.plugins.names import HIDDEN_STATES, input_of, is_cache_input, is_c
 from headfold.runtime.errors import BundleError
 from headfold.runtime.session import SILENT, silenced
 
-_MAPPED = (
-    1 << 30
-)  # bytes of weights; more are read where they lie in their file, not packed for speed, and made wide as they multiply
+# Bytes of weights; more are read where they lie in their file, not packed for speed, and made wide as they multiply
+_MAPPED = 1 << 30
 Outputs = OrderedDict[str, NDArray[Any]]
 Pass = Callable[[ir.Model], object]
 

@@ -5,7 +5,7 @@ and MatMul, which ONNX Runtime fuses into the same kernel: with these it loads a
 slower, and holds 42% more memory.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from headfold.export.graph.recipes import (
     multiplies,
     recipe_of,
     remove_unread,
+    replace_node,
     shared_constant,
 )
 from headfold.export.graph.weights import load_model
@@ -145,7 +146,8 @@ def round_weights(model: ir.Model, checkpoint: RoundedTensors) -> None:
                 raise RuntimeError(f"{', '.join(sorted(names))} have different forms, and one op")
             done.update(names)
             tape = ir.tape.Tape()
-            _replace(model, node, tape, _experts(model, tape, node, weights, checkpoint), weights)
+            replace_node(model, node, tape, _experts(model, tape, node, weights, checkpoint))
+            remove_unread(model, weights)
     for node in list(model.graph):
         place = _PLACES.get(node.op_type) if not node.domain else None
         weight = node.inputs[place] if place is not None else None
@@ -160,24 +162,13 @@ def round_weights(model: ir.Model, checkpoint: RoundedTensors) -> None:
             result = _rows(model, tape, node, recipe.sources[0], checkpoint)
         else:
             result = _products(model, tape, node, recipe.sources, checkpoint, made)
-        _replace(model, node, tape, result, [weight])
+        replace_node(model, node, tape, result)
+        remove_unread(model, [weight])
     if left := [name for name in forms if name not in done]:
         raise RuntimeError(f"the graph reads {left[0]} in a way that cannot be rounded")
     _drop_flattening(model)
     use_quantized_bodies(model)
     use_experts_bodies(model)
-
-
-def _replace(
-    model: ir.Model, node: ir.Node, tape: ir.tape.Tape, result: ir.Value, weights: Iterable[ir.Value | None]
-) -> None:
-    """The tape's nodes stand in a node's place, whose weights go."""
-    old = node.outputs[0]
-    result.name, result.type, result.shape = old.name, old.type, old.shape
-    model.graph.insert_before(node, tape.nodes)
-    ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
-    model.graph.remove(node, safe=True)
-    remove_unread(model, weights)
 
 
 def _drop_flattening(model: ir.Model) -> None:

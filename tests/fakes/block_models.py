@@ -34,6 +34,13 @@ def run(*arguments: object) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
+def exported(source: Path, output: Path, *options: object) -> Path:
+    """The bundle that the command makes without complaint."""
+    code, message = run("export", source, "-o", output, *options, "-q")
+    assert code == 0, message
+    return output
+
+
 def checkpoint(config: ModelConfig, outlier: float = 1.0) -> MemoryCheckpoint:
     """Random weights. An input of each block is `outlier` times smaller, its weights so many times larger: the same function."""
     torch.manual_seed(0)

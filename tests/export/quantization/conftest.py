@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from block_models import CONFIG, checkpoint, run
+from block_models import CONFIG, checkpoint, exported
 
 from headfold.export.checkpoints.hf_writer import save_hf
 
@@ -18,16 +18,9 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(source) -> Path:
-    return exported(source, "int4", "--weights", "int4", "--rounding", "nearest")
+    return exported(source, source.parent / "int4", "--weights", "int4", "--rounding", "nearest")
 
 
 @pytest.fixture(scope="module")
 def mixed(source) -> Path:
-    return exported(source, "mixed", "--weights", "mixed", "--bits", "6")
-
-
-def exported(source: Path, name: str, *options: str) -> Path:
-    path = source.parent / name
-    code, output = run("export", source, "-o", path, *options, "-q")
-    assert code == 0, output
-    return path
+    return exported(source, source.parent / "mixed", "--weights", "mixed", "--bits", "6")

@@ -13,13 +13,14 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from block_models import checkpoint, run
+from block_models import checkpoint, exported, run
 from quantized_models import in_directory
 from quantized_weights import float8
 from random_transformers import save_random
 
 from headfold.export.checkpoints.hf_writer import save_hf
 from headfold.export.checkpoints.opening import open_checkpoint
+from headfold.export.engine.lowering import lower
 from headfold.export.engine.network_runner import network_candidate
 from headfold.export.engine.options import BuildOptions
 from headfold.export.exportables.own import OwnModel
@@ -30,6 +31,7 @@ from headfold.export.parity.verify import verify_bundle
 from headfold.export.progress import Reporter
 from headfold.export.quantization.products import set_level_in_file
 from headfold.runtime import load
+from headfold.runtime.errors import BuildError
 from headfold.runtime.manifest import FLOAT8_VERSION, MODEL, read_manifest
 
 CONFIG = replace(block_models.CONFIG, intermediate_size=80)  # no whole blocks, and none are needed
@@ -50,9 +52,7 @@ def bundle(source) -> Path:
 
 
 def export(source: Path, output: Path, *options: object) -> Path:
-    code, message = run("export", source, "-o", output, "--weights", "fp8", "-q", *options)
-    assert code == 0, message
-    return output
+    return exported(source, output, "--weights", "fp8", *options)
 
 
 @pytest.mark.parametrize("scales", [torch.float32, torch.float16])
@@ -95,11 +95,8 @@ def test_it_computes_with_them(bundle, source, tmp_path) -> None:
     for name, weight in decoder.named_parameters():
         width = "float8" if "layers" in name else 8
         exact = original.read(name)
-        weight.copy_(
-            as_rounded(exact, width, torch.float32 if "layers" in name else torch.float16)
-            if exact.dim() == 2
-            else exact
-        )
+        scales = torch.float32 if "layers" in name else torch.float16
+        weight.copy_(as_rounded(exact, width, scales) if exact.dim() == 2 else exact)
     shutil.copytree(bundle, tmp_path / "exact")
     set_level_in_file(tmp_path / "exact" / MODEL, 1)
     backend, ids = load(tmp_path / "exact", check=False).backend, np.arange(3, 12)
@@ -136,8 +133,7 @@ def test_a_large_one_is_never_wide_as_a_whole(scheme, source, tmp_path, monkeypa
         return open_parts(models, path, options, fold)
 
     monkeypatch.setattr(runners, "open_parts", seen)
-    code, output = run("export", source, "-o", tmp_path / "out", "--weights", scheme, "-q")
-    assert code == 0, output
+    exported(source, tmp_path / "out", "--weights", scheme)
     assert {(fold, arena) for fold, arena, _ in opened} == {(False, False)}
     for function in (f for *_, models in opened for model in models for f in model.functions):
         if function.name in ("Float8MatMul", "RoundedMatMul"):
@@ -169,6 +165,15 @@ def test_a_wrong_scale_is_seen(bundle, source, tmp_path) -> None:
     exportable, manifest = OwnModel(open_checkpoint(source)), read_manifest(bundle)
     report = verify_bundle(tmp_path / "fp8", exportable, manifest, 4, Reporter(quiet=True))
     assert "weights, bit for bit" in [check.name for check in report.checks if not check.passed]
+
+
+def test_more_than_the_parser_takes_is_refused_in_a_line(bundle, monkeypatch) -> None:
+    """Of the layers' weights alone: those of the embedding, in int8, are fewer."""
+    values = ir.load(bundle / MODEL).graph.initializers
+    whole = sum(x.const_value.nbytes for x in values.values() if x.dtype == ir.DataType.FLOAT8E4M3FN)
+    monkeypatch.setattr("headfold.export.engine.lowering._MESSAGE", whole)
+    with pytest.raises(BuildError, match="bytes of rounded weights are too many for TensorRT's parser"):
+        lower(bundle / MODEL, "native", 64)
 
 
 @installed

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from block_models import CONFIG, checkpoint, run
+from block_models import CONFIG, checkpoint, exported, run
 from random_transformers import save_random
 
 from headfold.export.checkpoints.hf_writer import save_hf
@@ -32,7 +31,6 @@ from headfold.runtime.errors import BundleError
 from headfold.runtime.manifest import MODEL, read_manifest
 
 EMBEDDING, WIDE = "model.embed_tokens.weight", 64
-SAID = "what the manifest says of rounded weights"
 installed = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx")
 
 
@@ -50,11 +48,7 @@ def in_part(monkeypatch) -> None:
 
 
 def export(source: Path, output: Path, *options: object) -> Path:
-    code, message = run(
-        "export", source, "-o", output, "--weights", "mixed", "--bits", "6", "--max-kl", "9", "-q", *options
-    )
-    assert code == 0, message
-    return output
+    return exported(source, output, "--weights", "mixed", "--bits", "6", "--max-kl", "9", *options)
 
 
 def numbers(bundle: Path, name: str) -> np.ndarray:
@@ -177,29 +171,38 @@ def test_the_parsed_network_agrees_with_pytorch(attention, in_part, tmp_path) ->
     assert report.passed, report.failure()
 
 
-@pytest.mark.parametrize("scheme", ["a scale", "the number of rows", "rows of nothing", "another scheme"])
-def test_what_is_wrong_with_it_is_seen(scheme, in_part, tmp_path) -> None:
+@pytest.fixture
+def unproven(in_part, tmp_path) -> Path:
     save_hf(tmp_path / "source", checkpoint(CONFIG), torch.float32)
-    bundle = export(tmp_path / "source", tmp_path / "bundle", "--no-verify")
-    if scheme == "a scale":
-        model = ir.load(bundle / MODEL)
-        scales = model.graph.initializers[f"{EMBEDDING}.int8.scales"]
-        changed = scales.const_value.numpy().copy()
-        changed[5, 1] *= 1.01
-        scales.const_value = ir.tensor(changed)
-        ir.save(model, bundle / MODEL, external_data="model.onnx.data")
-    elif scheme == "another scheme":
-        change(bundle / "manifest.json", lambda content: content["weights"].update(scheme="int4"))
-    else:
-        rows = 32 if scheme == "the number of rows" else CONFIG.vocab_size
-        change(bundle / "weights.json", lambda content: content["tensors"][EMBEDDING].update(wide_rows=rows))
-    exportable = OwnModel(open_checkpoint(tmp_path / "source"))
-    with ExitStack() as stack:
-        if scheme not in ("a scale", "another scheme"):
-            stack.enter_context(pytest.raises(BundleError, match=r"the graph's|cannot have been rounded so"))
-        report = verify_bundle(bundle, exportable, read_manifest(bundle), 2, Reporter(quiet=True))
-        failed = [check.name for check in report.checks if not check.passed]
-        assert {"a scale": "weights by GPTQ, relative squared error"}.get(scheme, SAID) in failed
+    return export(tmp_path / "source", tmp_path / "bundle", "--no-verify")
+
+
+def failed_checks(bundle: Path) -> list[str]:
+    exportable = OwnModel(open_checkpoint(bundle.parent / "source"))
+    report = verify_bundle(bundle, exportable, read_manifest(bundle), 2, Reporter(quiet=True))
+    return [check.name for check in report.checks if not check.passed]
+
+
+def test_a_wrong_scale_of_its_wide_rows_is_seen(unproven) -> None:
+    model = ir.load(unproven / MODEL)
+    scales = model.graph.initializers[f"{EMBEDDING}.int8.scales"]
+    changed = scales.const_value.numpy().copy()
+    changed[5, 1] *= 1.01
+    scales.const_value = ir.tensor(changed)
+    ir.save(model, unproven / MODEL, external_data="model.onnx.data")
+    assert "weights by GPTQ, relative squared error" in failed_checks(unproven)
+
+
+def test_a_scheme_that_has_no_such_rows_is_seen(unproven) -> None:
+    change(unproven / "manifest.json", lambda content: content["weights"].update(scheme="int4"))
+    assert "what the manifest says of rounded weights" in failed_checks(unproven)
+
+
+@pytest.mark.parametrize("rows", [32, CONFIG.vocab_size])
+def test_another_number_of_rows_is_refused(rows, unproven) -> None:
+    change(unproven / "weights.json", lambda content: content["tensors"][EMBEDDING].update(wide_rows=rows))
+    with pytest.raises(BundleError, match=r"the graph's|cannot have been rounded so"):
+        failed_checks(unproven)
 
 
 def change(path: Path, how: Callable[[Any], None]) -> None:

@@ -39,8 +39,7 @@ def test_the_body_computes_what_the_reference_does(dtype, late) -> None:
     model = helper.make_model(graph, functions=[float8_matmul(late)], opset_imports=opsets, ir_version=11)
     right = reference(x, values, scales)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    step = (
-        np.finfo(dtype).eps * np.abs(x.astype(float) * 2 * 4).sum(-1).max()
-    )  # of sums of products of up to 2 x 4 times x
+    # Of sums of products of up to 2 x 4 times x
+    step = np.finfo(dtype).eps * np.abs(x.astype(float) * 2 * 4).sum(-1).max()
     for found in (session.run(None, {"x": x})[0], ReferenceEvaluator(model).run(None, {"x": x})[0]):
         np.testing.assert_allclose(found.astype(float), right.astype(float), atol=step)
