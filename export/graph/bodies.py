@@ -1,5 +1,6 @@
 """Exchange what implements an op of ours: what makes one master serve every backend."""
 
+from collections.abc import Collection
 from typing import cast
 
 import numpy as np
@@ -26,7 +27,7 @@ from headfold.plugins.quantized.onnx_functions import (
     standard_matmul,
     standard_rounded_matmul,
 )
-from headfold.plugins.quantized.schema import FLOAT8, GATHER, MATMUL, MATMUL_INPUTS, ROUNDED, Level
+from headfold.plugins.quantized.schema import FLOAT8, GATHER, MATMUL, MATMUL_INPUTS, ROUNDED, Bits, Level
 from headfold.runtime.errors import ConfigError
 
 
@@ -222,9 +223,9 @@ def in_blocks(model: ir.Model, tape: ir.tape.Tape, x: ir.Value, block: int) -> i
     return tape.op("Reshape", [x, shared_constant(model, "shape." + ".".join(map(str, shape)), np.array(shape))])
 
 
-def set_level(model: ir.Model, level: Level) -> bool:
-    """Have all products with matrices of four or eight bits compute at this level, experts' too; whether there are any."""
-    products = _leveled(model)
+def set_level(model: ir.Model, level: Level, bits: Collection[Bits] = (4, 8)) -> bool:
+    """Have all products with matrices of so many bits compute at this level, experts' too; whether there are any."""
+    products = [node for node in _leveled(model) if node.attributes["bits"].as_int() in bits]
     for node in products:
         node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
     if any(node.op_type == QUANTIZED_EXPERTS for node in products):
@@ -232,9 +233,12 @@ def set_level(model: ir.Model, level: Level) -> bool:
     return bool(products)
 
 
-def levels(model: ir.Model) -> set[int]:
-    """Those at which they compute."""
-    return {node.attributes.get_int("accuracy_level", 4) for node in _leveled(model)}
+def levels(model: ir.Model) -> dict[int, set[int]]:
+    """Those at which the products with matrices of so many bits compute."""
+    found = dict[int, set[int]]()
+    for node in _leveled(model):
+        found.setdefault(node.attributes["bits"].as_int(), set()).add(node.attributes.get_int("accuracy_level", 4))
+    return found
 
 
 def _leveled(model: ir.Model) -> list[ir.Node]:

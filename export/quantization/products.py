@@ -5,7 +5,7 @@ and MatMul, which ONNX Runtime fuses into the same kernel: with these it loads a
 slower, and holds 42% more memory.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -37,7 +37,17 @@ from headfold.export.model.rounding import OFFSETS, ORDER, SCALES, Form, stored_
 from headfold.plugins.experts.onnx_functions import onnxruntime_can
 from headfold.plugins.experts.schema import QUANTIZED as EXPERTS
 from headfold.plugins.experts.schema import ExpertsInputs
-from headfold.plugins.quantized.schema import BLOCK, DOMAIN, FLOAT8, GATHER, MATMUL, ROUNDED, Level, MatMulAttributes
+from headfold.plugins.quantized.schema import (
+    BLOCK,
+    DOMAIN,
+    FLOAT8,
+    GATHER,
+    MATMUL,
+    ROUNDED,
+    Bits,
+    Level,
+    MatMulAttributes,
+)
 
 # Sums of blocks of a product's input, and its columns in another order, which other products take too
 Made = dict[tuple[ir.Value, int | ir.Value], ir.Value]
@@ -191,11 +201,12 @@ def _drop_flattening(model: ir.Model) -> None:
     common_passes.RemoveUnusedNodesPass()(model)
 
 
-def set_level_in_file(path: Path, level: Level) -> None:
-    """Have the products of a graph in a file compute at this level; its weights, which lie beside it, are not touched."""
+def set_level_in_file(path: Path, level: Level, bits: Collection[Bits] = (4, 8)) -> bool:
+    """`set_level` of a graph in a file; its weights, which lie beside it, are not touched."""
     model = load_model(path)
-    set_level(model, level)
+    there = set_level(model, level, bits)
     path.write_bytes(ir.to_proto(model).SerializeToString())
+    return there
 
 
 def _experts(

@@ -16,6 +16,7 @@ from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
 from headfold.export.exportables.own import OwnModel
 from headfold.export.exportables.rounded import RoundedCheckpoint, RoundedTensors, StoredTensors
 from headfold.export.exportables.rounding_record import read_record, record_of, record_to_json
+from headfold.export.graph.bodies import levels
 from headfold.export.graph.weights import load_model
 from headfold.export.model.rounding import Form, rounded
 from headfold.export.parity.exact.rounding import prove_rounding
@@ -100,6 +101,31 @@ def test_the_gate_recommends_what_can_help(kl, dtype, spec, helps, bundle, tmp_p
     with pytest.raises(VerificationError) as caught:
         pass_gate(tmp_path, manifest, None, Reporter(quiet=True))
     assert helps in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("costs", "cost", "level", "found"),
+    [  # what it costs with inputs in eight bits; with floats by four bits alone; with floats
+        ([0.005], 0.005, 4, {4: {4}, 8: {4}}),
+        ([0.05, 0.045], 0.05, 4, {4: {4}, 8: {4}}),
+        ([0.05, 0.01], 0.01, 1, {4: {1}, 8: {4}}),
+        ([0.5, 0.3, 0.02], 0.02, 1, {4: {1}, 8: {1}}),
+    ],
+)
+def test_inputs_stay_floats_only_where_that_helps(costs, cost, level, found, bundle, source, tmp_path, monkeypatch):
+    shutil.copytree(bundle, tmp_path, dirs_exist_ok=True)
+    manifest = read_manifest(bundle)
+    spec, left = manifest.weights, iter(costs)
+    monkeypatch.setattr(
+        "headfold.export.quantization.gate.weights_cost", lambda *_: spec.cost.model_copy(update={"kl": next(left)})
+    )
+    passed = pass_gate(tmp_path, manifest, None, Reporter(quiet=True))
+    assert next(left, None) is None  # as many were measured
+    assert (passed.cost.kl, passed.accuracy_level) == (cost, level)
+    assert levels(load_model(tmp_path / "model.onnx")) == found
+    manifest = manifest.model_copy(update={"weights": passed})
+    report = verify_bundle(tmp_path, OwnModel(open_checkpoint(source)), manifest, 4, Reporter(quiet=True))
+    assert report.passed
 
 
 @pytest.mark.parametrize("part", ["int4", "int4.scales"])
