@@ -28,7 +28,8 @@ ROADS_VERSION = (
 ROUNDED_VERSION = 5  # of a bundle with weights of four or eight bits
 ROUNDED_INPUTS_VERSION = 6  # of a bundle with weights of the scheme w8a8
 FLOAT8_VERSION = 7  # of a bundle with weights of the scheme fp8
-NEWEST_VERSION = FLOAT8_VERSION
+FLOAT4_VERSION = 8  # of the scheme nvfp4
+NEWEST_VERSION = FLOAT4_VERSION
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 _CHUNK = 1 << 22  # bytes hashed at a time
@@ -48,7 +49,7 @@ def _inside(name: str) -> str:
 
 
 BlockSize = Literal[32, 64, 128]  # powers of two, which TensorRT has, too
-WeightsScheme = Literal["int8", "int4", "mixed", "w8a8", "fp8"]
+WeightsScheme = Literal["int8", "int4", "mixed", "w8a8", "fp8", "nvfp4"]
 Size = Annotated[int, Field(ge=1)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 FileName = Annotated[str, AfterValidator(_inside)]  # relative to the bundle, with slashes
@@ -99,7 +100,8 @@ class WeightsSpec(_Strict):
     """Weights of four or eight bits in blocks along the input that share a scale; `weights.json` has each one's bits.
 
     Of w8a8 and fp8 these are embedding and head. The others have a scale for each output, and seven bits, where their products' inputs
-    have eight; or are float8_e4m3fn, and inputs stay as they are.
+    have eight; or are float8_e4m3fn, and inputs stay as they are. Of nvfp4 the others are numbers of float4_e2m1, doubled, in blocks
+    of 16, whose scales are float8_e4m3fn times a power of two.
     """
 
     scheme: WeightsScheme

@@ -104,6 +104,8 @@ def _weights(spec: WeightsSpec) -> str:
         return f"{seven}; embedding and head in eight {blocks}{kept}"
     if spec.scheme == "fp8":
         return f"fp8, float8_e4m3fn with a scale for each output; embedding and head in int8 {blocks}{kept}"
+    if spec.scheme == "nvfp4":
+        return f"nvfp4, float4_e2m1 in blocks of 16, kept in a byte each; embedding and head in int8 {blocks}{kept}"
     return f"{spec.scheme}, {spec.bits:.3g} bits {blocks}{kept}"
 
 

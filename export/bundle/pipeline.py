@@ -44,6 +44,7 @@ from headfold.plugins.dtypes import DType, Quantized
 from headfold.runtime.choosing.generation_settings import read_generation_settings
 from headfold.runtime.errors import BundleError, CheckpointError, ConfigError, VerificationError
 from headfold.runtime.manifest import (
+    FLOAT4_VERSION,
     FLOAT8_VERSION,
     FORMAT_VERSION,
     MANIFEST,
@@ -269,7 +270,11 @@ def _weights_of(manifest: Manifest) -> dict[str, Any]:
 def _format_version(source: Exportable, quantization: QuantizationSpec | None, rounding: WeightRounding | None) -> int:
     """The oldest one that says what is there, so that old readers open what they can."""
     if rounding is not None:
-        newer: dict[WeightsScheme, int] = {"w8a8": ROUNDED_INPUTS_VERSION, "fp8": FLOAT8_VERSION}
+        newer: dict[WeightsScheme, int] = {
+            "w8a8": ROUNDED_INPUTS_VERSION,
+            "fp8": FLOAT8_VERSION,
+            "nvfp4": FLOAT4_VERSION,
+        }
         return newer.get(rounding.scheme, ROUNDED_VERSION)
     if source.road != "headfold" or len(set(source.facts.cache_shapes)) > 1:
         return ROADS_VERSION

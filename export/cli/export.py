@@ -39,10 +39,11 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--weights",
-    type=click.Choice(["int8", "int4", "mixed", "w8a8", "fp8"]),
+    type=click.Choice(["int8", "int4", "mixed", "w8a8", "fp8", "nvfp4"]),
     help="Store weights in eight or four bits, blocks with a scale; embedding and head in eight. mixed: these, too, in four or "
     "eight, or their first rows in eight, by what four cost. w8a8: products of integers, for long prompts. fp8: float8, "
-    "for TensorRT since SM 89. What is quantized already keeps its own bits, but in w8a8 and fp8. [default: in --dtype]",
+    "for TensorRT since SM 89; nvfp4: float4, since SM 100. What is quantized already keeps its own bits, but in w8a8, fp8 and "
+    "nvfp4. [default: in --dtype]",
 )
 @click.option(
     "--bits",
@@ -154,10 +155,10 @@ def export(
     refuse_idle(weights is None, "max_kl", why="is for rounded weights", fix="Add --weights int8.")
     refuse_idle(weights != "mixed", "bits", why="is for weights of either width", fix="Add --weights mixed.")
     refuse_idle(
-        weights not in {"int4", "mixed"},
+        weights not in {"int4", "mixed", "nvfp4"},
         "rounding",
         why="is for weights of four bits",
-        fix="Add --weights int4 or mixed.",
+        fix="Add --weights int4, mixed or nvfp4.",
     )
     refuse_idle(
         weights not in {"int8", "int4", "mixed"},

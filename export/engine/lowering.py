@@ -7,6 +7,7 @@ make right, `preflight.py` refuses.
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import onnxscript.optimizer
@@ -21,7 +22,7 @@ from headfold.export.graph.recipes import recipe_of, remove_unread, replace_node
 from headfold.export.model.rounding import SCALES
 from headfold.plugins.attention.schema import DOMAIN, OP_TYPE, Attention, AttentionInputs
 from headfold.plugins.names import HIDDEN_STATES, is_cache_input, is_cache_output
-from headfold.plugins.quantized.schema import FLOAT8, GATHER, GATHER_INPUTS, MATMUL, MATMUL_INPUTS
+from headfold.plugins.quantized.schema import FLOAT8, GATHER, GATHER_INPUTS, MATMUL, MATMUL_INPUTS, SMALLEST_BLOCK
 from headfold.runtime.errors import BuildError, BundleError
 
 _MESSAGE = 2_000_000_000  # bytes of weights; protobuf stops at 2^31
@@ -94,7 +95,7 @@ def fix_capacity(model: ir.Model, capacity: int) -> None:
 
 
 def spell_out_quantized(model: ir.Model, where: Path) -> None:
-    """Matrices of four and eight bits become `DequantizeLinear`, which TensorRT fuses into their products; signed or float8, [N, K].
+    """Matrices of four and eight bits become `DequantizeLinear`, which TensorRT fuses into their products; signed or floats, [N, K].
 
     So the engine keeps them as small as they are. The embedding, too: TensorRT looks rows up in quantized constants in no other way.
     It has no zero points: what they take off the numbers of a block is taken off its product with the sum of the input's block. Nor
@@ -126,6 +127,19 @@ def spell_out_quantized(model: ir.Model, where: Path) -> None:
         assert scales is not None
         zeros = inputs.get("zeros")
         taken = _taken(zeros, scales, bits) if zeros is not None else None
+        recipe = recipe_of(values)
+        if recipe is not None and recipe.sources[0].endswith(".float4"):
+            made = _float4(values, scales, where)
+            found |= {f"{values.name}.{place}": value for place, value in enumerate(made)}
+            for value in made:
+                model.graph.register_initializer(value)
+            tape = ir.tape.Tape()
+            steps = tape.op("DequantizeLinear", made[1:])
+            w = tape.op("DequantizeLinear", [made[0], steps], {"axis": 1, "block_size": SMALLEST_BLOCK})
+            result = tape.op("MatMul", [inputs["x"], tape.op("Transpose", [w], {"perm": [1, 0]})])
+            replace_node(model, node, tape, result)
+            remove_unread(model, [values, scales])
+            continue
         if values.name not in found:
             if bits == 8 and (_array(scales) < 0).any():
                 _turn_signs(values, scales, where)
@@ -204,16 +218,46 @@ def _signed(values: ir.Value, bits: int) -> ir.Value:
     return ir.Value(name=name, shape=shape, type=ir.TensorType(dtype), const_value=content)
 
 
+def _float4(values: ir.Value, scales: ir.Value, where: Path) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """A matrix of float4, which the graph has doubled in bytes: as such, [N, K]; its blocks' scales in float8, [N, G]; and what these
+    are times, a power of two, as the scales.
+
+    Raises:
+        BuildError: these are too far apart, or not of headfold's making.
+    """
+    steps = _array(scales)
+    doubled = 2 * steps.astype(np.float32)
+    unit = np.exp2(np.ceil(np.log2(doubled.max() / 448)))  # the largest float8
+    float8 = (doubled / unit).astype(ml_dtypes.float8_e4m3fn)
+    if (float8.astype(np.float32) * unit != doubled).any():
+        raise BuildError(f"{scales.name} holds scales that no float8 holds", where=where, fix=_ELSEWHERE)
+    half = (_array(values).astype(np.float32) - 128) / 2  # [N, G, 16]
+    codes = half.astype(ml_dtypes.float4_e2m1fn)
+    if (codes.astype(np.float32) != half).any():
+        raise BuildError(f"{values.name} holds numbers that no float4 is", where=where, fix=_ELSEWHERE)
+    pairs, shape = codes.view(np.uint8).reshape(-1, 2), ir.Shape([len(half), half[0].size])
+    numbers = ir.PackedTensor(pairs[:, 0] | pairs[:, 1] << 4, ir.DataType.FLOAT4E2M1, shape=shape)
+    return (
+        _initializer(f"{values.name}.packed", numbers),
+        _initializer(f"{scales.name}.float8", ir.tensor(float8)),
+        _initializer(f"{scales.name}.unit", ir.tensor(unit.astype(steps.dtype))),
+    )
+
+
+def _initializer(name: str, content: ir.TensorProtocol) -> ir.Value:
+    content.name = name
+    shape = ir.Shape(content.shape.numpy())
+    return ir.Value(name=name, shape=shape, type=ir.TensorType(content.dtype), const_value=content)
+
+
 def _taken(zeros: ir.Value, scales: ir.Value, bits: int) -> ir.Value:
     """What zero points take off, of a number in each block: zero point, half of the range less, times scale; as the scales, [G, N]."""
     assert scales.shape is not None
     rows, blocks = (int(dim) for dim in scales.shape)  # type: ignore[arg-type]  # of a weight: numbers
-    name, shape = f"{zeros.name}.taken", ir.Shape([blocks, rows])
     stored, steps = _array(zeros), _array(scales)  # before signs are turned
     numbers = stored if bits == 8 else np.stack((stored & 15, stored >> 4), -1).reshape(rows, -1)
     signed = numbers[:, :blocks].astype(np.float32) - (1 << (bits - 1))
-    content = ir.tensor(np.ascontiguousarray((signed * steps).astype(steps.dtype).T), name=name)
-    return ir.Value(name=name, shape=shape, type=ir.TensorType(content.dtype), const_value=content)
+    return _initializer(f"{zeros.name}.taken", ir.tensor(np.ascontiguousarray((signed * steps).astype(steps.dtype).T)))
 
 
 def spell_out_argmax(model: ir.Model) -> None:

@@ -26,6 +26,10 @@ from headfold.plugins.names import hidden_state, input_of, is_cache_input, is_ca
 from headfold.runtime.errors import VerificationError
 from headfold.runtime.manifest import Manifest
 
+_AS: dict[ir.DataType | None, Any] = {
+    ir.DataType.INT4: np.int8,
+    ir.DataType.FLOAT4E2M1: np.float32,
+}  # what torch has not
 _IN_PLACE = {"KV_CACHE_UPDATE", "PLUGIN_V3"}
 
 
@@ -154,8 +158,8 @@ def _constant(layer: Any, model: ir.Model) -> Tensor:
     value = model.graph.initializers.get(layer.name)
     if value is None or value.const_value is None or value.const_value.size != weights.size:
         raise unknown(layer, "is a constant without a name in the graph")
-    if value.dtype == ir.DataType.INT4:  # which torch has not
-        return torch.from_numpy(value.const_value.numpy().astype(np.int8)).reshape(shape)
+    if value.dtype in _AS:
+        return torch.from_numpy(value.const_value.numpy().astype(_AS[value.dtype])).reshape(shape)
     dtype = torch_dtype(layer.get_output(0).dtype)
     size = np.uint8 if value.dtype == ir.DataType.FLOAT8E4M3FN else np.int16
     bits = np.ascontiguousarray(value.const_value.numpy()).view(size)

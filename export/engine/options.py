@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from headfold.plugins.attention.schema import Attention
-from headfold.plugins.gpus import BFLOAT16_SINCE, FLOAT8_SINCE, RTX_CAPABILITIES
+from headfold.plugins.gpus import BFLOAT16_SINCE, FLOAT4_SINCE, FLOAT8_SINCE, RTX_CAPABILITIES
 from headfold.plugins.tensorrt_library import Flavour
 from headfold.runtime.errors import BuildError
 from headfold.runtime.manifest import EngineProfile, Manifest, ShapeRange, WeightsScheme
@@ -152,6 +152,8 @@ def check_weights(options: BuildOptions, scheme: WeightsScheme) -> None:
     for sm in options.compute_capabilities:
         if sm < FLOAT8_SINCE and scheme == "fp8":
             raise BuildError(f"SM {sm} has no float8", where="--sm", fix="Export the bundle with --weights int8.")
+        if sm < FLOAT4_SINCE and scheme == "nvfp4":
+            raise BuildError(f"SM {sm} has no float4", where="--sm", fix="Export the bundle with --weights int4.")
 
 
 def check_cache(options: BuildOptions, cache_dtype: str) -> None:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from headfold.plugins.attention.schema import DOMAIN, INPUTS, NORMS, OP_TYPE, SCALES, VERSION, Attention, Attributes
 from headfold.plugins.names import is_cache_input
 from headfold.plugins.onnx_body import OPSET
+from headfold.plugins.quantized.schema import SMALLEST_BLOCK
 from headfold.runtime.errors import BuildError
 
 _REPORT = "Please report it: no lowering of headfold makes it."
@@ -28,7 +29,7 @@ _DTYPES = {
 }
 _CACHES = {ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN}  # quantized ones, which go into the plugin and nowhere else
 # Weights, which go into DequantizeLinear and nowhere else
-_ROUNDED = {ir.DataType.INT4, ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN}
+_ROUNDED = {ir.DataType.INT4, ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT4E2M1}
 _BLOCKS = {32, 64, 128}
 
 # Ops that TensorRT imports as they are meant, with the attributes that it heeds.
@@ -208,16 +209,22 @@ def _dequantize(node: ir.Node, inputs: set[str | None]) -> tuple[str, str] | Non
     values, scales, *zeros = node.inputs
     axis, block = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
     if values is None or values.const_value is None or values.dtype not in _ROUNDED:
-        return "TensorRT dequantizes int4, int8 and float8 constants only", _REPORT
+        return "TensorRT dequantizes int4, int8, float8 and float4 constants only", _REPORT
     if any(zero is not None for zero in zeros):
         return "TensorRT has no zero points", _REPORT
     if values.dtype == ir.DataType.FLOAT8E4M3FN:
         given = scales.const_value.shape.numpy() if scales is not None and scales.const_value is not None else None
-        if axis != 0 or block != 0 or given != values.const_value.shape.numpy()[:1]:
-            return "float8 has other scales than one for each output", _REPORT
+        of_outputs = axis == 0 and given == values.const_value.shape.numpy()[:1]
+        if block != 0 or not (of_outputs or given == ()):
+            return "float8 has other scales than one, or one for each output", _REPORT
         return None
     if axis != 1 or len(values.const_value.shape) != 2:
         return f"has blocks in axis {axis}; TensorRT is known to read them in axis 1", _REPORT
+    if values.dtype == ir.DataType.FLOAT4E2M1:
+        own = scales.producer() if scales is not None else None
+        if block != SMALLEST_BLOCK or own is None or own.op_type != "DequantizeLinear":
+            return f"float4 has blocks of {block}; TensorRT wants {SMALLEST_BLOCK}, and scales in float8", _REPORT
+        return None
     if block not in _BLOCKS:
         return f"has blocks of {block}; TensorRT is known to read blocks of 32, 64 or 128", _UNROUNDED
     rows, columns = values.const_value.shape.numpy()

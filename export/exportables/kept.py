@@ -21,11 +21,12 @@ _EMBEDDING = "model.embed_tokens.weight"  # rows of it are looked up, for which 
 def kept_forms(checkpoint: Checkpoint, widths: Mapping[str, Width], dtype: torch.dtype) -> dict[str, Form]:
     """The forms of those weights that can be kept, in a graph of `dtype`; each is read once, and let go.
 
-    `widths` are what they would have otherwise: float8 is kept where it would be that, integers where they would be integers in blocks.
+    `widths` are what they would have otherwise: float8 is kept where it would be that, integers where they would be integers in blocks,
+    and nothing where it would be seven bits or float4.
     """
     forms = dict[str, Form]()
     for name, width in widths.items():
-        rounding = kept(checkpoint, name, dtype, float8=width == "float8") if width != 7 else None
+        rounding = kept(checkpoint, name, dtype, float8=width == "float8") if width not in (7, "float4") else None
         if rounding is not None:
             narrow = dtype == torch.float32 and not is_by_output(width) and _held(rounding.scales, torch.float16)
             forms[name] = replace(rounding.form, narrow=narrow)

@@ -133,7 +133,8 @@ def read_record(path: Path, shapes: Mapping[str, tuple[int, ...]], config: Model
         elif known:
             known = block in _BLOCKS and shape[1] % block == 0
             plain = Form(record.bits, block, narrow=record.narrow_scales, wide_rows=record.wide_rows)
-            known = known and (kept or (record.form == plain and block >= BLOCK))
+            own = SMALLEST_BLOCK if record.bits == "float4" else max(block, BLOCK)  # of what headfold rounds
+            known = known and ((kept and record.bits != "float4") or (record.form == plain and block == own))
             known = known and type(record.wide_rows) is int and 0 <= record.wide_rows < shape[0]
             known = known and (record.wide_rows == 0 or (record.bits == 4 and not kept))
         if not known:

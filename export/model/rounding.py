@@ -3,6 +3,8 @@
 The rule is symmetric. What a checkpoint holds in few bits already may have other blocks, zero points or offsets.
 Of seven bits, a block is all weights of an output, and the inputs of their product are rounded, too: see
 `headfold.plugins.quantized.schema`, which also says why they are not eight. So it is of float8, whose inputs stay as they are.
+Of float4 (NVFP4) a block is 16 weights, and its scale is a float8 times a power of two that the tensor's blocks share. Twice a number
+is an integer, and stored so, in a byte: products of eight bits compute with it everywhere, and TensorRT is given the four bits.
 """
 
 import hashlib
@@ -17,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headfold.plugins.quantized.schema import BLOCK, SMALLEST, Bits
+from headfold.plugins.quantized.schema import BLOCK, SMALLEST, SMALLEST_BLOCK, Bits
 from headfold.runtime.manifest import WeightsScheme
 
-# Bits of a number, an integer; or a float of eight: e4m3fn (Micikevicius et al. 2022)
-Width = Literal[4, 7, 8, "float8"]
+# Bits of a number, an integer; or a float of eight: e4m3fn (Micikevicius et al. 2022); or of four: e2m1 (Rouhani et al. 2023)
+Width = Literal[4, 7, 8, "float8", "float4"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Rounded:
     """
 
     bits: Width
-    values: Tensor  # int8 [(E,) N, K], of as many bits; or float8_e4m3fn
+    values: Tensor  # int8 [(E,) N, K], of as many bits; or float8_e4m3fn; of float4 twice the numbers
     scales: Tensor  # float32 [(E,) N, G]
     zeros: Tensor | None = None  # as the values [N, G]; None: 0
     offsets: Tensor | None = None  # as the scales; None: 0
@@ -98,17 +100,23 @@ class Rounded:
 SCALES, ZEROS, OFFSETS = ".scales", ".zeros", ".offsets"  # what the names of parts end in
 ORDER = "order."  # what the name of an order begins with: all weights of that order share it
 _LARGEST_FLOAT8 = torch.finfo(torch.float8_e4m3fn).max  # 448
+_LARGEST_FLOAT4 = 12  # twice 6: numbers of float4 are doubled here
 _AT_A_TIME = 1 << 23  # of a weight's numbers that are rounded or compared
 # In eight bits but of "mixed": four there cost most (issue 13, measured)
 _WIDE = ("model.embed_tokens.weight", "lm_head.weight")
 
 
-_WIDTHS: dict[WeightsScheme, Width] = {"int8": 8, "w8a8": 7, "fp8": "float8", "int4": 4, "mixed": 4}
+_WIDTHS: dict[WeightsScheme, Width] = {"int8": 8, "w8a8": 7, "fp8": "float8", "nvfp4": "float4", "int4": 4, "mixed": 4}
 
 
 def bit_count(width: Width) -> int:
     """Of a number."""
-    return 8 if width == "float8" else width
+    return int(width[-1]) if isinstance(width, str) else width
+
+
+def stored_bits(width: Width) -> Bits:
+    """Of a number in a matrix of blocks, as a graph stores it."""
+    return 4 if width == 4 else 8
 
 
 def is_by_output(bits: Width) -> bool:
@@ -121,11 +129,11 @@ def bits_of(
 ) -> dict[str, Width]:
     """Which of a decoder's tensors are rounded, and to how many bits: its matrices, [out, in], that have whole blocks, and experts'.
 
-    (Where outputs have a scale each none are needed, and there are no experts.) Those that are `wide` have eight. Of "mixed" this is
-    the least that they can have, four for all.
+    (Where outputs have a scale each none are needed, and there are no experts, nor of float4.) Those that are `wide` have eight. Of
+    "mixed" this is the least that they can have, four for all.
     """
     eight = () if scheme == "mixed" else wide
-    ranks = (2,) if is_by_output(_WIDTHS[scheme]) else (2, 3)
+    ranks = (2, 3) if scheme in ("int8", "int4", "mixed") else (2,)
     widths = {name: 8 if name in eight else _WIDTHS[scheme] for name, shape in shapes.items() if len(shape) in ranks}
     # An expert's inputs are either of its axes
     whole = {name for name, shape in shapes.items() if all(size % BLOCK == 0 for size in shape[1:])}
@@ -133,7 +141,11 @@ def bits_of(
 
 
 def form_of(bits: Width, columns: int, block: int = BLOCK) -> Form:
-    """What the rule gives a weight with so many columns: blocks of the largest power of two up to `block` that divides them."""
+    """What the rule gives a weight with so many columns: blocks of the largest power of two up to `block` that divides them.
+
+    Of float4 they are of 16.
+    """
+    block = SMALLEST_BLOCK if bits == "float4" else block
     return Form(bits, columns if is_by_output(bits) else math.gcd(columns, block))
 
 
@@ -168,14 +180,16 @@ def rounded(
     transposed: bool = False,
     block: int = BLOCK,
     wide_rows: int = 0,
+    unit: float | None = None,
 ) -> Rounded:
     """The nearest numbers, and the scales of their blocks, of a weight [N, K]; of experts [E, N, K], or `transposed` [E, K, N].
 
     Blocks are as `form_of` has them; for `wide_rows`, of a weight [N, K] alone, see Form.
 
     In eight bits the scale is the block's largest magnitude over 127; in four its extreme, with its sign, over -8, so that all 16
-    numbers are used (both as in ggml's reference quantization); in seven an output's largest magnitude over 63, in float8 over 448.
-    A block of zeros has scale 1. `scales` is the dtype that holds these: a graph's.
+    numbers are used (both as in ggml's reference quantization); in seven an output's largest magnitude over 63, in float8 over 448; in
+    float4 a block's over 6. A block of zeros has scale 1. `scales` is the dtype that holds these: a graph's. `unit` is the weight's, if
+    these are only some of its rows: see `unit_of`.
     """
     if wide_rows:
         widths = zip(torch.tensor_split(weight, [wide_rows]), (8, bits), strict=True)
@@ -185,9 +199,11 @@ def rounded(
         values, found = torch.stack([expert.values for expert in each]), torch.stack([expert.scales for expert in each])
         return Rounded(bits, values, found, transposed=transposed)
 
+    unit = unit_of(weight, bits, scales) if unit is None else unit
+
     def nearest_rows(rows: Tensor) -> Rounded:
         blocks = rows.float().reshape(len(rows), -1, form_of(bits, weight.shape[1], block).block)  # [N, G, block]
-        found = block_scales(blocks, bits, scales)
+        found = block_scales(blocks, bits, scales, unit)
         kind = torch.float8_e4m3fn if bits == "float8" else torch.int8
         return Rounded(bits, nearest(blocks, found[..., None], bits).to(kind).flatten(1), found)
 
@@ -205,11 +221,11 @@ def as_rounded(
     """What those numbers stand for, float32, as the weight; by rows, so that the numbers are never all there."""
     if weight.dim() == 3:
         return restored(rounded(weight, bits, scales, transposed, block))
-    found, most = torch.empty(weight.shape), _at_a_time(weight)
+    found, most, unit = torch.empty(weight.shape), _at_a_time(weight), unit_of(weight, bits, scales)
     widths: tuple[tuple[Width, slice], ...] = ((8, slice(wide_rows)), (bits, slice(wide_rows, None)))
     for width, rows in widths if wide_rows else widths[1:]:
         for own, part in zip(torch.split(found[rows], most), torch.split(weight[rows], most), strict=True):
-            own.copy_(restored(rounded(part, width, scales, block=block)))
+            own.copy_(restored(rounded(part, width, scales, block=block, unit=unit)))
     return found
 
 
@@ -232,11 +248,32 @@ def in_parts(weight: Tensor, round_rows: Callable[[Tensor], Rounded]) -> Rounded
     return Rounded(parts[0].bits, values, scales)
 
 
-def block_scales(blocks: Tensor, bits: Width, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The scales [...] of blocks [..., block]; see `rounded`."""
+def unit_of(weight: Tensor, bits: Width, dtype: torch.dtype) -> float:
+    """What the scales of a weight of float4 are float8_e4m3fn times, from 1 to 448, so that `dtype` holds them; of another weight 1.
+
+    Scales have room up to twice the largest that the nearest numbers have. TensorRT wants the float8, and has smaller ones, too:
+    weights whose units are not far apart can be one matrix.
+    """
+    largest = weight.abs().max().item() / _LARGEST_FLOAT4 if bits == "float4" else 0.0
+    if not 0 < largest < math.inf:
+        return 1.0
+    least = -21 if dtype == torch.float16 else -100  # three bits of a float8 behind its first are multiples of 2^-24
+    return 2.0 ** max(math.ceil(math.log2(2 * largest / _LARGEST_FLOAT8)), least)
+
+
+def block_scales(blocks: Tensor, bits: Width, dtype: torch.dtype = torch.float32, unit: float = 1.0) -> Tensor:
+    """The scales [...] of blocks [..., block]; see `rounded`, and `unit_of`."""
     largest = blocks.abs().amax(-1) if bits != 4 else blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))[..., 0]
-    scales = (largest / {8: 127, 7: 63, 4: -8, "float8": _LARGEST_FLOAT8}[bits]).to(dtype).to(blocks.dtype)
+    most = {8: 127, 7: 63, 4: -8, "float8": _LARGEST_FLOAT8, "float4": _LARGEST_FLOAT4}[bits]
+    scales = held_scales(largest / most, bits, dtype, unit)
     return torch.where(scales == 0, 1.0, scales)
+
+
+def held_scales(scales: Tensor, bits: Width, dtype: torch.dtype, unit: float) -> Tensor:
+    """The nearest ones that a graph can have, in the dtype that they have."""
+    if bits == "float4":
+        scales = (scales / unit).clamp(1, _LARGEST_FLOAT8).to(torch.float8_e4m3fn).to(scales.dtype) * unit
+    return scales.to(dtype).to(scales.dtype)
 
 
 def nearest(weights: Tensor, scales: Tensor, bits: Width) -> Tensor:
@@ -244,6 +281,10 @@ def nearest(weights: Tensor, scales: Tensor, bits: Width) -> Tensor:
     if bits == "float8":
         in_range = (weights / scales).clamp_(-_LARGEST_FLOAT8, _LARGEST_FLOAT8)
         return in_range.to(torch.float8_e4m3fn).to(weights.dtype)
+    if bits == "float4":  # twice 0, 0.5, 1, 1.5, 2, 3, 4, 6: ties to the one whose last bit is 0, as IEEE 754 has it
+        doubled = (weights / scales).clamp_(-_LARGEST_FLOAT4, _LARGEST_FLOAT4)
+        steps = torch.ones_like(doubled).masked_fill_(doubled.abs() >= 4, 2).masked_fill_(doubled.abs() >= 8, 4)
+        return doubled.div_(steps).round_().mul_(steps)
     half = 1 << (bits - 1)
     return (weights / scales).round_().clamp_(-half, half - 1)
 
@@ -312,11 +353,11 @@ def stored_shapes(name: str, form: Form, shape: tuple[int, ...]) -> dict[str, tu
     if form.wide_rows:
         return {part: size for piece in form.pieces(shape) for part, size in stored_shapes(name, *piece).items()}
     *experts, rows, columns = (*shape[:-2], shape[-1], shape[-2]) if form.transposed else shape
-    kind = form.bits if form.bits == "float8" else f"int{form.bits}"
+    kind = form.bits if isinstance(form.bits, str) else f"int{form.bits}"
     base, blocks = f"{name}.{kind}", columns // form.block
     if form.by_output:
         return {base: (rows, columns), f"{base}{SCALES}": (rows,)}
-    bits = bit_count(form.bits)
+    bits = stored_bits(form.bits)
     if experts:
         return {base: (*experts, rows, columns * bits // 8), f"{base}{SCALES}": (*experts, rows, blocks)}
     shapes: dict[str, tuple[int, ...]] = {
@@ -334,7 +375,7 @@ def stored_shapes(name: str, form: Form, shape: tuple[int, ...]) -> dict[str, tu
 
 def whole_name(part: str) -> str:
     """The weight that the numbers `part` are of, see `stored_shapes`; of another tensor itself."""
-    return re.sub(r"\.(int[478]|float8)$", "", part)
+    return re.sub(r"\.(int[478]|float[48])$", "", part)
 
 
 def stored_part(rounding: Rounded, part: str) -> Tensor:
@@ -351,6 +392,6 @@ def stored_part(rounding: Rounded, part: str) -> Tensor:
     for end, numbers in ((ZEROS, rounding.zeros), (OFFSETS, rounding.offsets)):
         if part.endswith(end):
             assert numbers is not None
-            return packed(numbers, rounding.bits) if end == ZEROS else numbers
-    numbers = packed(rounding.values, rounding.bits)
+            return packed(numbers, stored_bits(rounding.bits)) if end == ZEROS else numbers
+    numbers = packed(rounding.values, stored_bits(rounding.bits))
     return numbers.view(*rounding.scales.shape, -1) if numbers.dim() == 2 else numbers  # see the schemas

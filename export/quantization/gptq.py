@@ -4,6 +4,7 @@ Product after product, each on what the rounded ones before it hand on, and so t
 Ichikawa 2025, arXiv 2504.09629). One layer, its inputs and the residual streams are all that is in memory.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -12,11 +13,23 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from headfold.export.model.rounding import Rounded, block_scales, form_of, in_parts, joined, nearest, restored, rounded
+from headfold.export.model.rounding import (
+    Rounded,
+    Width,
+    block_scales,
+    form_of,
+    held_scales,
+    in_parts,
+    joined,
+    nearest,
+    restored,
+    rounded,
+    unit_of,
+)
 from headfold.export.progress import Reporter
 from headfold.export.quantization.running import Running, together
 from headfold.export.quantization.shelf import Shelf
-from headfold.plugins.quantized.schema import BLOCK, Bits
+from headfold.plugins.quantized.schema import BLOCK
 from headfold.runtime.errors import ConfigError
 
 # Of the mean of the second moments' diagonal, added to it: what holds weights where they are. With the 0.01 of the paper (section 3.3)
@@ -37,6 +50,7 @@ class _Heard:
 def gptq_layers(
     model: Running,
     names: Collection[str],
+    width: Width,
     tokens: Tensor,
     exact: Sequence[Tensor],
     scales: Mapping[str, torch.dtype],
@@ -50,6 +64,7 @@ def gptq_layers(
     Args:
         model: its other weights (its embedding, say) may be rounded already.
         names: of weights to round, [N, K].
+        width: what to.
         tokens: see above.
         exact: what enters the first layer where nothing is rounded, [N, S, hidden], of the tokens `together`. Weights of eight bits are
             taken for exact ones in what layers make of it.
@@ -75,7 +90,7 @@ def gptq_layers(
                 exact, heard = _heard(linears, _run(model, index, parts, exact))
             del modules, linears  # beside the moments of a wide layer its weights may be too much
             if not lies_there:
-                here = _round_layer(model, index, heard, parts, hidden, scales, block)
+                here = _round_layer(model, index, heard, width, parts, hidden, scales, block)
                 in_memory.update(here) if shelf is None else shelf.put(here)
                 del here
             own = (name for name in found if model.layer_of(name) == index)
@@ -91,6 +106,7 @@ def _round_layer(
     model: Running,
     index: int,
     heard: list[_Heard],
+    width: Width,
     parts: Sequence[Tensor],
     hidden: Sequence[Tensor],
     scales: Mapping[str, torch.dtype],
@@ -108,10 +124,10 @@ def _round_layer(
             entering = (model.enter_module(module, index, *pair) for pair in zip(parts, hidden, strict=True))
             moments, lacking = _moments(entering, group.inputs[0].shape[-1], group.inputs)
         del before, modules, module
-        inputs = Inputs.of(moments, block, lacking)
+        inputs = Inputs.of(moments, form_of(width, len(moments), block).block, lacking)
         del moments
         for name in group.names:
-            found[name] = gptq(model.read(name), inputs, 4, scales[name])
+            found[name] = gptq(model.read(name), inputs, width, scales[name])
         del inputs, lacking  # before others are heard: with wide layers all of this is large
     return found
 
@@ -152,7 +168,7 @@ class Inputs:
             ConfigError: the moments are not finite.
         """
         power = moments.diagonal().double()
-        size = form_of(4, len(power), block).block
+        size = math.gcd(len(power), block)
         order = _order(power, size)
         factor = _reversed_factor(moments, order)
         return cls(size, order, power[order] + _DAMPING * power.mean(), factor, lacking)
@@ -170,16 +186,17 @@ class Inputs:
         return columns.add_(torch.linalg.solve_triangular(self.factor, wanted, upper=False, left=False).flip(1))
 
 
-def gptq(weight: Tensor, inputs: Inputs, bits: Bits, dtype: torch.dtype = torch.float32) -> Rounded:
+def gptq(weight: Tensor, inputs: Inputs, bits: Width, dtype: torch.dtype = torch.float32) -> Rounded:
     """Round a weight [N, K] for these inputs, some of which are not zero.
 
     A block's scale is found when its turn comes: the one of `_TRIED`, either sign, with the least error, weighed by the inputs; `dtype`
     holds the scales. The last blocks and columns have nobody to make up for them.
     """
-    return in_parts(weight, lambda rows: _gptq_rows(rows, inputs, bits, dtype))
+    unit = unit_of(weight, bits, dtype)
+    return in_parts(weight, lambda rows: _gptq_rows(rows, inputs, bits, dtype, unit))
 
 
-def _gptq_rows(weight: Tensor, inputs: Inputs, bits: Bits, dtype: torch.dtype) -> Rounded:
+def _gptq_rows(weight: Tensor, inputs: Inputs, bits: Width, dtype: torch.dtype, unit: float) -> Rounded:
     count, width = weight.shape
     size, order, power, factor = inputs.block, inputs.order, inputs.power, inputs.factor
     diagonal = factor.diagonal().flip(0)
@@ -192,7 +209,7 @@ def _gptq_rows(weight: Tensor, inputs: Inputs, bits: Bits, dtype: torch.dtype) -
         back, within = left[:, :start] @ carried[:start], carried[start:]
         # What would be best if no column from here on were rounded
         best = torch.linalg.solve_triangular(within, back, upper=True, left=False, unitriangular=True)
-        step = best_scales(left[:, own] + best, power[own], bits, dtype)  # [N]
+        step = best_scales(left[:, own] + best, power[own], bits, dtype, unit)  # [N]
         wanted = left[:, own] + back  # [N, size]
         for offset in range(size):
             column = start + offset
@@ -204,13 +221,15 @@ def _gptq_rows(weight: Tensor, inputs: Inputs, bits: Bits, dtype: torch.dtype) -
     return Rounded(bits, numbers, scales)
 
 
-def best_scales(blocks: Tensor, power: Tensor, bits: Bits, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Scales [N] of blocks [N, block] with the least squared error, numbers of `dtype`; `power` [block] weighs its columns."""
-    largest = block_scales(blocks, bits, dtype)
+def best_scales(
+    blocks: Tensor, power: Tensor, bits: Width, dtype: torch.dtype = torch.float32, unit: float = 1.0
+) -> Tensor:
+    """Scales [N] of blocks [N, block] with the least squared error, as graphs have them; `power` [block] weighs its columns."""
+    largest = block_scales(blocks, bits, dtype, unit)
     best, least = largest, torch.full_like(largest, torch.inf)
     for factor in _TRIED:
         for sign in (1, -1):
-            scales = (sign * factor * largest).to(dtype).to(blocks.dtype)
+            scales = held_scales(sign * factor * largest, bits, dtype, unit)
             scales = torch.where(scales == 0, largest, scales)
             wrong = blocks - nearest(blocks, scales[:, None], bits) * scales[:, None]
             error = wrong.square() @ power

@@ -33,7 +33,7 @@ from headfold.export.graph.recipes import (
     shared_constant,
 )
 from headfold.export.graph.weights import load_model
-from headfold.export.model.rounding import OFFSETS, ORDER, SCALES, Form, stored_shapes
+from headfold.export.model.rounding import OFFSETS, ORDER, SCALES, Form, stored_bits, stored_shapes
 from headfold.plugins.experts.onnx_functions import onnxruntime_can
 from headfold.plugins.experts.schema import QUANTIZED as EXPERTS
 from headfold.plugins.experts.schema import ExpertsInputs
@@ -296,7 +296,7 @@ def _products(
                 made[given, order].type, made[given, order].shape = given.type, given.shape
             x = made[given, order]
         rows, columns = sum(rows for rows, _ in shapes.values()), next(iter(shapes.values()))[1]
-        attributes = MatMulAttributes(K=columns, N=rows, bits=form.bits, block_size=form.block)
+        attributes = MatMulAttributes(K=columns, N=rows, bits=stored_bits(form.bits), block_size=form.block)
         product = tape.op(MATMUL, [x, *stored], vars(attributes), domain=DOMAIN)
         if offsets is not None:
             if (x, form.block) not in made:

@@ -145,7 +145,8 @@ def prepare(
     wider = dtype == torch.float32  # than float16
     narrow = {name for name in in_blocks if wider and suits_narrow_scales(tensors.read(name))}
     smoothed = options.scheme == "w8a8" and isinstance(source, OwnModel)
-    calibrated = smoothed or (4 in bits.values() and (options.scheme == "mixed" or options.method == "gptq"))
+    four: Width = "float4" if options.scheme == "nvfp4" else 4  # what GPTQ rounds to
+    calibrated = smoothed or (four in bits.values() and (options.scheme == "mixed" or options.method == "gptq"))
     count = HELD_OUT + CALIBRATION if calibrated else HELD_OUT
     length = SHORT if model.streams else LENGTH
     tokens = calibration_tokens(
@@ -176,9 +177,9 @@ def prepare(
     else:
         gptq: Mapping[str, Rounded] = {}
         if calibrated and options.method == "gptq":
-            products = {name for name, width in bits.items() if width == 4} - experts
-            held = {name for name in products if is_held(tensors, name, dtype, block)}
-            narrow -= {name for name in held & narrow if not is_held(tensors, name, torch.float16, block)}
+            products = {name for name, width in bits.items() if width == four} - experts
+            held = {name for name in products if is_held(tensors, name, four, dtype, block)}
+            narrow -= {name for name in held & narrow if not is_held(tensors, name, four, torch.float16, block)}
             by_gptq = products - held
             if any(bits[name] == 4 for name in experts & bits.keys()):
                 reporter.note("experts of four bits are the nearest numbers: GPTQ hears the inputs of products alone")
@@ -197,10 +198,10 @@ def prepare(
                 known |= dict.fromkeys(gptq, 4)
                 asked = bits, wide_rows, block, capacity, str(dtype), sorted(by_gptq), sorted(narrow)
                 made_from = [version("headfold"), source.describe(), *asked]
-                shelf = partial(_shelf, unfinished, made_from) if model.streams else None
+                shelf = partial(_shelf, unfinished, four, made_from) if model.streams else None
                 forms = forms_of(known, shapes, block, narrow=narrow, wide_rows=wide_rows)
                 with model.reading(RoundedTensors(tensors, forms, gptq, dtype)):
-                    gptq = gptq_layers(model, by_gptq, calibration, exact, scales, block, reporter, shelf, gptq)
+                    gptq = gptq_layers(model, by_gptq, four, calibration, exact, scales, block, reporter, shelf, gptq)
         forms = forms_of(bits, shapes, block, transposed, narrow, wide_rows)
         if isinstance(source, OwnModel):
             weights = RoundedCheckpoint(source.checkpoint, forms, gptq, kept, dtype)
@@ -218,10 +219,10 @@ def prepare(
     return Prepared(weights, before, costs, spec)
 
 
-def _shelf(unfinished: Callable[[], Path], made_from: Any, streams: Sequence[Tensor]) -> Shelf:
-    """For layers in four bits, made from this and of what enters the first one."""
+def _shelf(unfinished: Callable[[], Path], width: Width, made_from: Any, streams: Sequence[Tensor]) -> Shelf:
+    """For layers that are rounded to this, made from that and of what enters the first one."""
     entering = (stream.numpy().tobytes() for stream in streams)
-    return Shelf(unfinished(), 4, chain([json.dumps(made_from, sort_keys=True).encode()], entering))
+    return Shelf(unfinished(), width, chain([json.dumps(made_from, sort_keys=True).encode()], entering))
 
 
 def widths_of(
@@ -275,7 +276,7 @@ def _tell_of_floats(shapes: Mapping[str, tuple[int, ...]], bits: Collection[str]
         reporter.note(f"{len(left)} tensors stay floats, {share:.0%} of all numbers: {', '.join(kinds[:2])}{others}")
 
 
-def is_held(tensors: Tensors, name: str, scales: torch.dtype, block: int) -> bool:
-    """Whether four bits, in blocks as `form_of` has them, hold a weight exactly as it is (it was dequantized from such ones)."""
+def is_held(tensors: Tensors, name: str, width: Width, scales: torch.dtype, block: int) -> bool:
+    """Whether so many bits, in blocks as `form_of` has them, hold a weight exactly as it is (it was dequantized from such ones)."""
     weight = tensors.read(name)
-    return holds(rounded(weight, 4, scales, block=block), weight)
+    return holds(rounded(weight, width, scales, block=block), weight)

@@ -15,8 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from headfold.export.files import sync
-from headfold.export.model.rounding import Rounded
-from headfold.plugins.quantized.schema import Bits
+from headfold.export.model.rounding import Rounded, Width
 from headfold.runtime.errors import BundleError
 
 _VALUES, _SCALES, _WIDE_ROWS = ".values", ".scales", ".wide_rows"
@@ -34,7 +33,7 @@ class Shelf(Mapping[str, Rounded]):
         BundleError: a file is damaged.
     """
 
-    def __init__(self, directory: Path, bits: Bits, made_from: Iterable[bytes]) -> None:
+    def __init__(self, directory: Path, bits: Width, made_from: Iterable[bytes]) -> None:
         self._directory, self._bits, self._key = directory, bits, hashlib.sha256()
         for part in made_from:
             self._key.update(hashlib.sha256(part).digest())

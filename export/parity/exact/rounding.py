@@ -13,7 +13,17 @@ from headfold.export.exportables.rounded import RoundedCheckpoint, RoundedTensor
 from headfold.export.exportables.rounding_record import WeightRecord, digest, relative_squared_error
 from headfold.export.graph.recipes import recipe_of
 from headfold.export.graph.weights import let_go
-from headfold.export.model.rounding import Form, Rounded, Width, forms_of, holds, joined, stored_shapes, unpacked
+from headfold.export.model.rounding import (
+    Form,
+    Rounded,
+    Width,
+    forms_of,
+    holds,
+    joined,
+    stored_bits,
+    stored_shapes,
+    unpacked,
+)
 from headfold.export.parity.report import CheckResult, verdict
 from headfold.runtime.errors import BundleError
 from headfold.runtime.manifest import WeightsScheme, WeightsSpec
@@ -28,6 +38,7 @@ _SCHEMES: dict[WeightsScheme, set[Width]] = {
     "mixed": {4, 8},
     "w8a8": {7, 8},
     "fp8": {"float8", 8},
+    "nvfp4": {"float4", 8},
 }
 
 
@@ -55,9 +66,8 @@ class StoredRoundings(Mapping[str, Rounded]):
 
     def __getitem__(self, name: str) -> Rounded:
         def read(form: Form, shape: tuple[int, ...]) -> Rounded:
-            assert form.bits == 4 or form.bits == 8
             values, scales = (self._read(*part) for part in stored_shapes(name, form, shape).items())
-            return Rounded(form.bits, unpacked(values, form.bits), scales.float())
+            return Rounded(form.bits, unpacked(values, stored_bits(form.bits)), scales.float())
 
         return joined([read(*piece) for piece in self._forms[name].pieces(self._shapes[name])])
 

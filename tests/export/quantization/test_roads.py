@@ -284,7 +284,7 @@ def test_gptq_of_weights_that_come_and_go_finds_the_same(toy_checkpoint, monkeyp
         model = Running(source, source.checkpoint, 32)
         names = [name for name in source.checkpoint.shapes() if name.endswith("_proj.weight")]
         exact, scales = model.enter([tokens]), dict.fromkeys(names, torch.float32)
-        found.append(gptq_layers(model, names, tokens, exact, scales, 32, Reporter(quiet=True)))
+        found.append(gptq_layers(model, names, 4, tokens, exact, scales, 32, Reporter(quiet=True)))
         assert model.streams == (resident == 0)
     assert len(found[0]) == 14
     for name, rounding in found[0].items():

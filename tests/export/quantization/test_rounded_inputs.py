@@ -205,7 +205,7 @@ def test_tensorrt_refuses_it_by_name(bundle, source, tmp_path) -> None:
 
 
 def test_weights_that_are_not_there_are_refused_by_name(source, tmp_path) -> None:
-    code, output = run("export", source, "-o", tmp_path / "no", "--weights", "nvfp4")
+    code, output = run("export", source, "-o", tmp_path / "no", "--weights", "mxfp4")
     assert code == 2
-    assert "'--weights': 'nvfp4' is not one of" in output
+    assert "'--weights': 'mxfp4' is not one of" in output
     assert len(output.strip().splitlines()) == 1
