@@ -4,6 +4,7 @@ import math
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,8 @@ def export_bundle(source: Exportable, output: Path, options: ExportOptions, repo
         with reporter.step("hash"):
             manifest = manifest_of(stage, parity=None, **fields)
         if prepared is not None:
-            spec = pass_gate(stage, manifest, prepared.before, reporter)
+            by_loss = partial(prepared.by_loss, source, capacity)
+            spec = pass_gate(stage, manifest, prepared.before, by_loss, reporter)
             write_json(stage / RECORD, record_to_json(record_of(prepared.weights, prepared.costs)))
             files = manifest.files | {name: file_entry(stage / name) for name in (MODEL, RECORD)}
             manifest = manifest.model_copy(update={"files": files, "weights": spec})

@@ -10,7 +10,8 @@ from onnx_ir.passes import common as common_passes
 
 from headfold.export.graph.experts import attributes_of, experts_nodes
 from headfold.export.graph.passes import attention_nodes, columns
-from headfold.export.graph.recipes import shared_constant
+from headfold.export.graph.recipes import recipe_of, shared_constant
+from headfold.export.model.rounding import whole_name
 from headfold.plugins.attention.onnx_functions import onnxruntime_body, standard_body
 from headfold.plugins.attention.schema import ALL_INPUTS, DOMAIN, LAST_INDEX, TABLES, VERSION, AttentionInputs
 from headfold.plugins.dtypes import DTYPES, QUANTIZED, Quantized
@@ -223,9 +224,16 @@ def in_blocks(model: ir.Model, tape: ir.tape.Tape, x: ir.Value, block: int) -> i
     return tape.op("Reshape", [x, shared_constant(model, "shape." + ".".join(map(str, shape)), np.array(shape))])
 
 
-def set_level(model: ir.Model, level: Level, bits: Collection[Bits] = (4, 8)) -> bool:
-    """Have all products with matrices of so many bits compute at this level, experts' too; whether there are any."""
+def set_level(
+    model: ir.Model, level: Level, bits: Collection[Bits] = (4, 8), names: Collection[str] | None = None
+) -> bool:
+    """Have products with matrices of so many bits compute at this level, experts' too; whether there are any.
+
+    All of them, or those with one of the weights of these names.
+    """
     products = [node for node in _leveled(model) if node.attributes["bits"].as_int() in bits]
+    if names is not None:
+        products = [node for node in products if not _weights_of(node).isdisjoint(names)]
     for node in products:
         node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
     if any(node.op_type == QUANTIZED_EXPERTS for node in products):
@@ -233,12 +241,14 @@ def set_level(model: ir.Model, level: Level, bits: Collection[Bits] = (4, 8)) ->
     return bool(products)
 
 
-def levels(model: ir.Model) -> dict[int, set[int]]:
-    """Those at which the products with matrices of so many bits compute."""
-    found = dict[int, set[int]]()
-    for node in _leveled(model):
-        found.setdefault(node.attributes["bits"].as_int(), set()).add(node.attributes.get_int("accuracy_level", 4))
-    return found
+def _weights_of(node: ir.Node) -> set[str]:
+    recipes = [recipe_of(value) for value in node.inputs if value is not None]
+    return {whole_name(source) for recipe in recipes if recipe is not None for source in recipe.sources}
+
+
+def levels(model: ir.Model) -> set[int]:
+    """Those at which they compute."""
+    return {node.attributes.get_int("accuracy_level", 4) for node in _leveled(model)}
 
 
 def _leveled(model: ir.Model) -> list[ir.Node]:

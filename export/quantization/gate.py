@@ -1,6 +1,7 @@
 """The gate: a bundle whose rounded weights cost too much is not published. It also picks how the products compute."""
 
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from headfold.export.progress import Reporter
@@ -26,12 +27,26 @@ _HELPS: dict[WeightsScheme, str] = {
 }
 # Of w8a8 and fp8, the head's. The last is a last resort: by float32 inputs ONNX Runtime multiplies a matrix of eight bits that it makes
 # wide at every call (32,000 outputs of 2,048 inputs: 280 ms instead of 8; of four bits 16 instead of 2).
+_SHARES = (1 / 16, 1 / 4)  # of the products whose inputs lose most, tried in turn
 _EIGHT, _FLOATS_BY_FOUR = "inputs in eight bits", "inputs in float32 where weights have four bits"
 _FLOATS = "inputs in float32, which decodes slowly"
 
 
-def pass_gate(stage: Path, manifest: Manifest, before: Reference, reporter: Reporter) -> WeightsSpec:
+def pass_gate(
+    stage: Path,
+    manifest: Manifest,
+    before: Reference,
+    by_loss: Callable[[], Sequence[str]],
+    reporter: Reporter,
+) -> WeightsSpec:
     """Measure a staged bundle with rounded weights, leave it with the fastest levels of accuracy that are accurate enough.
+
+    Args:
+        stage: the bundle.
+        manifest: its own.
+        before: what it is measured by.
+        by_loss: asked only if it matters, see `by_loss_of_inputs`.
+        reporter: told what goes on.
 
     Raises:
         VerificationError: at no level they stay within what the manifest allows.
@@ -49,10 +64,13 @@ def pass_gate(stage: Path, manifest: Manifest, before: Reference, reporter: Repo
     # Otherwise it costs at most so much more, whatever the slower level does
     if not cost.kl <= min(max_kl, _LEVEL_KL) and set_level_in_file(stage / MODEL, 1, [4]):
         slower = measure(_FLOATS_BY_FOUR)
-        if cost.kl <= min(max_kl, slower.kl + _LEVEL_KL):
+        enough = min(max_kl, slower.kl + _LEVEL_KL)
+        if cost.kl <= enough:
             set_level_in_file(stage / MODEL, 4)
         else:
-            chosen, inputs, cost = 1, _FLOATS_BY_FOUR, slower
+            worst = by_loss() if slower.kl <= max_kl else []
+            fewer = _fewer_floats(stage / MODEL, worst, measure, enough)
+            chosen, (inputs, cost) = 1, fewer or (_FLOATS_BY_FOUR, slower)
     if not cost.kl <= max_kl and set_level_in_file(stage / MODEL, 1, [8]):
         chosen, inputs, cost = 1, _FLOATS, measure(_FLOATS)
     if not cost.kl <= max_kl:  # NaN is not
@@ -63,6 +81,20 @@ def pass_gate(stage: Path, manifest: Manifest, before: Reference, reporter: Repo
         )
     reporter.note(f"{scheme} weights, {inputs}: {describe(cost)}")
     return spec.model_copy(update={"accuracy_level": chosen, "cost": cost})
+
+
+def _fewer_floats(
+    path: Path, worst: Sequence[str], measure: Callable[[str], WeightsCost], enough: float
+) -> tuple[str, WeightsCost] | None:
+    """Have only the products of the first few of these weights take floats, and say so; None: that is not enough, and all do again."""
+    for count in (math.ceil(share * len(worst)) for share in _SHARES if worst):
+        set_level_in_file(path, 4)
+        set_level_in_file(path, 1, [4], worst[:count])
+        inputs = f"inputs in float32 of {count} of {len(worst)} weights"
+        if (cost := measure(inputs)).kl <= enough:
+            return inputs, cost
+    set_level_in_file(path, 1, [4])
+    return None
 
 
 def what_helps(dtype: DType, spec: WeightsSpec, cost: WeightsCost) -> str:

@@ -201,10 +201,12 @@ def _drop_flattening(model: ir.Model) -> None:
     common_passes.RemoveUnusedNodesPass()(model)
 
 
-def set_level_in_file(path: Path, level: Level, bits: Collection[Bits] = (4, 8)) -> bool:
+def set_level_in_file(
+    path: Path, level: Level, bits: Collection[Bits] = (4, 8), names: Collection[str] | None = None
+) -> bool:
     """`set_level` of a graph in a file; its weights, which lie beside it, are not touched."""
     model = load_model(path)
-    there = set_level(model, level, bits)
+    there = set_level(model, level, bits, names)
     path.write_bytes(ir.to_proto(model).SerializeToString())
     return there
 

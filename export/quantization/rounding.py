@@ -40,7 +40,7 @@ from headfold.export.quantization.gate import MAX_KL
 from headfold.export.quantization.gptq import gptq_head, gptq_layers
 from headfold.export.quantization.running import Running, together
 from headfold.export.quantization.sensitivity import TOKENS as SENSITIVITY
-from headfold.export.quantization.sensitivity import choose_bits, sensitivities
+from headfold.export.quantization.sensitivity import by_loss_of_inputs, choose_bits, sensitivities
 from headfold.export.quantization.shelf import Shelf
 from headfold.export.quantization.smoothing import find_smoothing
 from headfold.plugins.quantized.schema import BLOCK
@@ -93,6 +93,13 @@ class Prepared:
     before: Reference  # what PyTorch makes of the held-out text without rounding
     costs: Mapping[str, float]  # nats that four bits cost alone, of each weight for which that was measured
     spec: WeightsSpec  # without what it costs, which is not measured yet
+
+    def by_loss(self, source: Exportable, capacity: int) -> list[str]:
+        """Its weights in four bits of layers, see `by_loss_of_inputs`; the model is opened again."""
+        forms = {name: form for name, form in self.weights.forms.items() if form.bits == 4 and form.order is None}
+        model = Running(source, self.weights, capacity)
+        blocks, tokens = {name: form.block for name, form in forms.items()}, torch.from_numpy(self.before.tokens)
+        return by_loss_of_inputs(model, blocks, tokens[: max(SENSITIVITY // tokens.shape[1], 1)])
 
 
 def prepare(

@@ -1,4 +1,4 @@
-"""What four bits in each weight alone cost the model, and which weights should have eight.
+"""What four bits in each weight alone cost the model, and which weights should have eight; and whose inputs should not have them.
 
 Weights that the graph joins into one product (query, key and value) have one width, and count as one; so do all experts of a layer.
 Embedding and head may have eight bits in their first rows alone: vocabularies give small numbers to frequent tokens, which matter most
@@ -6,17 +6,17 @@ Embedding and head may have eight bits in their first rows alone: vocabularies g
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from headfold.export.model.rounding import Width, as_rounded, bit_count
+from headfold.export.model.rounding import Width, as_rounded, bit_count, rounded_rows
 from headfold.export.progress import Reporter
-from headfold.export.quantization.running import Running
+from headfold.export.quantization.running import Running, together
 from headfold.plugins.quantized.schema import BLOCK
 
 TOKENS = 256  # measured on; each weight takes about half a forward pass
@@ -71,6 +71,46 @@ def sensitivities(
         for names, logits in zip(layers, model.behind([tokens] * len(layers), streams), strict=True):
             costs[names] = {0: _kl(exact, logits)}
     return costs
+
+
+@torch.inference_mode()
+def by_loss_of_inputs(model: Running, blocks: Mapping[str, int], tokens: Tensor) -> list[str]:
+    """Weights of layers' products, those first that lose most when their inputs have eight bits, as kernels round them.
+
+    By the squared error of the product over its own squares, on int64 tokens [N, S].
+
+    Args:
+        model: with the weights that the products have.
+        blocks: of each weight's columns; an input has a scale in each.
+        tokens: see above.
+    """
+    parts, lost = together(tokens), dict[str, list[tuple[float, float]]]()
+
+    def hear(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            assert isinstance(module, nn.Linear)
+            x, weight = inputs[0].flatten(0, -2), module.weight
+            blocked = x.reshape(len(x), -1, blocks[name])  # [rows, G, block]
+            wrong, exact = (rounded_rows(blocked) - blocked).flatten(-2) @ weight.T, x @ weight.T
+            lost.setdefault(name, []).append((wrong.square().sum().item(), exact.square().sum().item()))
+
+        return add
+
+    hidden = model.enter(parts)
+    for index in range(model.count):
+        with model.layer(index) as modules:
+            linears = {f"{name}.weight": module for name, module in modules.items() if isinstance(module, nn.Linear)}
+            heard = [(name, module) for name, module in linears.items() if name in blocks]
+            hooks = [module.register_forward_pre_hook(hear(name)) for name, module in heard]
+            hidden = [model.run_layer(index, *pair) for pair in zip(parts, hidden, strict=True)]
+        for hook in hooks:
+            hook.remove()
+
+    def share(name: str) -> float:
+        wrong, exact = map(sum, zip(*lost[name], strict=True))
+        return wrong / (exact or 1.0)
+
+    return sorted(lost, key=share, reverse=True)
 
 
 def _wide_rows(weight: Tensor) -> list[int]:

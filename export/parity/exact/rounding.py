@@ -118,10 +118,8 @@ def prove_rounding(checkpoint: RoundedTensors, record: Mapping[str, WeightRecord
     )
 
 
-def prove_described(
-    spec: WeightsSpec, checkpoint: RoundedTensors, levels: Mapping[int, Collection[int]]
-) -> CheckResult:
-    """What the manifest says of the weights, by which people choose, is what they are; `levels`: see `graph.bodies`.
+def prove_described(spec: WeightsSpec, checkpoint: RoundedTensors, levels: Collection[int]) -> CheckResult:
+    """What the manifest says of the weights, by which people choose, is what they are; `levels`: of accuracy, of the graph's products.
 
     What they cost depends on text, so of that only the bound is looked at.
     """
@@ -129,14 +127,12 @@ def prove_described(
     bits = {name: form.bits for name, form in made.items()}
     turned, narrow = ([name for name in made if getattr(made[name], flag)] for flag in ("transposed", "narrow"))
     wide_rows = {name: form.wide_rows for name, form in made.items() if form.wide_rows}
-    narrowest = min(levels, default=0)
-    wider = {level for width, found in levels.items() if width > narrowest for level in found}
     right = {
         "scheme": set(bits.values()) <= _SCHEMES[spec.scheme] and (spec.scheme == "mixed" or not wide_rows),
         "block_size": forms_of(bits, checkpoint.shapes(), spec.block_size, turned, narrow, wide_rows) == made,
         "kept": spec.kept == len(checkpoint.kept),
         "bits": math.isclose(spec.bits, checkpoint.average_bits),
-        "accuracy_level": set(levels.get(narrowest, ())) <= {spec.accuracy_level} and wider <= {spec.accuracy_level, 4},
+        "accuracy_level": min(levels, default=spec.accuracy_level) == spec.accuracy_level,
         "cost": spec.cost is not None and spec.cost.kl <= spec.max_kl,
     }
     faults = [

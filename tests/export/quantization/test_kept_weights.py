@@ -132,7 +132,7 @@ def test_a_wrong_zero_point_or_offset_is_seen_by_the_proof_and_by_the_gate(kept,
     assert weights_cost(bundle, manifest, before).kl < 0.01
     strict = manifest.model_copy(update={"weights": manifest.weights.model_copy(update={"max_kl": 0.01})})
     with pytest.raises(VerificationError, match=r"int4 weights cost more than 0\.01 nats"):
-        pass_gate(tmp_path, strict, before, Reporter(quiet=True))
+        pass_gate(tmp_path, strict, before, list, Reporter(quiet=True))
     report = verify_bundle(tmp_path, OwnModel(original), manifest, 4, Reporter(quiet=True))
     failed = [check.name for check in report.checks if not check.passed]
     assert "weights, bit for bit" in failed

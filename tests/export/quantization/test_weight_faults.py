@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +17,7 @@ from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
 from headfold.export.exportables.own import OwnModel
 from headfold.export.exportables.rounded import RoundedCheckpoint, RoundedTensors, StoredTensors
 from headfold.export.exportables.rounding_record import read_record, record_of, record_to_json
-from headfold.export.graph.bodies import levels
+from headfold.export.graph.bodies import quantized_products
 from headfold.export.graph.weights import load_model
 from headfold.export.model.rounding import Form, rounded
 from headfold.export.parity.exact.rounding import prove_rounding
@@ -69,7 +70,7 @@ def test_a_wrong_scale_is_seen_by_the_proof_and_by_the_gate(name, bundle, source
     with pytest.raises(
         VerificationError, match=r"int4 weights cost more than 0\.1 nats: KL .* Use --weights mixed or int8"
     ):
-        pass_gate(tmp_path, manifest, before, Reporter(quiet=True))
+        pass_gate(tmp_path, manifest, before, list, Reporter(quiet=True))
 
     report = verify_bundle(tmp_path, OwnModel(open_checkpoint(source)), manifest, 4, Reporter(quiet=True))
     failed = [check.name for check in report.checks if not check.passed]
@@ -99,33 +100,56 @@ def test_the_gate_recommends_what_can_help(kl, dtype, spec, helps, bundle, tmp_p
     monkeypatch.setattr("headfold.export.quantization.gate.weights_cost", lambda *_: cost)
     manifest = manifest.model_copy(update={"dtype": dtype, "weights": manifest.weights.model_copy(update=spec)})
     with pytest.raises(VerificationError) as caught:
-        pass_gate(tmp_path, manifest, None, Reporter(quiet=True))
+        pass_gate(tmp_path, manifest, None, list, Reporter(quiet=True))
     assert helps in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("costs", "cost", "level", "found"),
-    [  # what it costs with inputs in eight bits; with floats by four bits alone; with floats
-        ([0.005], 0.005, 4, {4: {4}, 8: {4}}),
-        ([0.05, 0.045], 0.05, 4, {4: {4}, 8: {4}}),
-        ([0.05, 0.01], 0.01, 1, {4: {1}, 8: {4}}),
-        ([0.5, 0.3, 0.02], 0.02, 1, {4: {1}, 8: {1}}),
+    ("costs", "cost", "wide"),
+    [  # what it costs with inputs in eight bits; with floats by all of four bits; by the first product; by two; by those of eight, too
+        ([0.005], 0.005, {}),
+        ([0.05, 0.045], 0.05, {}),
+        ([0.05, 0.01, 0.012], 0.012, {4: 1}),
+        ([0.05, 0.01, 0.04, 0.02], 0.02, {4: 2}),
+        ([0.05, 0.01, 0.04, 0.03], 0.01, {4: 10}),
+        ([0.5, 0.3, 0.02], 0.02, {4: 10, 8: 1}),
     ],
 )
-def test_inputs_stay_floats_only_where_that_helps(costs, cost, level, found, bundle, source, tmp_path, monkeypatch):
+def test_inputs_stay_floats_only_where_that_helps(costs, cost, wide, bundle, source, tmp_path, monkeypatch) -> None:
     shutil.copytree(bundle, tmp_path, dirs_exist_ok=True)
     manifest = read_manifest(bundle)
     spec, left = manifest.weights, iter(costs)
     monkeypatch.setattr(
         "headfold.export.quantization.gate.weights_cost", lambda *_: spec.cost.model_copy(update={"kl": next(left)})
     )
-    passed = pass_gate(tmp_path, manifest, None, Reporter(quiet=True))
+    worst = [f"model.layers.{layer}.{name}_proj.weight" for layer in (1, 0) for name in ("mlp.down", "self_attn.o")]
+    passed = pass_gate(tmp_path, manifest, None, lambda: worst + ["none"] * 4, Reporter(quiet=True))
     assert next(left, None) is None  # as many were measured
-    assert (passed.cost.kl, passed.accuracy_level) == (cost, level)
-    assert levels(load_model(tmp_path / "model.onnx")) == found
+    assert (passed.cost.kl, passed.accuracy_level) == (cost, 1 if wide else 4)
+    products = quantized_products(load_model(tmp_path / "model.onnx"))
+    exact = [node for node in products if node.attributes["accuracy_level"].as_int() == 1]
+    assert Counter(node.attributes["bits"].as_int() for node in exact) == wide
+    assert all(worst[0] in str(node) for node in exact) or len(exact) > 1
     manifest = manifest.model_copy(update={"weights": passed})
     report = verify_bundle(tmp_path, OwnModel(open_checkpoint(source)), manifest, 4, Reporter(quiet=True))
     assert report.passed
+
+
+def test_the_product_whose_inputs_have_outliers_takes_floats_and_the_others_do_not(tmp_path) -> None:
+    """One input of three thousand times the others' size: rounded to eight bits, the other 31 of its block are zeros."""
+    original = checkpoint(CONFIG)
+    tensors = {name: original.read(name) for name in original}
+    up, down = (tensors[f"model.layers.1.mlp.{name}_proj.weight"] for name in ("up", "down"))
+    up[5] *= 3000
+    down[:, 5] /= 3000
+    save_hf(tmp_path / "source", MemoryCheckpoint(tmp_path, original.config, tensors), torch.float32)
+    options = ("--weights", "int4", "--rounding", "nearest", "--max-kl", "9", "-q")
+    code, output = run("export", tmp_path / "source", "-o", tmp_path / "int4", *options)
+    assert code == 0, output
+    assert read_manifest(tmp_path / "int4").weights.accuracy_level == 1
+    products = quantized_products(load_model(tmp_path / "int4" / "model.onnx"))
+    exact = [node for node in products if node.attributes["accuracy_level"].as_int() == 1]
+    assert ["layers.1.mlp.down_proj" in str(node) for node in exact] == [True]
 
 
 @pytest.mark.parametrize("part", ["int4", "int4.scales"])
