@@ -26,10 +26,8 @@ from headfold.plugins.names import hidden_state, input_of, is_cache_input, is_ca
 from headfold.runtime.errors import VerificationError
 from headfold.runtime.manifest import Manifest
 
-_AS: dict[ir.DataType | None, Any] = {
-    ir.DataType.INT4: np.int8,
-    ir.DataType.FLOAT4E2M1: np.float32,
-}  # what torch has not
+# What torch has not, as what it has
+_AS: dict[ir.DataType | None, Any] = {ir.DataType.INT4: np.int8, ir.DataType.FLOAT4E2M1: np.float32}
 _IN_PLACE = {"KV_CACHE_UPDATE", "PLUGIN_V3"}
 
 

@@ -17,6 +17,7 @@ from headfold.runtime.manifest import MODEL, Manifest, WeightsCost, WeightsSchem
 # off with a smaller model.
 MAX_KL = 0.1
 _LEVEL_KL = 0.01  # what rounding the inputs may add, for products that are faster
+_SHARES = (1 / 16, 1 / 4)  # of the products whose inputs lose most, tried in turn
 _HELPS: dict[WeightsScheme, str] = {
     "int4": "Use --weights mixed or int8",
     "mixed": "Use --weights int8, or more --bits",
@@ -27,7 +28,6 @@ _HELPS: dict[WeightsScheme, str] = {
 }
 # Of w8a8 and fp8, the head's. The last is a last resort: by float32 inputs ONNX Runtime multiplies a matrix of eight bits that it makes
 # wide at every call (32,000 outputs of 2,048 inputs: 280 ms instead of 8; of four bits 16 instead of 2).
-_SHARES = (1 / 16, 1 / 4)  # of the products whose inputs lose most, tried in turn
 _EIGHT, _FLOATS_BY_FOUR = "inputs in eight bits", "inputs in float32 where weights have four bits"
 _FLOATS = "inputs in float32, which decodes slowly"
 
