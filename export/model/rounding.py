@@ -104,8 +104,6 @@ _LARGEST_FLOAT4 = 12  # twice 6: numbers of float4 are doubled here
 _AT_A_TIME = 1 << 23  # of a weight's numbers that are rounded or compared
 # In eight bits but of "mixed": four there cost most (issue 13, measured)
 _WIDE = ("model.embed_tokens.weight", "lm_head.weight")
-
-
 _WIDTHS: dict[WeightsScheme, Width] = {"int8": 8, "w8a8": 7, "fp8": "float8", "nvfp4": "float4", "int4": 4, "mixed": 4}
 
 
@@ -243,9 +241,13 @@ def in_parts(weight: Tensor, round_rows: Callable[[Tensor], Rounded]) -> Rounded
 
     What makes them gives numbers and scales alone.
     """
-    parts = [round_rows(rows) for rows in torch.split(weight, _at_a_time(weight))]
-    values, scales = torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts])
-    return Rounded(parts[0].bits, values, scales)
+    most = _at_a_time(weight)
+    first = round_rows(weight[:most])
+    values, scales = (x.new_empty(len(weight), x.shape[1]) for x in (first.values, first.scales))
+    for row in range(0, len(weight), most):  # filled: put end to end at last, they would all be there twice
+        part = round_rows(weight[row : row + most]) if row else first
+        values[row : row + most], scales[row : row + most] = part.values, part.scales
+    return Rounded(first.bits, values, scales)
 
 
 def unit_of(weight: Tensor, bits: Width, dtype: torch.dtype) -> float:

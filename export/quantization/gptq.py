@@ -145,7 +145,9 @@ def gptq_head(
     """The head, of this name, in four bits, calibrated on what enters it, as `gptq_layers`; but for `wide_rows`, see Form."""
     with reporter.step("round the head with GPTQ"):
         moments, _ = _moments(model.entering_head(together(tokens)), model.config.hidden_size)
-        wide, others = torch.tensor_split(model.read(name), [wide_rows])
+        wide, others = torch.tensor_split(
+            model.stored(name), [wide_rows]
+        )  # in float32 a few rows at a time: it is large
         in_four_bits = gptq(others, Inputs.of(moments, block), 4, scales[name])
         return joined([rounded(wide, 8, scales[name], block=block), in_four_bits] if wide_rows else [in_four_bits])
 
@@ -187,7 +189,7 @@ class Inputs:
 
 
 def gptq(weight: Tensor, inputs: Inputs, bits: Width, dtype: torch.dtype = torch.float32) -> Rounded:
-    """Round a weight [N, K] for these inputs, some of which are not zero.
+    """Round a weight [N, K], of any dtype, for these inputs, some of which are not zero.
 
     A block's scale is found when its turn comes: the one of `_TRIED`, either sign, with the least error, weighed by the inputs; `dtype`
     holds the scales. The last blocks and columns have nobody to make up for them.
@@ -200,7 +202,7 @@ def _gptq_rows(weight: Tensor, inputs: Inputs, bits: Width, dtype: torch.dtype, 
     count, width = weight.shape
     size, order, power, factor = inputs.block, inputs.order, inputs.power, inputs.factor
     diagonal = factor.diagonal().flip(0)
-    left = inputs.made_up_for(weight)  # what is still to round; behind it, what rounding the others has changed
+    left = inputs.made_up_for(weight.float())  # what is still to round; behind it, what rounding the others has changed
     numbers = torch.empty(count, width, dtype=torch.int8)
     scales = torch.empty(count, width // size)
     for start in range(0, width, size):

@@ -171,7 +171,7 @@ def prepare(
     if options.scheme == "mixed" and calibrated:
         few = tokens[~measured][: max(SENSITIVITY // tokens.shape[1], 1)]
         joined = {groups[name] for name, width in bits.items() if width == 4}
-        found = sensitivities(model, joined, transposed, block, few, reporter)
+        found = sensitivities(model, tensors, joined, transposed, block, few, reporter)
         max_kl = options.max_kl if options.bits is None else None
         chosen, wide_rows = choose_bits(least, shapes, found, max_kl, options.bits)
         bits = {name: chosen[name] for name in bits}

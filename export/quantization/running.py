@@ -282,6 +282,10 @@ class Running:
 
     def read(self, name: str) -> Tensor:
         """One of the weights as they are now, float32."""
+        return self.stored(name).float()
+
+    def stored(self, name: str) -> Tensor:
+        """The same in the dtype that it is stored in: a file's pages, not memory."""
         if name in self._others:
             return self._others[name]
         weight = self._tensors.read(name)
@@ -295,7 +299,7 @@ class Running:
                 if_large="Export with --dtype float32.",
             )
             self._held.add(name)
-        return weight.float()
+        return weight
 
     @contextmanager
     def _skipped(self, index: int, entering: Tensor) -> Iterator[None]:

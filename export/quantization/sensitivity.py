@@ -14,7 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from headfold.export.model.rounding import Width, as_rounded, bit_count, rounded_rows
+from headfold.export.exportables.base import Tensors
+from headfold.export.exportables.rounded import RoundedTensors
+from headfold.export.model.rounding import Width, bit_count, forms_of, rounded_rows
 from headfold.export.progress import Reporter
 from headfold.export.quantization.running import Running, together
 from headfold.plugins.quantized.schema import BLOCK
@@ -29,6 +31,7 @@ Costs = Mapping[int, float]
 @torch.inference_mode()
 def sensitivities(
     model: Running,
+    tensors: Tensors,
     groups: Collection[tuple[str, ...]],
     transposed: Collection[str],
     block: int,
@@ -37,17 +40,16 @@ def sensitivities(
 ) -> dict[tuple[str, ...], dict[int, float]]:
     """KL(as it is || with these weights in four bits), nats, a mean over tokens [N, S]; a group's weights together.
 
-    They are of one layer, or of none: embedding and head, which may be wide in part. For those that are `transposed` see Form, for
-    `block` `form_of`.
+    They are of one layer, or of none: embedding and head, which may be wide in part. `tensors` are the model's; for those that are
+    `transposed` see Form, for `block` `form_of`.
     """
     (entering,) = model.enter([tokens])  # [N, S, hidden]
     exact, costs = model.run_from(0, tokens, entering).log_softmax(-1), dict[tuple[str, ...], dict[int, float]]()
 
     def in_four_bits(names: Collection[str], wide_rows: int = 0) -> AbstractContextManager[None]:
-        def seen(name: str) -> Tensor:
-            return as_rounded(model.read(name), 4, transposed=name in transposed, block=block, wide_rows=wide_rows)
-
-        return model.replaced({name: seen(name) for name in names})
+        rows = dict.fromkeys(names, wide_rows)
+        forms = forms_of(dict.fromkeys(names, 4), tensors.shapes(), block, transposed, wide_rows=rows)
+        return model.reading(RoundedTensors(tensors, forms))  # when they come: a vocabulary's may be large
 
     layers = {names: layer for names in groups if (layer := model.layer_of(names[0])) is not None}
     # What a layer hands on where the weights of one group have four bits
@@ -55,7 +57,7 @@ def sensitivities(
     with reporter.step("measure what four bits in each weight cost", model.count) as advance:
         for names in (names for names in groups if names not in layers):
             costs[names] = dict[int, float]()
-            for rows in (0, *(_wide_rows(model.read(names[0])) if len(names) == 1 else ())):
+            for rows in (0, *(_wide_rows(tensors.shapes()[names[0]][0]) if len(names) == 1 else ())):
                 with in_four_bits(names, rows):
                     costs[names][rows] = _kl(exact, model(tokens).logits)
         for index in range(model.count):
@@ -113,9 +115,9 @@ def by_loss_of_inputs(model: Running, blocks: Mapping[str, int], tokens: Tensor)
     return sorted(lost, key=share, reverse=True)
 
 
-def _wide_rows(weight: Tensor) -> list[int]:
-    """How many of the first rows of a weight [N, K] may have eight bits, multiples of `BLOCK`."""
-    counts = {int(len(weight) * share) // BLOCK * BLOCK for share in _SHARES}
+def _wide_rows(count: int) -> list[int]:
+    """How many of the first rows of a weight with so many may have eight bits, multiples of `BLOCK`."""
+    counts = {int(count * share) // BLOCK * BLOCK for share in _SHARES}
     return sorted(counts - {0})
 
 
