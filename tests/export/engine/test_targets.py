@@ -50,7 +50,12 @@ def test_a_family_with_a_table_can_have_all(toy_checkpoint) -> None:
 @pytest.mark.parametrize(
     ("model_type", "graphs", "why"),
     [
-        ("gemma2", {"native": "TensorRT ignores a soft cap. Use --attention plugin.", "plugin": ""}, "as gemma2"),
+        pytest.param(
+            "gemma2",
+            {"native": "TensorRT ignores a soft cap. Use --attention plugin.", "plugin": ""},
+            "as gemma2",
+            marks=pytest.mark.slow,
+        ),
         ("gemma3_text", {"native": "", "plugin": ""}, "as gemma3_text"),
         ("qwen3_moe", dict.fromkeys(("native", "plugin"), "the model has a mixture of experts"), "as llama"),
         pytest.param(
@@ -86,7 +91,7 @@ def test_other_models_are_told_what_the_commands_would_tell(model_type, graphs, 
         export_bundle(exportable, tmp_path / "other", ExportOptions(cache=CacheCalibration("int8")), QUIET)
     assert str(caught.value).endswith(found["--kv-cache"].note)
     assert found["--weights"].possible
-    assert found["--weights"].note == "int8, int4, mixed, w8a8, fp8"
+    assert found["--weights"].note == "int8, int4, mixed, w8a8, fp8, nvfp4"
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])

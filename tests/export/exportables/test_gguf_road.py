@@ -51,7 +51,8 @@ def written(path: Path, architecture: str, change: Callable[[Tensors], object] =
 
 
 @pytest.mark.parametrize(
-    "architecture", [pytest.param(name, marks=pytest.mark.slow if name == "qwen3moe" else ()) for name in MODELS]
+    "architecture",
+    [pytest.param(name, marks=pytest.mark.slow if name in ("qwen3moe", "gemma2") else ()) for name in MODELS],
 )
 def test_is_the_model_that_was_written(architecture, tmp_path) -> None:
     source = open_exportable(written(tmp_path, architecture))

@@ -22,7 +22,7 @@ QUIET = Reporter(quiet=True)
     ("model_type", "attention", "refusal"),
     [
         ("gemma3_text", "native", ""),  # two windows and two bases
-        ("smollm3", "plugin", ""),  # a layer without RoPE
+        pytest.param("smollm3", "plugin", "", marks=pytest.mark.slow),  # a layer without RoPE
         pytest.param("gemma2", "plugin", "", marks=pytest.mark.slow),  # a soft cap
         ("gemma2", "native", "TensorRT ignores a soft cap"),
         pytest.param("gpt_oss", "plugin", "the model has attention sinks", marks=pytest.mark.slow),

@@ -50,7 +50,7 @@ OUTSIDE = {  # of the tables of headfold's own families
 }
 
 
-@pytest.mark.parametrize("model_type", OUTSIDE)
+@pytest.mark.parametrize("model_type", [pytest.param("llama", marks=pytest.mark.slow), "qwen3"])
 def test_what_a_table_has_no_place_for_takes_this_road_by_itself_and_says_so(
     model_type, tmp_path, capsys, monkeypatch
 ) -> None:

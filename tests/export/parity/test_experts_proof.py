@@ -96,7 +96,9 @@ FAULTS: dict[str, tuple[str, Edit, str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault", [pytest.param(x, marks=pytest.mark.slow if FAULTS[x][0] == "dots1" else ()) for x in FAULTS]
+)
 def test_a_fault_is_named(fault, made) -> None:
     model_type, edit, message = FAULTS[fault]
     model = load_model(made(model_type).bundle / MODEL)
@@ -118,7 +120,14 @@ def test_the_proof_of_a_bundle_has_it(made, tmp_path) -> None:
     assert [check.name for check in report.checks if not check.passed] == ["experts and their routing"]
 
 
-@pytest.mark.parametrize("fault", [None, "mlp.gate.weight", pytest.param("o_proj.weight", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "mlp.gate.weight",
+        pytest.param(None, marks=pytest.mark.slow),
+        pytest.param("o_proj.weight", marks=pytest.mark.slow),
+    ],
+)
 def test_routing_is_proven_beside_rounded_products(fault, tmp_path) -> None:
     """A layer that has another's router, or another's product before it, is seen however the numbers are stored."""
     source = open_exportable(save_random("qwen3_moe", tmp_path / "model"), "transformers")
