@@ -108,9 +108,8 @@ class WeightsSpec(_Strict):
     block_size: BlockSize = 32  # of those that headfold rounded; smaller where it does not divide a row
     kept: int = Field(0, ge=0)  # how many are as the checkpoint had them quantized, in its own bits and blocks
     bits: float  # of their numbers on average; the scales are not counted
-    accuracy_level: Literal[
-        1, 4
-    ]  # 4: the products round their inputs to eight bits; 1: some or all take them in float32
+    # 4: the products round their inputs to eight bits; 1: some or all take them in float32
+    accuracy_level: Literal[1, 4]
     max_kl: float  # most that they were allowed to cost, nats
     cost: WeightsCost | None  # None only while it is being measured
 

@@ -22,9 +22,10 @@ from headfold.export.graph.recipes import recipe_of, remove_unread, replace_node
 from headfold.export.model.rounding import SCALES
 from headfold.plugins.attention.schema import DOMAIN, OP_TYPE, Attention, AttentionInputs
 from headfold.plugins.names import HIDDEN_STATES, is_cache_input, is_cache_output
-from headfold.plugins.quantized.schema import FLOAT8, GATHER, GATHER_INPUTS, MATMUL, MATMUL_INPUTS, SMALLEST_BLOCK
+from headfold.plugins.quantized.schema import FLOAT8, GATHER, GATHER_INPUTS, MATMUL, MATMUL_INPUTS, ROUNDED_INPUTS
 from headfold.runtime.errors import BuildError, BundleError
 
+_INPUTS = {MATMUL: MATMUL_INPUTS, GATHER: GATHER_INPUTS, FLOAT8: ROUNDED_INPUTS}  # of ops with matrices of few bits
 _MESSAGE = 2_000_000_000  # bytes of weights; protobuf stops at 2^31
 _ELSEWHERE = "The bundle runs in ONNX Runtime."
 
@@ -105,49 +106,30 @@ def spell_out_quantized(model: ir.Model, where: Path) -> None:
         BuildError: they are more than the parser takes in one message.
     """
     _widen_scales(model)
-    found = dict[str, ir.Value]()
+    found = dict[str, tuple[ir.Value, ...]]()  # of each matrix the constants that the parser is given
     for node in list(model.graph):
-        if node.domain != DOMAIN or node.op_type not in (MATMUL, GATHER, FLOAT8):
+        names = _INPUTS.get(node.op_type) if node.domain == DOMAIN else None
+        if names is None:
             continue
-        if node.op_type == FLOAT8:
-            x, values, scales = node.inputs
-            assert values is not None
-            assert values.name is not None
-            found[values.name] = values
-            tape = ir.tape.Tape()
-            w = tape.op("DequantizeLinear", [values, scales], {"axis": 0})
-            replace_node(model, node, tape, tape.op("MatMul", [x, tape.op("Transpose", [w], {"perm": [1, 0]})]))
-            continue
-        names = MATMUL_INPUTS if node.op_type == MATMUL else GATHER_INPUTS
         inputs = dict(zip(names, node.inputs, strict=False))
-        values, scales, bits = inputs["values"], inputs["scales"], node.attributes["bits"].as_int()
+        values, scales, zeros = inputs["values"], inputs["scales"], inputs.get("zeros")
         assert values is not None
         assert values.name is not None
         assert values.shape is not None
         assert scales is not None
-        zeros = inputs.get("zeros")
+        bits = node.attributes.get_int("bits", 8)
+        block = int(values.shape[-1]) * 8 // bits  # type: ignore[arg-type]  # of a weight: a number
         taken = _taken(zeros, scales, bits) if zeros is not None else None
-        recipe = recipe_of(values)
-        if recipe is not None and recipe.sources[0].endswith(".float4"):
-            made = _float4(values, scales, where)
-            found |= {f"{values.name}.{place}": value for place, value in enumerate(made)}
-            for value in made:
-                model.graph.register_initializer(value)
-            tape = ir.tape.Tape()
-            steps = tape.op("DequantizeLinear", made[1:])
-            w = tape.op("DequantizeLinear", [made[0], steps], {"axis": 1, "block_size": SMALLEST_BLOCK})
-            result = tape.op("MatMul", [inputs["x"], tape.op("Transpose", [w], {"perm": [1, 0]})])
-            replace_node(model, node, tape, result)
-            remove_unread(model, [values, scales])
-            continue
         if values.name not in found:
-            if bits == 8 and (_array(scales) < 0).any():
-                _turn_signs(values, scales, where)
-            found[values.name] = _signed(values, bits)
-            model.graph.register_initializer(found[values.name])
-        block = int(values.shape[2]) * 8 // bits  # type: ignore[arg-type]  # of a weight: a number
+            found[values.name] = _constants(node, values, scales, bits, where)
+            for value in found[values.name]:
+                if value is not values:
+                    model.graph.register_initializer(value)
+        numbers, *float8 = found[values.name]
         tape = ir.tape.Tape()
-        w = tape.op("DequantizeLinear", [found[values.name], scales], {"axis": 1, "block_size": block})
+        steps = tape.op("DequantizeLinear", float8) if float8 else scales
+        blocks = {"axis": 0} if node.op_type == FLOAT8 else {"axis": 1, "block_size": block}
+        w = tape.op("DequantizeLinear", [numbers, steps], blocks)
         if node.op_type == GATHER:
             result = tape.op("Gather", [w, inputs["indices"]], {"axis": 0})
         else:
@@ -158,14 +140,26 @@ def spell_out_quantized(model: ir.Model, where: Path) -> None:
                 model.graph.register_initializer(taken)
                 result = tape.op("Sub", [result, tape.op("MatMul", [block_sums(model, tape, x, block), taken])])
         replace_node(model, node, tape, result)
-        remove_unread(model, [values, zeros])
-    for name in [name for name in model.functions if name[0] == DOMAIN and name[1] in (MATMUL, GATHER, FLOAT8)]:
+        remove_unread(model, [values, scales, zeros])
+    for name in [name for name in model.functions if name[0] == DOMAIN and name[1] in _INPUTS]:
         del model.functions[name]
-    size = sum(value.const_value.nbytes for value in found.values() if value.const_value is not None)
+    size = sum(x.const_value.nbytes for values in found.values() for x in values if x.const_value is not None)
     if size > _MESSAGE:
         raise BuildError(
             f"{size:,} bytes of rounded weights are too many for TensorRT's parser", where=where, fix=_ELSEWHERE
         )
+
+
+def _constants(node: ir.Node, values: ir.Value, scales: ir.Value, bits: int, where: Path) -> tuple[ir.Value, ...]:
+    """A matrix's numbers as TensorRT has them; of float4 its scales, too."""
+    if node.op_type == FLOAT8:
+        return (values,)
+    recipe = recipe_of(values)
+    if recipe is not None and recipe.sources[0].endswith(".float4"):
+        return _float4(values, scales, where)
+    if bits == 8 and (_array(scales) < 0).any():
+        _turn_signs(values, scales, where)
+    return (_signed(values, bits),)
 
 
 def _widen_scales(model: ir.Model) -> None:

@@ -227,11 +227,9 @@ def _fill(layer: Any, inputs: Inputs) -> Tensor:
 
 def _dequantize(layer: Any, inputs: Inputs) -> Tensor:
     values, scales = _required(inputs, 2)  # [N, K], [N, K / block]; or float8 [N, K], [N] or []
-    by_output = layer.axis == 0 and values.ndim == len(inputs) == 2 and scales.shape == values.shape[:1]
-    if by_output and values.dtype == torch.float8_e4m3fn:
-        return (values.float() * scales.float()[:, None]).to(torch_dtype(layer.get_output(0).dtype))
-    if values.dtype == torch.float8_e4m3fn and scales.ndim == 0 and len(inputs) == 2:
-        return (values.float() * scales.float()).to(torch_dtype(layer.get_output(0).dtype))
+    by_output = layer.axis == 0 and scales.shape == values.shape[:1]
+    if values.dtype == torch.float8_e4m3fn and values.ndim == len(inputs) == 2 and (by_output or scales.ndim == 0):
+        return (values.float() * scales.float().view(-1, 1)).to(torch_dtype(layer.get_output(0).dtype))
     if layer.axis != 1 or values.ndim != 2 or scales.ndim != 2 or len(inputs) > 2:
         raise unknown(layer, f"dequantizes {tuple(values.shape)} with scales {tuple(scales.shape)}")
     wide = values.float().view(*scales.shape, -1) * scales.float()[..., None]

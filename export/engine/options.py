@@ -16,8 +16,11 @@ from headfold.runtime.errors import BuildError
 from headfold.runtime.manifest import EngineProfile, Manifest, ShapeRange, WeightsScheme
 
 _MAX_INPUT = 512
-
-
+# Since which GPU there are such numbers, and what to use before
+_FLOATS: dict[WeightsScheme, tuple[int, str, WeightsScheme]] = {
+    "fp8": (FLOAT8_SINCE, "float8", "int8"),
+    "nvfp4": (FLOAT4_SINCE, "float4", "int4"),
+}
 _ORT = "Run it with ONNX Runtime."
 
 
@@ -150,10 +153,10 @@ def check_weights(options: BuildOptions, scheme: WeightsScheme) -> None:
             fix="Export the bundle with --weights int8.",
         )
     for sm in options.compute_capabilities:
-        if sm < FLOAT8_SINCE and scheme == "fp8":
-            raise BuildError(f"SM {sm} has no float8", where="--sm", fix="Export the bundle with --weights int8.")
-        if sm < FLOAT4_SINCE and scheme == "nvfp4":
-            raise BuildError(f"SM {sm} has no float4", where="--sm", fix="Export the bundle with --weights int4.")
+        since, floats, instead = _FLOATS.get(scheme, (sm, "", scheme))
+        if sm < since:
+            fix = f"Export the bundle with --weights {instead}."
+            raise BuildError(f"SM {sm} has no {floats}", where="--sm", fix=fix)
 
 
 def check_cache(options: BuildOptions, cache_dtype: str) -> None:

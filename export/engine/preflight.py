@@ -12,7 +12,7 @@ import onnx_ir as ir
 from headfold.plugins.attention.schema import DOMAIN, INPUTS, NORMS, OP_TYPE, SCALES, VERSION, Attention, Attributes
 from headfold.plugins.names import is_cache_input
 from headfold.plugins.onnx_body import OPSET
-from headfold.plugins.quantized.schema import SMALLEST_BLOCK
+from headfold.plugins.quantized.schema import FLOAT4_BLOCK
 from headfold.runtime.errors import BuildError
 
 _REPORT = "Please report it: no lowering of headfold makes it."
@@ -222,10 +222,10 @@ def _dequantize(node: ir.Node, inputs: set[str | None]) -> tuple[str, str] | Non
         return f"has blocks in axis {axis}; TensorRT is known to read them in axis 1", _REPORT
     if values.dtype == ir.DataType.FLOAT4E2M1:
         own = scales.producer() if scales is not None else None
-        if block != SMALLEST_BLOCK or own is None or own.op_type != "DequantizeLinear":
-            return f"float4 has blocks of {block}; TensorRT wants {SMALLEST_BLOCK}, and scales in float8", _REPORT
-        return None
-    if block not in _BLOCKS:
+        if block != FLOAT4_BLOCK or own is None or own.op_type != "DequantizeLinear":
+            return f"float4 has blocks of {block}; TensorRT wants {FLOAT4_BLOCK}, and scales in float8", _REPORT
+        scales = own.inputs[0]
+    elif block not in _BLOCKS:
         return f"has blocks of {block}; TensorRT is known to read blocks of 32, 64 or 128", _UNROUNDED
     rows, columns = values.const_value.shape.numpy()
     if scales is None or scales.const_value is None or scales.const_value.shape.numpy() != (rows, columns // block):

@@ -14,7 +14,7 @@ from headfold.export.exportables.rounded import RoundedCheckpoint, RoundedTensor
 from headfold.export.model.config import ModelConfig
 from headfold.export.model.rounding import Form, Rounded, Width, by_rows, form_of
 from headfold.export.model.smoothing import LARGEST, Exponents, seams
-from headfold.plugins.quantized.schema import BLOCK, LARGEST_BLOCK, SMALLEST_BLOCK
+from headfold.plugins.quantized.schema import BLOCK, FLOAT4_BLOCK, LARGEST_BLOCK, SMALLEST_BLOCK
 from headfold.runtime.errors import BundleError
 from headfold.runtime.files.json_file import read_object
 
@@ -133,7 +133,7 @@ def read_record(path: Path, shapes: Mapping[str, tuple[int, ...]], config: Model
         elif known:
             known = block in _BLOCKS and shape[1] % block == 0
             plain = Form(record.bits, block, narrow=record.narrow_scales, wide_rows=record.wide_rows)
-            own = SMALLEST_BLOCK if record.bits == "float4" else max(block, BLOCK)  # of what headfold rounds
+            own = FLOAT4_BLOCK if record.bits == "float4" else max(block, BLOCK)  # of what headfold rounds
             known = known and ((kept and record.bits != "float4") or (record.form == plain and block == own))
             known = known and type(record.wide_rows) is int and 0 <= record.wide_rows < shape[0]
             known = known and (record.wide_rows == 0 or (record.bits == 4 and not kept))

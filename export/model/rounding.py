@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headfold.plugins.quantized.schema import BLOCK, SMALLEST, SMALLEST_BLOCK, Bits
+from headfold.plugins.quantized.schema import BLOCK, FLOAT4_BLOCK, SMALLEST, Bits
 from headfold.runtime.manifest import WeightsScheme
 
 # Bits of a number, an integer; or a float of eight: e4m3fn (Micikevicius et al. 2022); or of four: e2m1 (Rouhani et al. 2023)
@@ -131,7 +131,7 @@ def bits_of(
     "mixed" this is the least that they can have, four for all.
     """
     eight = () if scheme == "mixed" else wide
-    ranks = (2, 3) if scheme in ("int8", "int4", "mixed") else (2,)
+    ranks = (2, 3) if _WIDTHS[scheme] in (4, 8) else (2,)
     widths = {name: 8 if name in eight else _WIDTHS[scheme] for name, shape in shapes.items() if len(shape) in ranks}
     # An expert's inputs are either of its axes
     whole = {name for name, shape in shapes.items() if all(size % BLOCK == 0 for size in shape[1:])}
@@ -143,7 +143,7 @@ def form_of(bits: Width, columns: int, block: int = BLOCK) -> Form:
 
     Of float4 they are of 16.
     """
-    block = SMALLEST_BLOCK if bits == "float4" else block
+    block = FLOAT4_BLOCK if bits == "float4" else block
     return Form(bits, columns if is_by_output(bits) else math.gcd(columns, block))
 
 

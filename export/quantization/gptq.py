@@ -27,7 +27,7 @@ from headfold.export.model.rounding import (
     unit_of,
 )
 from headfold.export.progress import Reporter
-from headfold.export.quantization.running import Running, together
+from headfold.export.quantization.running import Running, hearing, linears, together
 from headfold.export.quantization.shelf import Shelf
 from headfold.plugins.quantized.schema import BLOCK
 from headfold.runtime.errors import ConfigError
@@ -85,10 +85,9 @@ def gptq_layers(
         for index in range(model.count):
             with model.layer(index) as modules:
                 lies_there = shelf is not None and shelf.next_layer(_weights(modules))
-                linears = {f"{name}.weight": m for name, m in modules.items() if isinstance(m, nn.Linear)}
-                linears = {name: m for name, m in linears.items() if name in names and not lies_there}
-                exact, heard = _heard(linears, _run(model, index, parts, exact))
-            del modules, linears  # beside the moments of a wide layer its weights may be too much
+                products = {name: m for name, m in linears(modules).items() if name in names and not lies_there}
+                exact, heard = _heard(products, _run(model, index, parts, exact))
+            del modules, products  # beside the moments of a wide layer its weights may be too much
             if not lies_there:
                 here = _round_layer(model, index, heard, width, parts, hidden, scales, block)
                 in_memory.update(here) if shelf is None else shelf.put(here)
@@ -145,9 +144,8 @@ def gptq_head(
     """The head, of this name, in four bits, calibrated on what enters it, as `gptq_layers`; but for `wide_rows`, see Form."""
     with reporter.step("round the head with GPTQ"):
         moments, _ = _moments(model.entering_head(together(tokens)), model.config.hidden_size)
-        wide, others = torch.tensor_split(
-            model.stored(name), [wide_rows]
-        )  # in float32 a few rows at a time: it is large
+        # In float32 only a few rows at a time: it is large
+        wide, others = torch.tensor_split(model.stored(name), [wide_rows])
         in_four_bits = gptq(others, Inputs.of(moments, block), 4, scales[name])
         return joined([rounded(wide, 8, scales[name], block=block), in_four_bits] if wide_rows else [in_four_bits])
 
@@ -292,7 +290,7 @@ def _run(model: Running, index: int, parts: Sequence[Tensor], hidden: Sequence[T
         yield model.run_layer(index, part, entering)
 
 
-def _heard(linears: Mapping[str, nn.Linear], run: Iterator[Tensor]) -> tuple[list[Tensor], list[_Heard]]:
+def _heard(products: Mapping[str, nn.Linear], run: Iterator[Tensor]) -> tuple[list[Tensor], list[_Heard]]:
     """What a run hands on, and what enters these products in it, in the order in which they compute."""
     found, results, seen = list[_Heard](), list[Tensor](), set[str]()
     last: Tensor | None = None  # the input that was heard before
@@ -312,13 +310,11 @@ def _heard(linears: Mapping[str, nn.Linear], run: Iterator[Tensor]) -> tuple[lis
 
         return add
 
-    hooks = [module.register_forward_pre_hook(hear(name)) for name, module in linears.items()]
-    for result in run:
-        results.append(result)
-        seen.clear()
-        last = None
-    for hook in hooks:
-        hook.remove()
+    with hearing((module, hear(name)) for name, module in products.items()):
+        for result in run:
+            results.append(result)
+            seen.clear()
+            last = None
     return results, found
 
 

@@ -137,9 +137,8 @@ class Running:
         """The weight that makes the logits, [V, hidden]; the embedding, where it is tied to it. None where nobody knows it."""
         if self._master.headless:
             return None
-        named = self._master.decoder.named_modules()
-        linears = [f"{name}.weight" for name, module in named if isinstance(module, nn.Linear)]
-        heads = [name for name in linears if self.layer_of(name) is None]
+        products = linears(dict(self._master.decoder.named_modules()))
+        heads = [name for name in products if self.layer_of(name) is None]
         return self._first[heads[-1]] if heads else "model.embed_tokens.weight"
 
     def entering_head(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -372,6 +371,22 @@ class Running:
         for other in (other for other, known in self._first.items() if known == first):  # tied ones share it
             parent, _, own = other.rpartition(".")
             self._master.decoder.get_submodule(parent).register_parameter(own, parameter)
+
+
+def linears(modules: Mapping[str, nn.Module]) -> dict[str, nn.Linear]:
+    """Those of some modules that are products, by the names of their weights."""
+    return {f"{name}.weight": module for name, module in modules.items() if isinstance(module, nn.Linear)}
+
+
+@contextmanager
+def hearing(hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
+    """Inside the block each hook is told what enters its module, before that computes."""
+    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def together(tokens: Tensor, most: int = 1024) -> tuple[Tensor, ...]:

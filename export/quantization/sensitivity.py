@@ -18,7 +18,7 @@ from headfold.export.exportables.base import Tensors
 from headfold.export.exportables.rounded import RoundedTensors
 from headfold.export.model.rounding import Width, bit_count, forms_of, rounded_rows
 from headfold.export.progress import Reporter
-from headfold.export.quantization.running import Running, together
+from headfold.export.quantization.running import Running, hearing, linears, together
 from headfold.plugins.quantized.schema import BLOCK
 
 TOKENS = 256  # measured on; each weight takes about half a forward pass
@@ -88,12 +88,11 @@ def by_loss_of_inputs(model: Running, blocks: Mapping[str, int], tokens: Tensor)
     """
     parts, lost = together(tokens), dict[str, list[tuple[float, float]]]()
 
-    def hear(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            assert isinstance(module, nn.Linear)
-            x, weight = inputs[0].flatten(0, -2), module.weight
+    def hear(name: str, module: nn.Linear) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].flatten(0, -2)
             blocked = x.reshape(len(x), -1, blocks[name])  # [rows, G, block]
-            wrong, exact = (rounded_rows(blocked) - blocked).flatten(-2) @ weight.T, x @ weight.T
+            wrong, exact = (rounded_rows(blocked) - blocked).flatten(-2) @ module.weight.T, x @ module.weight.T
             lost.setdefault(name, []).append((wrong.square().sum().item(), exact.square().sum().item()))
 
         return add
@@ -101,12 +100,9 @@ def by_loss_of_inputs(model: Running, blocks: Mapping[str, int], tokens: Tensor)
     hidden = model.enter(parts)
     for index in range(model.count):
         with model.layer(index) as modules:
-            linears = {f"{name}.weight": module for name, module in modules.items() if isinstance(module, nn.Linear)}
-            heard = [(name, module) for name, module in linears.items() if name in blocks]
-            hooks = [module.register_forward_pre_hook(hear(name)) for name, module in heard]
-            hidden = [model.run_layer(index, *pair) for pair in zip(parts, hidden, strict=True)]
-        for hook in hooks:
-            hook.remove()
+            heard = [(module, hear(name, module)) for name, module in linears(modules).items() if name in blocks]
+            with hearing(heard):
+                hidden = [model.run_layer(index, *pair) for pair in zip(parts, hidden, strict=True)]
 
     def share(name: str) -> float:
         wrong, exact = map(sum, zip(*lost[name], strict=True))

@@ -13,7 +13,7 @@ from headfold.export.model.config import ModelConfig
 from headfold.export.model.rounding import as_rounded, rounded_rows
 from headfold.export.model.smoothing import LARGEST, seams, shifted
 from headfold.export.progress import Reporter
-from headfold.export.quantization.running import Running, together
+from headfold.export.quantization.running import Running, hearing, together
 
 _ALPHAS = (0.35, 0.5, 0.65, 0.8)
 _ROWS = 256  # inputs of a product that its error is measured on
@@ -27,15 +27,11 @@ def find_smoothing(model: Running, config: ModelConfig, tokens: Tensor, reporter
     with reporter.step("find what smooths the layers' inputs", config.num_hidden_layers) as advance:
         for index in range(model.count):
             places = seams(config, index)
-            heard, hooks = {}, []
+            heard = {seam.name: _Inputs(tokens.numel()) for seam in places}
             with model.layer(index) as modules:
-                for seam in places:
-                    heard[seam.name] = _Inputs(tokens.numel())
-                    module = modules[seam.readers[0].removesuffix(".weight")]
-                    hooks.append(module.register_forward_pre_hook(heard[seam.name].hear))
-                hidden = [model.run_layer(index, *pair) for pair in zip(parts, hidden, strict=True)]
-            for hook in hooks:
-                hook.remove()
+                readers = {seam.name: modules[seam.readers[0].removesuffix(".weight")] for seam in places}
+                with hearing((readers[name], inputs.hear) for name, inputs in heard.items()):
+                    hidden = [model.run_layer(index, *pair) for pair in zip(parts, hidden, strict=True)]
             for seam in places:
                 weights = [model.read(name) for name in seam.readers]
                 exponents = best_exponents(heard[seam.name].rows(), heard[seam.name].largest, weights)

@@ -32,6 +32,7 @@ from headfold.plugins.attention.schema import VERSION as VERSION
 
 BLOCK: Final = 32  # of what headfold rounds itself, unless it is told otherwise
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 128  # powers of two between
+FLOAT4_BLOCK: Final = 16  # NVFP4's
 SMALLEST = 1e-30  # a row of zeros has no scale of its own
 Bits = Literal[4, 8]  # of a number in a matrix of blocks
 # How exactly a product computes: 1 with its input as it is, 4 with its input rounded to eight bits per block (faster on CPUs); the

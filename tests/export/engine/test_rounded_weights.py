@@ -2,7 +2,6 @@
 
 import shutil
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import block_models
@@ -14,6 +13,7 @@ from click.testing import CliRunner
 from gguf_of_decoder import Kind
 from quantized_models import MAKE, in_directory, in_gguf
 from quantized_weights import gptq
+from rounded_engines import installed, network_report
 
 from headfold.export.checkpoints.base import MemoryCheckpoint
 from headfold.export.checkpoints.hf_writer import save_hf
@@ -33,7 +33,6 @@ from headfold.runtime.errors import BuildError
 from headfold.runtime.manifest import read_manifest
 
 CONFIG = replace(block_models.CONFIG, vocab_size=96, max_position_embeddings=48)
-installed = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx")
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +87,7 @@ def test_every_matrix_is_dequantized_to_what_it_stands_for(attention, bundle, so
 @installed
 @pytest.mark.parametrize("attention", ["native", "plugin"])
 def test_the_parsed_network_agrees_with_pytorch(attention, bundle, source) -> None:
-    manifest = read_manifest(bundle)
-    candidate = network_candidate(bundle, manifest, BuildOptions(attention=attention))
-    exportable = OwnModel(open_checkpoint(source))
-    report = verify_bundle(bundle, exportable, manifest, 4, Reporter(quiet=True), candidate)
+    report = network_report(bundle, source, attention)
     assert report.passed, report.failure()
 
 
@@ -112,9 +108,7 @@ def test_networks_of_weights_in_their_own_bits_agree(title, tmp_path) -> None:
     arguments = ["export", source, "-o", bundle, "--weights", "int4", "--no-verify", "-q"]
     arguments += ["--dtype", "float16"] if title == "AWQ" else []
     assert CliRunner().invoke(main, list(map(str, arguments))).exit_code == 0
-    manifest = read_manifest(bundle)
-    candidate = network_candidate(bundle, manifest, BuildOptions(attention="native"))
-    report = verify_bundle(bundle, OwnModel(open_checkpoint(source)), manifest, 4, Reporter(quiet=True), candidate)
+    report = network_report(bundle, source, "native")
     assert report.passed, report.failure()
     if "GPTQ" not in title:
         result = CliRunner().invoke(main, ["build", str(bundle), "--attention", "plugin", "--sm", "86,89", "-q"])

@@ -1,9 +1,7 @@
 """Bundles of --weights nvfp4: the nearest float4 and GPTQ's, proven, gated, run, and given to TensorRT for GPUs that have it."""
 
 import json
-import shutil
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import ml_dtypes
@@ -13,30 +11,18 @@ import pytest
 import torch
 from block_models import CONFIG, checkpoint, exported, run
 from random_transformers import save_random
+from rounded_engines import check_gpus, installed, network_report
 
 from headfold.export.checkpoints.hf_writer import save_hf
 from headfold.export.checkpoints.opening import open_checkpoint
 from headfold.export.engine.lowering import lower
-from headfold.export.engine.network_runner import network_candidate
-from headfold.export.engine.options import BuildOptions
-from headfold.export.exportables.own import OwnModel
 from headfold.export.model.rounding import as_rounded, holds, restored, rounded
 from headfold.export.parity.exact.rounding import StoredRoundings
-from headfold.export.parity.verify import verify_bundle
-from headfold.export.progress import Reporter
 from headfold.export.quantization.gptq import Inputs, gptq
 from headfold.runtime.errors import BuildError
 from headfold.runtime.manifest import FLOAT4_VERSION, MODEL, read_manifest
 
 UP = "model.layers.1.mlp.up_proj.weight"
-installed = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx")
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("nvfp4") / "source"
-    save_hf(path, checkpoint(CONFIG), torch.float32)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -162,20 +148,10 @@ def test_what_is_no_float4_is_refused_in_a_line(part, change, message, bundle, t
 @installed
 @pytest.mark.parametrize("attention", ["native", pytest.param("plugin", marks=pytest.mark.slow)])
 def test_the_parsed_network_agrees_with_pytorch(attention, bundle, source) -> None:
-    manifest = read_manifest(bundle)
-    candidate = network_candidate(bundle, manifest, BuildOptions(attention=attention))
-    report = verify_bundle(bundle, OwnModel(open_checkpoint(source)), manifest, 4, Reporter(quiet=True), candidate)
+    report = network_report(bundle, source, attention)
     assert report.passed, report.failure()
 
 
 @installed
 def test_engines_are_for_gpus_that_have_float4(bundle, source, tmp_path) -> None:
-    shutil.copytree(bundle, tmp_path / "nvfp4")
-    code, output = run("build", tmp_path / "nvfp4", "--sm", "89,120", "-q")
-    assert code == 2
-    assert "--sm: SM 89 has no float4. Export the bundle with --weights int4." in output.replace("\n", " ")
-    options = ("--weights", "nvfp4", "--target", "tensorrt-rtx", "--sm", "86")
-    code, output = run("export", source, "-o", tmp_path / "no", *options)  # before a long export
-    assert (code, "SM 86 has no float4" in output) == (2, True)
-    code, output = run("build", tmp_path / "nvfp4", "--sm", "120", "-q")
-    assert code == 0, output
+    check_gpus("float4", 89, 120, "int4", bundle, source, tmp_path)

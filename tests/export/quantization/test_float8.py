@@ -3,7 +3,6 @@
 import json
 import shutil
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import block_models
@@ -17,12 +16,11 @@ from block_models import checkpoint, exported, run
 from quantized_models import in_directory
 from quantized_weights import float8
 from random_transformers import save_random
+from rounded_engines import check_gpus, installed, network_report
 
 from headfold.export.checkpoints.hf_writer import save_hf
 from headfold.export.checkpoints.opening import open_checkpoint
 from headfold.export.engine.lowering import lower
-from headfold.export.engine.network_runner import network_candidate
-from headfold.export.engine.options import BuildOptions
 from headfold.export.exportables.own import OwnModel
 from headfold.export.model.decoder import Decoder
 from headfold.export.model.rounding import as_rounded, holds, restored, rounded
@@ -36,7 +34,6 @@ from headfold.runtime.manifest import FLOAT8_VERSION, MODEL, read_manifest
 
 CONFIG = replace(block_models.CONFIG, intermediate_size=80)  # no whole blocks, and none are needed
 UP = "model.layers.1.mlp.up_proj.weight"
-installed = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx")
 
 
 @pytest.fixture(scope="module")
@@ -179,20 +176,10 @@ def test_more_than_the_parser_takes_is_refused_in_a_line(bundle, monkeypatch) ->
 @installed
 @pytest.mark.parametrize("attention", ["native", pytest.param("plugin", marks=pytest.mark.slow)])
 def test_the_parsed_network_agrees_with_pytorch(attention, bundle, source) -> None:
-    manifest = read_manifest(bundle)
-    candidate = network_candidate(bundle, manifest, BuildOptions(attention=attention))
-    report = verify_bundle(bundle, OwnModel(open_checkpoint(source)), manifest, 4, Reporter(quiet=True), candidate)
+    report = network_report(bundle, source, attention)
     assert report.passed, report.failure()
 
 
 @installed
 def test_engines_are_for_gpus_that_have_float8(bundle, source, tmp_path) -> None:
-    shutil.copytree(bundle, tmp_path / "fp8")
-    code, output = run("build", tmp_path / "fp8", "--sm", "86,89", "-q")
-    assert code == 2
-    assert "--sm: SM 86 has no float8. Export the bundle with --weights int8." in output.replace("\n", " ")
-    options = ("--weights", "fp8", "--target", "tensorrt-rtx", "--sm", "86")
-    code, output = run("export", source, "-o", tmp_path / "no", *options)  # before a long export
-    assert (code, "SM 86 has no float8" in output) == (2, True)
-    code, output = run("build", tmp_path / "fp8", "--sm", "89", "-q")
-    assert code == 0, output
+    check_gpus("float8", 86, 89, "int8", bundle, source, tmp_path)

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,10 @@ import pytest
 import torch
 from block_models import CONFIG, checkpoint, exported, run
 from random_transformers import save_random
+from rounded_engines import installed, network_report
 
 from headfold.export.checkpoints.hf_writer import save_hf
 from headfold.export.checkpoints.opening import open_checkpoint
-from headfold.export.engine.network_runner import network_candidate
-from headfold.export.engine.options import BuildOptions
 from headfold.export.exportables.own import OwnModel
 from headfold.export.graph.bodies import use_quantized_bodies, use_standard_body
 from headfold.export.model.rounding import as_rounded, joined, restored, rounded, stored_part, stored_shapes
@@ -31,7 +29,6 @@ from headfold.runtime.errors import BundleError
 from headfold.runtime.manifest import MODEL, read_manifest
 
 EMBEDDING, WIDE = "model.embed_tokens.weight", 64
-installed = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="pip install tensorrt-rtx")
 
 
 @pytest.fixture
@@ -164,10 +161,7 @@ def test_standard_ops_compute_the_same(in_part, tmp_path) -> None:
 def test_the_parsed_network_agrees_with_pytorch(attention, in_part, tmp_path) -> None:
     save_hf(tmp_path / "source", checkpoint(CONFIG), torch.float32)
     bundle = export(tmp_path / "source", tmp_path / "bundle", "--rounding", "nearest", "--no-verify")
-    manifest = read_manifest(bundle)
-    candidate = network_candidate(bundle, manifest, BuildOptions(attention=attention))
-    exportable = OwnModel(open_checkpoint(tmp_path / "source"))
-    report = verify_bundle(bundle, exportable, manifest, 4, Reporter(quiet=True), candidate)
+    report = network_report(bundle, tmp_path / "source", attention)
     assert report.passed, report.failure()
 
 
