@@ -99,6 +99,11 @@ def calibration_tokens(
     return tokens
 
 
+def together(tokens: Tensor, most: int = 1024) -> tuple[Tensor, ...]:
+    """Tokens [N, S], or what goes with them [N, S, ...], as many sequences at a time as have so many tokens: at least one."""
+    return torch.split(tokens, max(most // tokens.shape[1], 1))
+
+
 def write_tokens(tokens: Tensor) -> bytes:
     """Token ids [N, S] as the content of a bundle's `calibration.json`."""
     return json.dumps({"token_ids": tokens.tolist()}).encode()

@@ -170,6 +170,16 @@ class RoundedTensors:
             return restored(self.rounded(name))
         return as_rounded(self.original.read(name), *self._rule(name))
 
+    def read_rows(self, name: str, rows: Tensor) -> Tensor:
+        """Some rows, int64 [n], ascending, of a weight [N, K] whose rows know nothing of each other: of any but those of float4."""
+        if name not in self.forms:
+            return self.original.read(name)[rows]
+        if name in self.found or name in self.kept:
+            return restored(self.rounded(name).rows(rows))
+        bits, scales, _, block, wide_rows = self._rule(name)
+        wide = int((rows < wide_rows).sum())
+        return as_rounded(self.original.read(name)[rows], bits, scales, block=block, wide_rows=wide)
+
     def rounded(self, name: str) -> Rounded:
         """One of the rounded weights."""
         if name in self.found:

@@ -81,12 +81,10 @@ class Rounded:
         more = self.zeros is not None, self.offsets is not None, order, self.transposed
         return Form(self.bits, block, *more, wide_rows=self.wide_rows)
 
-    def rows(self, most: int) -> Iterator[Self]:
-        """So many of its rows at a time, of a weight [N, K] whose rows have one width."""
-        for start in range(0, len(self.values), most):
-            own = slice(start, start + most)
-            zeros, offsets = (None if part is None else part[own] for part in (self.zeros, self.offsets))
-            yield replace(self, values=self.values[own], scales=self.scales[own], zeros=zeros, offsets=offsets)
+    def rows(self, own: slice | Tensor) -> Self:
+        """Some of its rows, of a weight [N, K]; what they stand for, not where those of eight bits end."""
+        zeros, offsets = (None if part is None else part[own] for part in (self.zeros, self.offsets))
+        return replace(self, values=self.values[own], scales=self.scales[own], zeros=zeros, offsets=offsets)
 
     def pieces(self) -> list[Self]:
         """Those of its form."""
@@ -317,7 +315,8 @@ def by_rows(rounding: Rounded, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]
         for now, expert in zip(restored(rounding), weight, strict=True):
             yield from zip(torch.split(now, most), torch.split(expert, most), strict=True)
     else:
-        yield from zip(map(restored, rounding.rows(most)), torch.split(weight, most), strict=True)
+        for start, rows in zip(range(0, len(weight), most), torch.split(weight, most), strict=True):
+            yield restored(rounding.rows(slice(start, start + most))), rows
 
 
 def _at_a_time(weight: Tensor) -> int:

@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from headfold.export.data.calibration import together
 from headfold.export.model.decoder import Decoder
 from headfold.export.quantization.forced import Forced, open_forced
-from headfold.export.quantization.running import Running, together
+from headfold.export.quantization.running import Running
 from headfold.runtime.errors import DataError
 from headfold.runtime.manifest import Manifest, WeightsCost
 

@@ -13,6 +13,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from headfold.export.data.calibration import together
+from headfold.export.model.hearing import hearing, linears
 from headfold.export.model.rounding import (
     Rounded,
     Width,
@@ -27,7 +29,7 @@ from headfold.export.model.rounding import (
     unit_of,
 )
 from headfold.export.progress import Reporter
-from headfold.export.quantization.running import Running, hearing, linears, together
+from headfold.export.quantization.running import Running
 from headfold.export.quantization.shelf import Shelf
 from headfold.plugins.quantized.schema import BLOCK
 from headfold.runtime.errors import ConfigError

@@ -17,7 +17,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from headfold.export.data.calibration import LENGTH, calibration_tokens
+from headfold.export.data.calibration import LENGTH, calibration_tokens, together
 from headfold.export.exportables.base import Exportable, Tensors
 from headfold.export.exportables.kept import kept_forms
 from headfold.export.exportables.own import OwnModel
@@ -38,7 +38,7 @@ from headfold.export.progress import Reporter
 from headfold.export.quantization.cost import Reference, reference
 from headfold.export.quantization.gate import MAX_KL
 from headfold.export.quantization.gptq import gptq_head, gptq_layers
-from headfold.export.quantization.running import Running, together
+from headfold.export.quantization.running import Running
 from headfold.export.quantization.sensitivity import TOKENS as SENSITIVITY
 from headfold.export.quantization.sensitivity import by_loss_of_inputs, choose_bits, sensitivities
 from headfold.export.quantization.shelf import Shelf

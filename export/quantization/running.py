@@ -20,8 +20,10 @@ from torch.utils.hooks import RemovableHandle
 
 from headfold.export.exportables.base import Changed, Exportable, Tensors, first_names
 from headfold.export.exportables.foreign.widening import is_large
+from headfold.export.exportables.rounded import RoundedTensors
 from headfold.export.graph.weights import check_held
 from headfold.export.model.decoder import Cache, Output
+from headfold.export.model.hearing import hearing, linears, names_of
 from headfold.export.publishing import one_line
 from headfold.runtime.errors import BundleError
 
@@ -175,9 +177,27 @@ class Running:
         return streams
 
     def enter(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """What enters the first layer, [N, S, hidden], of each part of some tokens, int64 [N, S]; an embedding comes once."""
-        with self._held_piece(self._embedding):
+        """What enters the first layer, [N, S, hidden], of each part of some tokens, int64 [N, S]; an embedding comes once, by rows."""
+        with self._looked_up(parts):
             return [self._entering(self._layers[0], part) for part in parts]
+
+    @contextmanager
+    def _looked_up(self, parts: Sequence[Tensor]) -> Iterator[None]:
+        """Inside the block an embedding that comes and goes, which may be large, is the rows of these tokens alone."""
+        if self._embedding is None or not self.streams:
+            yield
+            return
+        rows = torch.from_numpy(np.unique(np.concatenate([part.numpy().ravel() for part in parts])))
+        piece, name = self._pieces[self._embedding], f"{self._prefixes[self._embedding]}.weight"
+        gone = piece.get_parameter("weight")
+        piece.register_parameter("weight", nn.Parameter(self._read_rows(name, rows), requires_grad=False))
+        self._holding = self._embedding
+        try:
+            with hearing([(piece, lambda _, inputs: torch.searchsorted(rows, inputs[0]))]):
+                yield
+        finally:
+            self._holding = None
+            piece.register_parameter("weight", gone)
 
     def enter_module(self, module: nn.Module, index: int, tokens: Tensor, entering: Tensor) -> Tensor:
         """What enters one of a layer's modules, where this enters the layer."""
@@ -300,6 +320,12 @@ class Running:
             self._held.add(name)
         return weight
 
+    def _read_rows(self, name: str, rows: Tensor) -> Tensor:
+        """Some rows of a weight [N, K], ascending, as they are now, float32."""
+        if name in self._others or not isinstance(self._tensors, RoundedTensors):
+            return self.stored(name)[rows].float()
+        return self._tensors.read_rows(name, rows)
+
     @contextmanager
     def _skipped(self, index: int, entering: Tensor) -> Iterator[None]:
         """The layers before this one compute nothing, and this enters it."""
@@ -371,30 +397,3 @@ class Running:
         for other in (other for other, known in self._first.items() if known == first):  # tied ones share it
             parent, _, own = other.rpartition(".")
             self._master.decoder.get_submodule(parent).register_parameter(own, parameter)
-
-
-def linears(modules: Mapping[str, nn.Module]) -> dict[str, nn.Linear]:
-    """Those of some modules that are products, by the names of their weights."""
-    return {f"{name}.weight": module for name, module in modules.items() if isinstance(module, nn.Linear)}
-
-
-@contextmanager
-def hearing(hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
-    """Inside the block each hook is told what enters its module, before that computes."""
-    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def together(tokens: Tensor, most: int = 1024) -> tuple[Tensor, ...]:
-    """Tokens [N, S], or what goes with them [N, S, ...], as many sequences at a time as have so many tokens: at least one."""
-    return torch.split(tokens, max(most // tokens.shape[1], 1))
-
-
-def names_of(decoder: nn.Module, modules: Sequence[nn.Module]) -> list[str]:
-    """What a decoder calls some of its modules."""
-    names = {id(module): name for name, module in decoder.named_modules()}
-    return [names[id(module)] for module in modules]

@@ -14,11 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from headfold.export.data.calibration import together
 from headfold.export.exportables.base import Tensors
 from headfold.export.exportables.rounded import RoundedTensors
+from headfold.export.model.hearing import hearing, linears
 from headfold.export.model.rounding import Width, bit_count, forms_of, rounded_rows
 from headfold.export.progress import Reporter
-from headfold.export.quantization.running import Running, hearing, linears, together
+from headfold.export.quantization.running import Running
 from headfold.plugins.quantized.schema import BLOCK
 
 TOKENS = 256  # measured on; each weight takes about half a forward pass

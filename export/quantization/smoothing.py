@@ -9,11 +9,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from headfold.export.data.calibration import together
 from headfold.export.model.config import ModelConfig
+from headfold.export.model.hearing import hearing
 from headfold.export.model.rounding import as_rounded, rounded_rows
 from headfold.export.model.smoothing import LARGEST, seams, shifted
 from headfold.export.progress import Reporter
-from headfold.export.quantization.running import Running, hearing, together
+from headfold.export.quantization.running import Running
 
 _ALPHAS = (0.35, 0.5, 0.65, 0.8)
 _ROWS = 256  # inputs of a product that its error is measured on

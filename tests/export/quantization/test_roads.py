@@ -25,7 +25,7 @@ from headfold.export.exportables.opening import open_exportable
 from headfold.export.exportables.own import OwnModel
 from headfold.export.exportables.rounded import RoundedTensors
 from headfold.export.graph.trace import export_graph
-from headfold.export.model.rounding import forms_of
+from headfold.export.model.rounding import Rounded, forms_of, restored, rounded
 from headfold.export.progress import Reporter
 from headfold.export.quantization.gptq import gptq_layers
 from headfold.export.quantization.products import roundable, set_level_in_file
@@ -238,6 +238,41 @@ def test_an_embedding_comes_only_where_it_computes(tied, config, memory_checkpoi
     assert read_by(lambda: list(model.logits(parts))) == (2 if tied else 1)
     assert read_by(lambda: list(model.entering_head(parts))) == (2 if tied else 1)
     assert torch.equal(model.run_from(0, parts[0], entering[0]), right)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_of_an_embedding_that_comes_and_goes_only_rows_of_tokens_are_made_wide(
+    tied, config, memory_checkpoint, monkeypatch
+) -> None:
+    checkpoint, name = memory_checkpoint(replace(config, tie_word_embeddings=tied)), "model.embed_tokens.weight"
+    weight, form = checkpoint.read(name), forms_of({name: 4}, checkpoint.shapes(), wide_rows={name: 32})
+    weights = [
+        RoundedTensors(checkpoint, {}),
+        RoundedTensors(checkpoint, form),
+        RoundedTensors(checkpoint, form, {name: rounded(weight, 4, wide_rows=32)}),
+    ]
+    parts = torch.split(torch.tensor([[3, 31, 32, 90], [31, 7, 95, 3]]), 1)
+    for tensors in weights:
+        found, most = [], [0]
+
+        def seen(rounding: Rounded, most: list[int] = most) -> torch.Tensor:
+            most[0] = max(most[0], len(rounding.values))
+            return restored(rounding)
+
+        for size in (1 << 30, 0):  # the second one's layers, and embedding, come and go
+            monkeypatch.setattr("headfold.export.exportables.foreign.widening.LARGE", size)
+            model = Running(OwnModel(checkpoint), checkpoint, 32)
+            with model.reading(tensors), monkeypatch.context() as patched:
+                if model.streams:
+                    patched.setattr("headfold.export.exportables.rounded.restored", seen)
+                    patched.setattr("headfold.export.model.rounding.restored", seen)
+                found.append(torch.cat(model.enter(parts)))
+            with model.replaced({name: weight + 1}):
+                found.append(torch.cat(model.enter(parts)))
+        assert torch.equal(found[0], found[2])
+        assert torch.equal(found[1], found[3])
+        assert torch.equal(found[0], tensors.read(name)[torch.cat(parts)])
+        assert most[0] <= 6  # different tokens
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system does not say whether there is room")
