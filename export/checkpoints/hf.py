@@ -10,6 +10,7 @@ import torch
 
 from headfold.export.checkpoints.base import TokenizerFiles, check_tensors
 from headfold.export.checkpoints.directories.directory import Directory
+from headfold.export.checkpoints.directories.lora import without_adapter
 from headfold.export.checkpoints.directories.stored import EMBEDDING, HEAD
 from headfold.export.checkpoints.families import config_from_json
 from headfold.export.checkpoints.hf_tensors import scan
@@ -72,7 +73,8 @@ class HuggingFaceCheckpoint:
 
     def kind(self, name: str) -> str | None:
         """See Checkpoint."""
-        format_ = self.directory.format if isinstance(self._stored[name], Dequantized) else None
+        source = self._stored[name]
+        format_ = self.directory.format if isinstance(without_adapter(source), Dequantized) else None
         return format_.title if format_ is not None else None
 
     def __iter__(self) -> Iterator[str]:

@@ -1,10 +1,12 @@
 """Which tensors a Hugging Face directory has, under the decoder's names, whatever tied, base or older checkpoints call or add."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from headfold.export.checkpoints.directories.directory import Directory
+from headfold.export.checkpoints.directories.lora import without_adapter
 from headfold.export.checkpoints.directories.stored import EMBEDDING, FLOATS, HEAD, Source, Stored
+from headfold.export.checkpoints.quantized.parts import Dequantized
 from headfold.runtime.errors import CheckpointError
 
 HARMLESS = re.compile(  # what training and serving leave beside the weights, and no forward pass reads
@@ -13,6 +15,11 @@ HARMLESS = re.compile(  # what training and serving leave beside the weights, an
 _QUANTIZED = re.compile(
     r"\.(qweight|qzeros|g_idx|weight_packed|weight_scale(_inv)?|absmax|quant_map|SCB|weight_blocks)$"
 )
+
+_SETTINGS = (
+    "quantize_config.json",
+    "quant_config.json",
+)  # of AutoGPTQ and AutoAWQ, which transformers does not read either
 
 
 def scan(directory: Directory, expected: Iterable[str], tied: bool) -> tuple[dict[str, Source], list[str]]:
@@ -31,20 +38,38 @@ def scan(directory: Directory, expected: Iterable[str], tied: bool) -> tuple[dic
     wanted, found, ignored = set(expected), dict[str, Source](), list(directory.ignored)
     for name, source in tensors.items():
         ours = f"model.{name}" if based and f"model.{name}" in wanted else name
-        if ours not in wanted and ours != HEAD and HARMLESS.search(name):
+        if ours not in wanted and ours != HEAD and (HARMLESS.search(name) or adds_nothing(name, tensors)):
             ignored.append(name)
             continue
-        found[ours] = _plain(name, source)
+        found[ours] = _plain(name, source, directory)
     if tied and EMBEDDING not in found and HEAD in found:
         found[EMBEDDING] = found.pop(HEAD)
     return found, ignored
 
 
-def _plain(name: str, source: Source) -> Source:
+def adds_nothing(name: str, tensors: Mapping[str, Source]) -> bool:
+    """Whether a tensor, of those of a directory, is a bias of zeros, as AutoGPTQ stores beside all weights that it quantizes."""
+    if name not in tensors:
+        return False
+    weight = tensors.get(f"{name.removesuffix('.bias')}.weight")
+    of_quantized = name.endswith(".bias") and weight is not None and isinstance(without_adapter(weight), Dequantized)
+    return of_quantized and not bool(tensors[name].read().any())
+
+
+def _plain(name: str, source: Source, directory: Directory) -> Source:
     if isinstance(source, Stored) and (source.kind not in FLOATS or _QUANTIZED.search(name)):
+        named = "quantization_config" in directory.config
+        beside = next((file for file in _SETTINGS if not named and (directory.place / file).is_file()), None)
+        explains = (
+            "its quantization_config does not explain"
+            if named
+            else "no quantization_config of its config.json explains"
+        )
         raise CheckpointError(
-            f"tensor {name} is {source.kind}, which no quantization_config of its config.json explains",
+            f"tensor {name} is {source.kind}, which {explains}",
             where=source.file,
-            fix=f"headfold reads {', '.join(FLOATS)} alone: take the unquantized one.",
+            fix=f"headfold reads {', '.join(FLOATS)} alone: take the unquantized one."
+            if beside is None
+            else f'Put what {beside} says into config.json: "quantization_config": {{"quant_method": ..., ...}}.',
         )
     return source

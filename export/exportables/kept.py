@@ -60,6 +60,18 @@ def kept(
     return None
 
 
+def why_again(checkpoint: Checkpoint, name: str, width: Width, dtype: torch.dtype) -> str:
+    """Why a weight that a checkpoint has in few bits is not kept in a graph of `dtype` where it would have this width; it is read."""
+    if "adapter" in checkpoint.titles and checkpoint.quantized(name) is None:
+        return "an adapter is merged into it"
+    if dtype != torch.float32 and kept_forms(checkpoint, {name: width}, torch.float32):
+        return f"{str(dtype).removeprefix('torch.')} does not hold its scales, --dtype float32 does"
+    rounding = kept(checkpoint, name, dtype)
+    if rounding is None:
+        return "no form here holds it"
+    return f"only --weights {'fp8 keeps' if rounding.bits == 'float8' else 'int4, int8 and mixed keep'} it"
+
+
 def _held(x: Tensor, dtype: torch.dtype) -> bool:
     return torch.equal(x.to(dtype).float(), x)
 

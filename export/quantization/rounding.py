@@ -19,7 +19,7 @@ from torch import Tensor
 
 from headfold.export.data.calibration import LENGTH, calibration_tokens, together
 from headfold.export.exportables.base import Exportable, Tensors
-from headfold.export.exportables.kept import kept_forms
+from headfold.export.exportables.kept import kept_forms, why_again
 from headfold.export.exportables.own import OwnModel
 from headfold.export.exportables.rounded import RoundedCheckpoint, RoundedTensors, SmoothedCheckpoint
 from headfold.export.exportables.rounding_record import Method
@@ -179,7 +179,7 @@ def prepare(
     if smoothed and isinstance(source, OwnModel):
         smooth = find_smoothing(model, source.checkpoint.config, tokens[~measured], reporter)
         weights: RoundedTensors = RoundedCheckpoint(
-            SmoothedCheckpoint(source.checkpoint, smooth), forms_of(bits, shapes, narrow=narrow)
+            SmoothedCheckpoint(source.checkpoint, smooth), forms_of(bits, shapes, narrow=narrow), None, kept, dtype
         )
     else:
         gptq: Mapping[str, Rounded] = {}
@@ -259,17 +259,14 @@ def _tell(
             )
         return
     kinds = {name: source.checkpoint.kind(name) for name in bits}
-    again = {name: bits[name] for name, kind in kinds.items() if kind is not None and name not in kept}
+    again = dict[str, list[str]]()  # names by reason
+    for name, width in bits.items():
+        if kinds[name] is not None and name not in kept:
+            again.setdefault(why_again(source.checkpoint, name, width, dtype), []).append(name)
     if kept:
         reporter.note(f"{len(kept)} of {len(bits)} weights are kept as they are quantized, bit for bit")
-    if again:
-        first, others = next(iter(again)), f" and {len(again) - 1} others" if len(again) > 1 else ""
-        if any(map(is_by_output, again.values())):
-            why = "products with a scale for each output have numbers of their own"
-        elif dtype != torch.float32 and kept_forms(source.checkpoint, {first: again[first]}, torch.float32):
-            why = f"{str(dtype).removeprefix('torch.')} does not hold its scales, --dtype float32 does"
-        else:
-            why = "no form here holds it"
+    for why, (first, *more) in again.items():
+        others = f" and {len(more)} other{'s' if len(more) > 1 else ''}" if more else ""
         reporter.note(f"quantized, and rounded again, for {why}: {first} ({kinds[first]}){others}")
 
 

@@ -58,6 +58,11 @@ class LowRank:
         return None
 
 
+def without_adapter(source: Source) -> Source:
+    """What a tensor is before an adapter is merged into it."""
+    return source.base if isinstance(source, LowRank) else source
+
+
 def product(b: Tensor, a: Tensor) -> Tensor:
     """B A in float64, to about 40 bits of each row's largest number times each column's.
 

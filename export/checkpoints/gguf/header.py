@@ -30,6 +30,9 @@ def check_header(path: Path) -> str | None:
         if file.read(4) != b"GGUF":
             raise walk.error("does not begin with GGUF")
         version = walk.number("<I")
+        if version in (2 << 24, 3 << 24):
+            fix = "Take the one for little-endian machines, or convert it: gguf-py has gguf-convert-endian."
+            raise CheckpointError("is big-endian", where=path, fix=fix)
         if version not in (2, 3):
             raise walk.error(f"has version {version}; 2 and 3 are read")
         tensors, fields = walk.count("<Q", _MOST_TENSORS, "tensors"), walk.count("<Q", _MOST_FIELDS, "fields")

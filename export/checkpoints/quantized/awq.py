@@ -17,6 +17,7 @@ class AWQ(BaseModel, frozen=True):
     bits: Literal[4] = 4
     group_size: GroupSize = 128
     version: Literal["gemm", "GEMM"] = "gemm"
+    zero_point: Literal[True] = True
 
     values: ClassVar[tuple[str, ...]] = (".qweight",)
     scales: ClassVar[tuple[str, ...]] = (".scales",)

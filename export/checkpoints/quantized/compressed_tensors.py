@@ -21,6 +21,7 @@ from headfold.export.checkpoints.quantized.parts import (
 from headfold.export.checkpoints.quantized.tensor import QuantizedTensor, unpacked
 from headfold.runtime.errors import CheckpointError
 
+_DAMAGED = "The file is damaged, or its config.json is another's."
 _PLAIN = {"I8": "int", "F8_E4M3": "float"}
 
 
@@ -124,7 +125,7 @@ class CompressedTensors(BaseModel, frozen=True):
                 width = -(-columns * weights.num_bits // 32)
                 wide = values.shape == (*experts, rows, width) and weights.type == "int"
             else:
-                wide = (_PLAIN[values.kind], 8) == (weights.type, weights.num_bits)
+                wide = _PLAIN[values.kind] == weights.type and (weights.type == "int" or weights.num_bits == 8)
             scales = parts["_scale"].shape
             flat: set[tuple[int, ...]] = set()  # how else a column of scales may lie there
             if grid[1] == 1 and not experts:
@@ -138,8 +139,10 @@ class CompressedTensors(BaseModel, frozen=True):
         ((block, bits), grid), *_ = fitting.items()
         parts["_scale"].of(parts["_scale"].shape, *FLOAT_KINDS)
         if "_zero_point" in parts or not symmetric:
-            stored = (*experts, -(-grid[0] * bits // 32), grid[1]) if packed else parts["_scale"].shape
-            parts["_zero_point"].of(stored, "I32" if packed else values.kind)
+            if packed and not _one_point(parts):
+                parts["_zero_point"].of((*experts, -(-grid[0] * bits // 32), grid[1]), "I32")
+            else:
+                parts["_zero_point"].of(parts["_scale"].shape, "I8" if packed else values.kind)
         if "_g_idx" in parts or not unordered:
             parts["_g_idx"].of((columns,), "I32", "I64")
         make = partial(_read, parts, tuple(shape), block, bits, (*experts, *grid))
@@ -149,7 +152,7 @@ class CompressedTensors(BaseModel, frozen=True):
         return CheckpointError(
             f"tensor {parts.name} and its scales {list(parts['_scale'].shape)} fit not one scheme of config_groups",
             where=parts["_scale"].file,
-            fix="The file is damaged, or its config.json is another's.",
+            fix=_DAMAGED,
         )
 
 
@@ -158,13 +161,23 @@ def _read(
 ) -> QuantizedTensor:
     packed, zeros = "_packed" in parts, None
     values = _signed(parts["_packed"].read(), bits)[..., : shape[-1]] if packed else parts[""].read()
+    if values.dtype == torch.int8 and bits < 8 and bool(((values << (8 - bits) >> (8 - bits)) != values).any()):
+        raise CheckpointError(
+            f"tensor {parts.name} has numbers of more than {bits} bits", where=parts["_scale"].file, fix=_DAMAGED
+        )
     if "_zero_point" in parts:
         zeros = parts["_zero_point"].read()
-        zeros = _signed(zeros.mT, bits)[..., : grid[-2]].mT if packed else zeros.reshape(grid)  # packed along the rows
+        whole = not packed or _one_point(parts)
+        zeros = zeros.reshape(grid) if whole else _signed(zeros.mT, bits)[..., : grid[-2]].mT  # packed along the rows
     groups = None
-    if "_g_idx" in parts:
+    if "_g_idx" in parts and not bool((parts["_g_idx"].read() == -1).all()):  # which stands for columns in order
         groups = column_groups(parts["_g_idx"], shape[-1], grid[-1], block[1])
     return QuantizedTensor(values, parts["_scale"].read().reshape(grid), zeros, block, bits, groups)
+
+
+def _one_point(parts: Parts) -> bool:
+    """Whether a packed tensor has one zero point, which is then not packed."""
+    return "_zero_point" in parts and parts["_zero_point"].kind == "I8"
 
 
 def _signed(words: torch.Tensor, bits: int) -> torch.Tensor:

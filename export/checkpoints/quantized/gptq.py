@@ -26,6 +26,7 @@ class GPTQ(BaseModel, frozen=True):
     checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq"
     desc_act: bool | None = False  # act-order
     pack_dtype: Literal["int32"] = "int32"
+    is_marlin_format: Literal[False] | None = False
     dynamic: dict[str, dict[str, None]] | None = None  # modules with settings of their own; only left-out ones are read
 
     values: ClassVar[tuple[str, ...]] = (".qweight",)

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from headfold.export.checkpoints.base import TokenizerFiles
 from headfold.export.checkpoints.directories.directory import Directory
-from headfold.export.checkpoints.hf_tensors import HARMLESS
+from headfold.export.checkpoints.hf_tensors import HARMLESS, adds_nothing
 from headfold.export.checkpoints.tokenizer_of_parts import with_tokenizer
 from headfold.export.exportables.base import Changed, Master, Tensors, no_quantized_cache
 from headfold.export.exportables.facts import Facts, LayerFacts
@@ -173,7 +173,7 @@ def open_transformers(path: Path, trust_remote_code: bool = False, base: Path | 
         for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             names = sorted(key if isinstance(key, str) else key[0] for key in found[what])
             if what == "unexpected_keys":
-                names = [name for name in names if not HARMLESS.search(name)]
+                names = [n for n in names if not (HARMLESS.search(n) or adds_nothing(n, directory.tensors))]
             if names:
                 raise CheckpointError(
                     f"{what.replace('_keys', '')} tensors: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}",

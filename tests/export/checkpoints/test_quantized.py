@@ -101,6 +101,8 @@ COMPRESSED: dict[str, dict[str, Any]] = {  # by title: format, and the arguments
     "int4, groups of 16": {"format": "pack-quantized", "num_bits": 4, "strategy": "group", "group_size": 16},
     "int4, a scale per row": {"format": "pack-quantized", "num_bits": 4, "strategy": "channel", "symmetric": False},
     "int8, groups of 8": {"format": "pack-quantized", "strategy": "group", "group_size": 8, "symmetric": False},
+    "int4, a scale per tensor": {"format": "pack-quantized", "num_bits": 4, "strategy": "tensor", "symmetric": False},
+    "int4, groups of 8": {"format": "int-quantized", "num_bits": 4, "strategy": "group", "group_size": 8},
     "int8, a scale per row": {"format": "int-quantized", "strategy": "channel"},
     "float8, a scale per row": {"format": "float-quantized", "type": "float", "strategy": "channel"},
     "float8, a scale per tensor": {"format": "float-quantized", "type": "float", "strategy": "tensor"},
@@ -190,6 +192,11 @@ UNREAD: dict[str, tuple[Any, str]] = {
         "weight_block_size.1 1",
     ),
     "modules of other bits": ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:x": {"bits": 8}}}, "dynamic"),
+    "marlin, said another way": (
+        {"quant_method": "gptq", "bits": 4, "is_marlin_format": True},
+        "is_marlin_format True",
+    ),
+    "no zero points": ({"quant_method": "awq", "zero_point": False}, "(awq) with zero_point False"),
     "gemv": ({"quant_method": "awq", "version": "gemv"}, "(awq) with version 'gemv'"),
     "nvfp4": (
         {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "config_groups": {}},
@@ -284,6 +291,61 @@ def test_damage_is_one_line(case, toy_checkpoint, tmp_path) -> None:
         open_checkpoint(tmp_path / "q").read(f"{UP}.weight")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("via", ["headfold", "transformers"])
+def test_biases_of_zeros_beside_quantized_weights_are_left_aside(via, toy_checkpoint, tmp_path) -> None:
+    """AutoGPTQ stores one beside each weight, whatever the model has."""
+    settings, store = FORMATS["GPTQ 4 bits, groups of 16"]
+
+    def with_bias(value: float) -> Store:
+        def stored(weight: Tensor) -> Stored:
+            parts, floats = store(weight)
+            return parts | {".bias": torch.full((len(weight),), value, dtype=torch.float16)}, floats
+
+        return stored
+
+    quantize(toy_checkpoint, tmp_path / "zeros", settings, with_bias(0))
+    quantize(toy_checkpoint, tmp_path / "numbers", settings, with_bias(0.5))
+    opened, checkpoint = open_exportable(tmp_path / "zeros", via), open_checkpoint(tmp_path / "zeros")
+    assert f"{UP}.bias" in checkpoint.ignored
+    read = opened.tensors(torch.float32).read
+    for name in (name for name in checkpoint if LINEAR.search(name)):
+        assert torch.equal(read(name), checkpoint.read(name))
+    with pytest.raises(HeadfoldError, match=r"proj\.bias"):
+        open_exportable(tmp_path / "numbers", via).tensors(torch.float32)
+
+
+def test_a_missing_configuration_is_looked_for_where_older_tools_leave_it(toy_checkpoint, tmp_path) -> None:
+    settings, store = FORMATS["GPTQ 4 bits, groups of 16"]
+    quantize(toy_checkpoint, tmp_path / "q", settings, store)
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    (tmp_path / "q" / "quantize_config.json").write_text(json.dumps(config.pop("quantization_config")))
+    (tmp_path / "q" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(HeadfoldError, match=r"Put what quantize_config\.json says into config\.json"):
+        open_checkpoint(tmp_path / "q")
+
+
+def test_compressed_tensors_in_no_order_and_of_numbers_that_have_too_many_bits(toy_checkpoint, tmp_path) -> None:
+    def store(weight: Tensor) -> Stored:
+        rows, columns = weight.shape
+        numbers = torch.arange(weight.numel()).remainder(16).sub(8).view(rows, columns).to(torch.int8)
+        index = torch.full((columns,), -1, dtype=torch.int32)
+        parts = {".weight": numbers, ".weight_scale": torch.ones(rows, columns // 8), ".weight_g_idx": index}
+        return parts, numbers.float()
+
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 8}
+    groups = {"g": {"weights": weights}}
+    settings = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": groups}
+    expected = quantize(toy_checkpoint, tmp_path / "q", settings, store)
+    for name, floats in expected.items():
+        assert torch.equal(open_checkpoint(tmp_path / "q").read(name), floats)
+    file = tmp_path / "q" / "model.safetensors"
+    tensors = load_file(file)
+    tensors[f"{UP}.weight"][3, 5] = 8
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(HeadfoldError, match=rf"tensor {UP}\.weight has numbers of more than 4 bits"):
+        open_checkpoint(tmp_path / "q").read(f"{UP}.weight")
 
 
 @pytest.mark.parametrize(("has", "lacks"), [({"symmetric": False}, "zero_point"), ({"actorder": "group"}, "g_idx")])

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 from logging.handlers import BufferingHandler
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from click.testing import CliRunner
 from gguf_of_decoder import Kind
 from quantized_models import MAKE, in_gguf
+from safetensors.torch import save_file
 
 from headfold.export.checkpoints.hf_writer import save_hf
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
@@ -153,6 +155,39 @@ def test_what_no_form_holds_is_rounded_again_and_said_so(tmp_path) -> None:
     assert read_manifest(tmp_path / "bundle").weights.kept == 7
     _, output = run("inspect", tmp_path / "bundle")
     assert "7 kept as they were quantized" in " ".join(output.split())
+
+
+def test_w8a8_keeps_what_it_has_in_eight_bits(tmp_path) -> None:
+    source, bundle, name = in_gguf(tmp_path, embed_tokens=Kind.Q6_K), tmp_path / "bundle", "model.embed_tokens.weight"
+    code, output = run("export", source, "-o", bundle, "--weights", "w8a8")
+    assert code == 0, output
+    said = " ".join(output.split())
+    assert "1 of 8 weights are kept as they are quantized, bit for bit" in said
+    assert re.search(r"rounded again, for only --weights int4, int8 and mixed keep it: \S+ \(\w+\) and 6 others", said)
+    record = json.loads((bundle / "weights.json").read_text())["tensors"]
+    assert (record[name]["method"], record[name]["quantized"]) == ("kept", "Q6_K")
+    assert {tensor["bits"] for other, tensor in record.items() if other != name} == {7}
+    np.testing.assert_array_equal(stored(bundle, name, slice(None)), open_checkpoint(source).read(name))
+    assert read_manifest(bundle).weights.kept == 1
+
+
+def test_what_an_adapter_changed_is_rounded_again_and_said_so(tmp_path) -> None:
+    base, adapter, module = MAKE["GPTQ"](tmp_path), tmp_path / "adapter", "model.layers.0.self_attn.q_proj"
+    adapter.mkdir()
+    rows, columns = open_checkpoint(base).shapes()[f"{module}.weight"]
+    parts = {"A": torch.ones(2, columns) / 100, "B": torch.ones(rows, 2) / 100}
+    parts = {f"base_model.model.{module}.lora_{part}.weight": x for part, x in parts.items()}
+    save_file(parts, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    code, output = run("export", adapter, "-o", tmp_path / "bundle", "--weights", "int4", "--no-verify")
+    assert code == 0, output
+    said, name = " ".join(output.split()), f"{module}.weight"
+    title = "GPTQ 4 bits, groups of 64"
+    assert f"quantized, and rounded again, for an adapter is merged into it: {name} ({title})" in said
+    record = json.loads((tmp_path / "bundle" / "weights.json").read_text())["tensors"]
+    assert [other for other, x in record.items() if x["quantized"] and x["method"] != "kept"] == [name]
+    assert record[name]["relative_squared_error"] > 0
 
 
 def test_a_bundle_is_not_that_of_a_checkpoint_in_other_bits(tmp_path) -> None:
