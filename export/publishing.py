@@ -245,6 +245,6 @@ def one_line(kind: type[HeadfoldError], where: Path, fix: str) -> Iterator[None]
     except FileExistsError as error:
         raise kind("already exists", where=where, fix="Choose another place.") from error
     except OSError as error:
-        if error.errno not in CANNOT_WRITE:
+        if error.errno not in CANNOT_WRITE | {errno.ENOENT}:  # the latter of /proc, where nobody makes a directory
             raise
         raise kind(f"cannot write: {error.strerror or error}", where=where, fix=fix) from error

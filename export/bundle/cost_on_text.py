@@ -50,5 +50,5 @@ def refuse_over(cost: WeightsCost, manifest: Manifest, bundle: Path, data: Seque
         raise VerificationError(
             f"its weights cost {cost.kl:.3g} nats on {', '.join(data)}, and its export allowed {manifest.weights.max_kl:g}",
             where=bundle,
-            fix=f"{what_helps(manifest.dtype, manifest.weights, cost)}, when you export it again.",
+            fix=f"{what_helps(manifest, cost)}, when you export it again.",
         )

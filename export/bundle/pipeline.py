@@ -12,6 +12,7 @@ from typing import Any
 import onnx_ir as ir
 import psutil
 import torch
+from torch import Tensor
 
 from headfold.export.bundle.cache_scales import cache_scales, quantization_cost
 from headfold.export.bundle.genai import genai_config, genai_refusal
@@ -140,7 +141,7 @@ def export_bundle(source: Exportable, output: Path, options: ExportOptions, repo
             tokenize(data, source.tokenizer.definition, facts, reporter)  # too; the next time they come from a cache
         scales, quantization = list[Scales](), None
         if options.cache is not None and rounding is None:
-            scales, quantization = _calibrate(source, capacity, dtype, options.cache, None, reporter, stage)
+            scales, quantization = _calibrate(source, capacity, dtype, options.cache, None, None, reporter, stage)
         give_back_freed()  # from here on what is freed goes back, and no block of a layer's size is kept
         _forget_peak_memory()
         before = psutil.Process().memory_info().rss
@@ -153,12 +154,16 @@ def export_bundle(source: Exportable, output: Path, options: ExportOptions, repo
         stored_tensors: Tensors
         prepared, stored_tensors, traced = None, tensors, _peak_memory()
         if rounding is not None:
-            prepared = prepare(
-                source, tensors, roundable(model), transposed(model), capacity, dtype, rounding, reporter, unfinished
-            )
+            # What the cache is fitted to must not be what is measured on
+            shared = options.cache is not None and bool(rounding.data) and options.cache.data == rounding.data
+            more = options.cache.tokens if options.cache is not None and shared else 0
+            parts = roundable(model), transposed(model)
+            prepared = prepare(source, tensors, *parts, capacity, dtype, rounding, reporter, unfinished, more)
             if options.cache is not None:  # of the keys and values that the rounded weights make
-                weights = prepared.weights
-                scales, quantization = _calibrate(source, capacity, dtype, options.cache, weights, reporter, stage)
+                weights, text = prepared.weights, prepared.others if shared else None
+                scales, quantization = _calibrate(
+                    source, capacity, dtype, options.cache, weights, text, reporter, stage
+                )
             give_back_freed()  # hooks hold the model that was run, and it holds them
             _forget_peak_memory()
             round_weights(model, prepared.weights)
@@ -223,10 +228,14 @@ def _calibrate(
     dtype: torch.dtype,
     options: CacheCalibration,
     weights: RoundedTensors | None,
+    text: Tensor | None,
     reporter: Reporter,
     stage: Path,
 ) -> tuple[list[Scales], QuantizationSpec]:
-    """The cache's scales with these weights, None for the model's own, and what they cost; the decoder is gone afterwards."""
+    """The cache's scales with these weights, None for the model's own, and what they cost; the decoder is gone afterwards.
+
+    They are found on tokens [N, S] of some text: None for any of `options`.
+    """
     assert isinstance(source, OwnModel)
     checkpoint = source.checkpoint
     stored = getattr(torch, options.dtype)
@@ -235,13 +244,11 @@ def _calibrate(
             decoder = load_decoder(checkpoint, torch.float32, capacity).eval()
         else:
             decoder = source.reference(dtype, capacity, torch.float32, weights).module
-    tokens = calibration_tokens(
-        checkpoint.tokenizer.definition,
-        decoder,
-        options.data,
-        options.tokens,
-        reporter=reporter,
-    )
+    if text is None:
+        definition = checkpoint.tokenizer.definition
+        tokens = calibration_tokens(definition, decoder, options.data, options.tokens, reporter=reporter)
+    else:
+        tokens = text[:: -(-text.numel() // options.tokens)]
     write_file(stage / CALIBRATION, write_tokens(tokens))
     with reporter.step(f"calibrate the {options.dtype} cache"):
         scales = cache_scales(decoder, tokens, stored)

@@ -77,7 +77,7 @@ def calibration_tokens(
             raise DataError(
                 f"{len(text)} tokens are less than a sequence of {length} to calibrate on",
                 where=", ".join(data),
-                fix="Give more text; convert takes a shorter --calibration-length, too.",
+                fix="Give more text, or take shorter sequences: a smaller --capacity, of convert --calibration-length.",
             )
         return text.spread(rows, length)[:, :-1]
     with reporter.step("write text to calibrate on", length) as advance:

@@ -5,6 +5,7 @@ A kind of file is one function in `_READERS`.
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ from headfold.runtime.errors import DataError
 
 _PIECE = 1 << 16  # characters of a text file that are tokenized together
 _WITH = " with --text-field (export and convert read 'text' alone)"
+
+_HALF = re.compile("[\ud800-\udfff]")  # JSON can say one, and no tokenizer takes it
 
 
 class Piece(NamedTuple):
@@ -31,7 +34,7 @@ def pieces(source: str, field: str) -> Iterator[Piece]:
     Raises:
         DataError: there is no such source, or it cannot be read.
     """
-    path = Path(source)
+    path = _place(source)
     if path.is_dir() and not _is_saved_data_set(path):
         for file in _files(path):
             yield from _READERS[file.suffix](file, field)
@@ -47,7 +50,7 @@ def fingerprint(source: str) -> bytes:
     Raises:
         DataError: there is no such source.
     """
-    path, digest = Path(source), hashlib.sha256()
+    path, digest = _place(source), hashlib.sha256()
     if path.is_dir() and not _is_saved_data_set(path):
         files = _files(path)
     elif path.is_file():
@@ -64,10 +67,16 @@ def fingerprint(source: str) -> bytes:
 
 def has_columns(source: str) -> bool:
     """Whether `pieces` may look for a column there: not in plain text."""
-    path = Path(source)
+    path = _place(source)
     if path.is_dir() and not _is_saved_data_set(path):
         return any(file.suffix in _READERS and _READERS[file.suffix] is not _text for file in path.rglob("*"))
     return not path.is_file() or _READERS.get(path.suffix) is not _text
+
+
+def _place(source: str) -> Path:
+    if not source.strip():  # it would be the current directory, with all that is below
+        raise DataError("is empty", where="the name of the data", fix="Name a file, a directory or a data set.")
+    return Path(source)
 
 
 def _files(directory: Path) -> list[Path]:
@@ -109,7 +118,7 @@ def _jsonl(path: Path, field: str) -> Iterator[Piece]:
             where = f"{path}, line {number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError("is not JSON", where=where, fix="A line must hold one JSON object.") from error
             yield from _row(row if isinstance(row, dict) else {}, field, where)
 
@@ -133,6 +142,10 @@ def _row(row: dict[str, Any], field: str, where: str) -> Iterator[Piece]:
     text = row.get(field)
     if not isinstance(text, str):
         raise DataError(f"has no text in {field!r}", where=where, fix=f"Name the column that has it{_WITH}.")
+    if _HALF.search(text):
+        raise DataError(
+            f"holds half of a surrogate pair in {field!r}, which is no character", where=where, fix="Leave it out."
+        )
     if text:
         yield Piece(text, True)
 

@@ -19,6 +19,7 @@ from headfold.runtime.errors import DataError
 from headfold.runtime.manifest import Manifest, WeightsCost
 
 _TOGETHER = 512  # tokens that go through the model at a time
+_LARGEST_LOSS = np.log(np.finfo(np.float64).max)  # nats
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ def weights_cost(bundle: Path, manifest: Manifest, before: Reference) -> Weights
         if place + 1 < length:
             following = tokens[:, place + 1, None]
             losses.append([-np.take_along_axis(x, following, 1).mean() for x in (exact, now)])
-    perplexity_before, perplexity = np.exp(np.mean(losses, 0))
+    # Of a loss that float64 has no exponential of it is the largest that it has: JSON has no infinity
+    perplexity_before, perplexity = np.exp(np.minimum(np.mean(losses, 0), _LARGEST_LOSS))
     return WeightsCost(
         tokens=tokens.size,
         kl=float(np.mean(kl)),

@@ -7,7 +7,6 @@ from pathlib import Path
 from headfold.export.progress import Reporter
 from headfold.export.quantization.cost import Reference, weights_cost
 from headfold.export.quantization.products import set_level_in_file
-from headfold.plugins.dtypes import DType
 from headfold.plugins.quantized.schema import Level
 from headfold.runtime.errors import VerificationError
 from headfold.runtime.manifest import MODEL, Manifest, WeightsCost, WeightsScheme, WeightsSpec
@@ -75,9 +74,9 @@ def pass_gate(
         chosen, inputs, cost = 1, _FLOATS, measure(_FLOATS)
     if not cost.kl <= max_kl:  # NaN is not
         raise VerificationError(
-            f"{scheme} weights cost more than {max_kl:g} nats: {describe(cost)}",
+            f"{_whose_cost(manifest)} cost more than {max_kl:g} nats: {describe(cost)}",
             where=manifest.source,
-            fix=f"{what_helps(manifest.dtype, spec, cost)}. No bundle was written.",
+            fix=f"{what_helps(manifest, cost)}. No bundle was written.",
         )
     reporter.note(f"{scheme} weights, {inputs}: {describe(cost)}")
     return spec.model_copy(update={"accuracy_level": chosen, "cost": cost})
@@ -97,12 +96,24 @@ def _fewer_floats(
     return None
 
 
-def what_helps(dtype: DType, spec: WeightsSpec, cost: WeightsCost) -> str:
-    """What to do where that is too much, without a full stop."""
+def what_helps(manifest: Manifest, cost: WeightsCost) -> str:
+    """What to do where rounded weights, and a quantized cache, cost too much, without a full stop."""
+    spec, cache = manifest.weights, manifest.cache.quantization
+    assert spec is not None
     if math.isnan(cost.kl):  # which no --max-kl allows
-        return "It computes NaN: use --dtype float32" if dtype != "float32" else "It computes NaN: leave --weights out"
-    scheme = "int8" if spec.bits == 8 else spec.scheme  # mixed may be all in eight
-    return f"{_HELPS[scheme]}, or allow it with --max-kl"
+        return "It computes NaN: " + ("leave --weights out" if manifest.dtype == "float32" else "use --dtype float32")
+    scheme = "int8" if spec.scheme == "mixed" and spec.bits == 8 else spec.scheme
+    helps = f"{_HELPS[scheme]}, or allow it with --max-kl"
+    if cache is None or cache.kl <= min(cost.kl / 2, spec.max_kl):
+        return helps
+    alone = f"Leave --kv-cache out, which alone cost {cache.kl:.3g} nats on the text that it was calibrated on"
+    return f"{alone}; if that is not enough: {helps[0].lower()}{helps[1:]}"
+
+
+def _whose_cost(manifest: Manifest) -> str:
+    assert manifest.weights is not None
+    cache = manifest.cache.quantization
+    return f"{manifest.weights.scheme} weights" + (f" and the {cache.dtype} cache" if cache is not None else "")
 
 
 def describe(cost: WeightsCost) -> str:

@@ -77,6 +77,8 @@ class WeightRounding:
                 raise ConfigError(
                     f"{value!r} is not known", where=name, fix=f"Choose one of {', '.join(map(str, known))}."
                 )
+        if isinstance(self.data, str):
+            raise ConfigError("is one text", where="data", fix='Give a tuple of sources: ("corpus.txt",).')
         if not 0 < self.max_kl < math.inf:
             raise ConfigError(f"is {self.max_kl:g}", where="--max-kl", fix="It must be positive and finite, in nats.")
         if self.bits is not None and self.scheme != "mixed":
@@ -91,6 +93,7 @@ class Prepared:
 
     weights: RoundedTensors
     before: Reference  # what PyTorch makes of the held-out text without rounding
+    others: Tensor  # tokens [N, S] of the same text, none of them of the held-out ones
     costs: Mapping[str, float]  # nats that four bits cost alone, of each weight for which that was measured
     spec: WeightsSpec  # without what it costs, which is not measured yet
 
@@ -112,6 +115,7 @@ def prepare(
     options: WeightRounding,
     reporter: Reporter,
     unfinished: Callable[[], Path],
+    more: int = 0,
 ) -> Prepared:
     """Round the weights of a model.
 
@@ -126,6 +130,7 @@ def prepare(
         reporter: told what goes on.
         unfinished: makes a directory for what a large model should not have in memory, and for what an export that is killed should not
             do again.
+        more: tokens of the same text that something else is to be calibrated on.
 
     Raises:
         ConfigError: nothing in it can be rounded; or a capacity of one token.
@@ -154,22 +159,11 @@ def prepare(
     smoothed = options.scheme == "w8a8" and isinstance(source, OwnModel)
     four: Width = "float4" if options.scheme == "nvfp4" else 4  # what GPTQ rounds to
     calibrated = smoothed or (four in bits.values() and (options.scheme == "mixed" or options.method == "gptq"))
-    count = HELD_OUT + CALIBRATION if calibrated else HELD_OUT
-    length = SHORT if model.streams else LENGTH
-    tokens = calibration_tokens(
-        source.tokenizer.definition, model, options.data, count, length, seed=1, reporter=reporter
-    )
-    measured = torch.arange(len(tokens)) % (count // HELD_OUT) == 0
-    if calibrated and measured.all():
-        raise ConfigError(
-            f"{tokens.numel():,} tokens are too few to calibrate weights on, and others to measure them on",
-            where=", ".join(options.data),
-            fix="Give more text, or --weights int8.",
-        )
+    held_out, calibration = _text(source, model, options, max(CALIBRATION if calibrated else 0, more), reporter)
     with reporter.step("run PyTorch on held-out text"):
-        before = reference(model, tokens[measured])
+        before = reference(model, held_out)
     if options.scheme == "mixed" and calibrated:
-        few = tokens[~measured][: max(SENSITIVITY // tokens.shape[1], 1)]
+        few = calibration[: max(SENSITIVITY // calibration.shape[1], 1)]
         joined = {groups[name] for name, width in bits.items() if width == 4}
         found = sensitivities(model, tensors, joined, transposed, block, few, reporter)
         max_kl = options.max_kl if options.bits is None else None
@@ -177,7 +171,7 @@ def prepare(
         bits = {name: chosen[name] for name in bits}
         costs = {name: cost[0] for names, cost in found.items() for name in names}
     if smoothed and isinstance(source, OwnModel):
-        smooth = find_smoothing(model, source.checkpoint.config, tokens[~measured], reporter)
+        smooth = find_smoothing(model, source.checkpoint.config, calibration, reporter)
         weights: RoundedTensors = RoundedCheckpoint(
             SmoothedCheckpoint(source.checkpoint, smooth), forms_of(bits, shapes, narrow=narrow), None, kept, dtype
         )
@@ -195,7 +189,6 @@ def prepare(
                     name: width for name, width in bits.items() if width == 8 and name not in experts
                 }
                 scales = {name: torch.float16 if name in narrow else dtype for name in by_gptq}
-                calibration = tokens[~measured]
                 exact = model.enter(together(calibration))
                 if (head := model.head) in by_gptq:
                     forms = forms_of(known, shapes, block, narrow=narrow)
@@ -223,7 +216,27 @@ def prepare(
         max_kl=options.max_kl,
         cost=None,
     )
-    return Prepared(weights, before, costs, spec)
+    return Prepared(weights, before, calibration, costs, spec)
+
+
+def _text(
+    source: Exportable, model: Running, options: WeightRounding, count: int, reporter: Reporter
+) -> tuple[Tensor, Tensor]:
+    """Tokens [N, S] to measure on, and about `count` others to calibrate on, evenly among them."""
+    length, asked = SHORT if model.streams else LENGTH, HELD_OUT + count
+    tokens = calibration_tokens(
+        source.tokenizer.definition, model, options.data, asked, length, seed=1, reporter=reporter
+    )
+    if count and len(tokens) == 1:
+        raise ConfigError(
+            f"{tokens.numel():,} tokens are too few to calibrate on, and others to measure weights on",
+            where=", ".join(options.data),
+            fix="Give more text, or --weights int8 without --kv-cache.",
+        )
+    rows = math.ceil(len(tokens) * HELD_OUT / asked)
+    measured = torch.zeros(len(tokens), dtype=torch.bool)
+    measured[torch.arange(rows) * len(tokens) // rows] = True
+    return tokens[measured], tokens[~measured]
 
 
 def _shelf(unfinished: Callable[[], Path], width: Width, made_from: Any, streams: Sequence[Tensor]) -> Shelf:

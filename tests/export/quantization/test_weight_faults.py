@@ -24,12 +24,13 @@ from headfold.export.parity.exact.rounding import prove_rounding
 from headfold.export.parity.exact.weights import prove_weights
 from headfold.export.parity.verify import verify_bundle
 from headfold.export.progress import Reporter
-from headfold.export.quantization.cost import reference, weights_cost
+from headfold.export.quantization.cost import Reference, reference, weights_cost
 from headfold.export.quantization.gate import pass_gate
 from headfold.export.quantization.rounding import WeightRounding
+from headfold.export.quantization.running import Running
 from headfold.plugins.attention.schema import TABLES
 from headfold.runtime.errors import BundleError, ConfigError, VerificationError
-from headfold.runtime.manifest import read_manifest
+from headfold.runtime.manifest import QuantizationSpec, read_manifest
 
 
 def test_scales_that_float16_does_not_hold_are_seen_by_the_proof(bundle, source) -> None:
@@ -88,6 +89,7 @@ def test_a_wrong_scale_is_seen_by_the_proof_and_by_the_gate(name, bundle, source
             "Use --weights int8, or more --bits, or allow it with --max-kl",
         ),
         (0.2, "float32", {"scheme": "mixed", "bits": 8.0}, "Leave --weights out, or allow it with --max-kl"),
+        (0.2, "float32", {"scheme": "fp8", "bits": 8.0}, "Use --weights int8, or allow it with --max-kl"),
         (np.nan, "float16", {"scheme": "int8", "bits": 8.0}, "It computes NaN: use --dtype float32. No"),
         (np.nan, "float32", {"scheme": "int4", "bits": 4.0}, "It computes NaN: leave --weights out. No"),
     ],
@@ -102,6 +104,58 @@ def test_the_gate_recommends_what_can_help(kl, dtype, spec, helps, bundle, tmp_p
     with pytest.raises(VerificationError) as caught:
         pass_gate(tmp_path, manifest, None, list, Reporter(quiet=True))
     assert helps in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("cache", "helps"),
+    [
+        (0.05, "Use --weights mixed or int8, or allow it with --max-kl."),
+        (
+            0.15,
+            "Leave --kv-cache out, which alone cost 0.15 nats on the text that it was calibrated on; if that is not",
+        ),
+        (0.35, "enough: use --weights mixed or int8, or allow it with --max-kl."),
+    ],
+)
+def test_the_gate_says_what_is_the_caches(cache, helps, bundle, tmp_path, monkeypatch) -> None:
+    for name in ("model.onnx", "model.onnx.data"):
+        shutil.copy(bundle / name, tmp_path)
+    manifest = read_manifest(bundle)
+    cost = manifest.weights.cost.model_copy(update={"kl": 0.4})
+    monkeypatch.setattr("headfold.export.quantization.gate.weights_cost", lambda *_: cost)
+    quantization = QuantizationSpec(dtype="int8", calibration_tokens=8, kl=cache, top1=1.0)
+    both = manifest.model_copy(update={"cache": manifest.cache.model_copy(update={"quantization": quantization})})
+    with pytest.raises(VerificationError, match=r"int4 weights and the int8 cache cost more than") as caught:
+        pass_gate(tmp_path, both, None, list, Reporter(quiet=True))
+    assert helps in str(caught.value)
+
+
+@pytest.mark.parametrize(("weights", "tokens"), [("int8", 512), ("int4", 8192)])
+def test_a_cache_is_not_calibrated_on_what_is_measured_on(weights, tokens, source, tmp_path, monkeypatch) -> None:
+    np.save(tmp_path / "text.npy", np.random.default_rng(0).integers(0, CONFIG.vocab_size, 20_000))
+    measured = list[torch.Tensor]()
+
+    def spy(model: Running, held_out: torch.Tensor) -> Reference:
+        measured.append(held_out)
+        return reference(model, held_out)
+
+    monkeypatch.setattr("headfold.export.quantization.rounding.reference", spy)
+    options = "--kv-cache", "int8", "--calibration-tokens", tokens, "--weights", weights
+    data = "--data", tmp_path / "text.npy", "--no-verify", "-q"
+    code, output = run("export", source, "-o", tmp_path / "out", *options, *data)
+    assert code == 0, output
+    calibrated = json.loads((tmp_path / "out" / "calibration.json").read_text())["token_ids"]
+    assert abs(np.size(calibrated) - tokens) <= 256
+    held_out = measured[0].tolist()
+    assert np.size(held_out) == 2048
+    assert not [row for row in held_out if row in calibrated]
+
+
+def test_a_perplexity_without_end_is_a_number(bundle, source) -> None:
+    before = reference(load_decoder(open_checkpoint(source)), torch.arange(160).view(5, 32))
+    cost = weights_cost(bundle, read_manifest(bundle), replace(before, logits=1e4 * before.logits))
+    assert cost.perplexity_before == pytest.approx(np.finfo(np.float64).max)
+    assert "Infinity" not in json.dumps(cost.model_dump())
 
 
 @pytest.mark.parametrize(
