@@ -35,6 +35,7 @@ EXPORTS = {  # options of headfold export, beside --max-kl
     "mixed4.5": ("--weights", "mixed", "--bits", "4.5"),  # nearly the bytes of onnxruntime-genai's int4
     "mixed4": ("--weights", "mixed", "--bits", "4"),  # head and all, as onnxruntime-genai's int4
     "mixed4-128": ("--weights", "mixed", "--bits", "4", "--block-size", "128"),
+    "mixed4-128-kv8": ("--weights", "mixed", "--bits", "4", "--block-size", "128", "--kv-cache", "int8"),
     "w8a8": ("--weights", "w8a8"),
 }
 BATCH, SHORT = 8, 32  # sequences that are decoded at once, and the tokens of their prompts
