@@ -7,7 +7,6 @@ Ichikawa 2025, arXiv 2504.09629). One layer, its inputs and the residual streams
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Self
 
 import torch
@@ -30,7 +29,7 @@ from headfold.export.model.rounding import (
 )
 from headfold.export.progress import Reporter
 from headfold.export.quantization.running import Running
-from headfold.export.quantization.shelf import Shelf
+from headfold.export.quantization.shelf import InMemory, Shelf
 from headfold.plugins.quantized.schema import BLOCK
 from headfold.runtime.errors import ConfigError
 
@@ -54,14 +53,13 @@ def gptq_layers(
     names: Collection[str],
     width: Width,
     tokens: Tensor,
-    exact: Sequence[Tensor],
+    exact: list[Tensor],
     scales: Mapping[str, torch.dtype],
     block: int,
     reporter: Reporter,
-    open_shelf: Callable[[Sequence[Tensor]], Shelf] | None = None,
-    others: Mapping[str, Rounded] = MappingProxyType({}),
-) -> Mapping[str, Rounded]:
-    """Weights of layers in four bits, calibrated on int64 tokens [N, S]; of those whose inputs can be heard: of nn.Linear.
+    shelf: Shelf | InMemory,
+) -> None:
+    """Put weights of layers in four bits on a shelf, calibrated on int64 tokens [N, S]: those whose inputs can be heard, of nn.Linear.
 
     Args:
         model: its other weights (its embedding, say) may be rounded already.
@@ -69,38 +67,30 @@ def gptq_layers(
         width: what to.
         tokens: see above.
         exact: what enters the first layer where nothing is rounded, [N, S, hidden], of the tokens `together`. Weights of eight bits are
-            taken for exact ones in what layers make of it.
+            taken for exact ones in what layers make of it. It is emptied: it is large, and soon of no use.
         scales: their dtypes, by weight.
         block: see `form_of`.
         reporter: told what goes on.
-        open_shelf: opens where what is found lies, told the streams that enter the first layer; None: in memory.
-        others: weights of no layer that are rounded in four bits, too: they lie there as well.
+        shelf: what lies there of these layers is not rounded again.
     """
     parts = together(tokens)
-    hidden = model.enter(parts)  # [N, S, hidden] each
-    shelf = open_shelf([*exact, *hidden]) if open_shelf is not None else None
-    in_memory = dict(others) if shelf is None else {}
-    if shelf is not None and others:
-        shelf.put(others)
-    found: Mapping[str, Rounded] = in_memory if shelf is None else shelf
+    hidden, streams = model.enter(parts), list(exact)  # [N, S, hidden] each
+    exact.clear()
     with reporter.step("round the layers with GPTQ", model.count) as advance:
         for index in range(model.count):
             with model.layer(index) as modules:
-                lies_there = shelf is not None and shelf.next_layer(_weights(modules))
+                lies_there = shelf.next_layer(_weights(modules))
                 products = {name: m for name, m in linears(modules).items() if name in names and not lies_there}
-                exact, heard = _heard(products, _run(model, index, parts, exact))
+                streams, heard = _heard(products, _run(model, index, parts, streams))
             del modules, products  # beside the moments of a wide layer its weights may be too much
             if not lies_there:
-                here = _round_layer(model, index, heard, width, parts, hidden, scales, block)
-                in_memory.update(here) if shelf is None else shelf.put(here)
-                del here
-            own = (name for name in found if model.layer_of(name) == index)
-            with model.replaced({name: restored(found[name]) for name in own}), model.layer(index):
+                shelf.put(_round_layer(model, index, heard, width, parts, hidden, scales, block))
+            own = (name for name in shelf if model.layer_of(name) == index)
+            with model.replaced({name: restored(shelf[name]) for name in own}), model.layer(index):
                 hidden = list(_run(model, index, parts, hidden))
             advance(1)
-    if shelf is not None and shelf.found:
+    if shelf.found:
         reporter.note(f"{shelf.found} of {model.count} layers had been rounded by an export that did not finish")
-    return found
 
 
 def _round_layer(

@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -41,7 +40,7 @@ from headfold.export.quantization.gptq import gptq_head, gptq_layers
 from headfold.export.quantization.running import Running
 from headfold.export.quantization.sensitivity import TOKENS as SENSITIVITY
 from headfold.export.quantization.sensitivity import by_loss_of_inputs, choose_bits, sensitivities
-from headfold.export.quantization.shelf import Shelf
+from headfold.export.quantization.shelf import InMemory, Shelf
 from headfold.export.quantization.smoothing import find_smoothing
 from headfold.plugins.quantized.schema import BLOCK
 from headfold.runtime.errors import ConfigError
@@ -196,12 +195,19 @@ def prepare(
                         rows = wide_rows.get(head, 0)
                         gptq = {head: gptq_head(model, head, calibration, scales, block, rows, reporter)}
                 known |= dict.fromkeys(gptq, 4)
-                asked = bits, wide_rows, block, capacity, str(dtype), sorted(by_gptq), sorted(narrow)
-                made_from = [version("headfold"), source.describe(), *asked]
-                shelf = partial(_shelf, unfinished, four, made_from) if model.streams else None
                 forms = forms_of(known, shapes, block, narrow=narrow, wide_rows=wide_rows)
-                with model.reading(RoundedTensors(tensors, forms, gptq, dtype)):
-                    gptq = gptq_layers(model, by_gptq, four, calibration, exact, scales, block, reporter, shelf, gptq)
+                shelf: Shelf | InMemory = InMemory(gptq)
+                if model.streams:
+                    with model.reading(RoundedTensors(tensors, forms, gptq, dtype)):
+                        streams = [*exact, *model.enter(together(calibration))]
+                    asked = bits, wide_rows, block, capacity, str(dtype), sorted(by_gptq), sorted(narrow)
+                    shelf = _shelf(unfinished(), four, [version("headfold"), source.describe(), *asked], streams)
+                    del streams
+                    if gptq:
+                        shelf.put(gptq)
+                gptq = shelf  # a large head that lies there is no memory
+                with model.reading(RoundedTensors(tensors, forms, shelf, dtype)):
+                    gptq_layers(model, by_gptq, four, calibration, exact, scales, block, reporter, shelf)
         forms = forms_of(bits, shapes, block, transposed, narrow, wide_rows)
         if isinstance(source, OwnModel):
             weights = RoundedCheckpoint(source.checkpoint, forms, gptq, kept, dtype)
@@ -239,10 +245,10 @@ def _text(
     return tokens[measured], tokens[~measured]
 
 
-def _shelf(unfinished: Callable[[], Path], width: Width, made_from: Any, streams: Sequence[Tensor]) -> Shelf:
+def _shelf(directory: Path, width: Width, made_from: Any, streams: Sequence[Tensor]) -> Shelf:
     """For layers that are rounded to this, made from that and of what enters the first one."""
     entering = (stream.numpy().tobytes() for stream in streams)
-    return Shelf(unfinished(), width, chain([json.dumps(made_from, sort_keys=True).encode()], entering))
+    return Shelf(directory, width, chain([json.dumps(made_from, sort_keys=True).encode()], entering))
 
 
 def widths_of(

@@ -83,6 +83,20 @@ class Shelf(Mapping[str, Rounded]):
         return len(self._files)
 
 
+class InMemory(dict[str, Rounded]):
+    """The same of a model whose weights all stay in memory."""
+
+    found = 0
+
+    def next_layer(self, weights: Mapping[str, Tensor]) -> bool:
+        """See Shelf."""
+        return False
+
+    def put(self, rounded: Mapping[str, Rounded]) -> None:
+        """See Shelf."""
+        self.update(rounded)
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:

@@ -31,6 +31,7 @@ from headfold.export.quantization.gptq import gptq_layers
 from headfold.export.quantization.products import roundable, set_level_in_file
 from headfold.export.quantization.rounding import WeightRounding
 from headfold.export.quantization.running import Running
+from headfold.export.quantization.shelf import InMemory
 from headfold.plugins.quantized.reference import dequantized
 from headfold.runtime import load
 from headfold.runtime.errors import BundleError, CheckpointError, ConfigError
@@ -319,7 +320,8 @@ def test_gptq_of_weights_that_come_and_go_finds_the_same(toy_checkpoint, monkeyp
         model = Running(source, source.checkpoint, 32)
         names = [name for name in source.checkpoint.shapes() if name.endswith("_proj.weight")]
         exact, scales = model.enter([tokens]), dict.fromkeys(names, torch.float32)
-        found.append(gptq_layers(model, names, 4, tokens, exact, scales, 32, Reporter(quiet=True)))
+        found.append(InMemory())
+        gptq_layers(model, names, 4, tokens, exact, scales, 32, Reporter(quiet=True), found[-1])
         assert model.streams == (resident == 0)
     assert len(found[0]) == 14
     for name, rounding in found[0].items():
