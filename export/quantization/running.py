@@ -324,7 +324,7 @@ class Running:
         """Some rows of a weight [N, K], ascending, as they are now, float32."""
         if name in self._others or not isinstance(self._tensors, RoundedTensors):
             return self.stored(name)[rows].float()
-        return self._tensors.read_rows(name, rows)
+        return self._tensors.read_rows(name, rows).float()
 
     @contextmanager
     def _skipped(self, index: int, entering: Tensor) -> Iterator[None]:
