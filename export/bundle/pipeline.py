@@ -40,7 +40,7 @@ from headfold.export.parity.report import ParityReport
 from headfold.export.parity.verify import verify_bundle
 from headfold.export.progress import Reporter
 from headfold.export.quantization.gate import pass_gate
-from headfold.export.quantization.products import round_weights, roundable, transposed
+from headfold.export.quantization.products import round_weights
 from headfold.export.quantization.rounding import Prepared, WeightRounding, prepare
 from headfold.plugins.dtypes import DType, Quantized
 from headfold.runtime.choosing.generation_settings import read_generation_settings
@@ -157,8 +157,7 @@ def export_bundle(source: Exportable, output: Path, options: ExportOptions, repo
             # What the cache is fitted to must not be what is measured on
             shared = options.cache is not None and bool(rounding.data) and options.cache.data == rounding.data
             more = options.cache.tokens if options.cache is not None and shared else 0
-            parts = roundable(model), transposed(model)
-            prepared = prepare(source, tensors, *parts, capacity, dtype, rounding, reporter, unfinished, more)
+            prepared = prepare(source, tensors, model, capacity, dtype, rounding, reporter, unfinished, more)
             if options.cache is not None:  # of the keys and values that the rounded weights make
                 weights, text = prepared.weights, prepared.others if shared else None
                 scales, quantization = _calibrate(

@@ -1,10 +1,13 @@
-"""Small graph passes of the export, each with one job. They change the model they are given."""
+"""Small graph passes of the export, each with one job. They change the model they are given; `fingerprint` tells it from others."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
+import torch
+from torch import Tensor
 
 from headfold.export.graph.recipes import (
     WeightRecipe,
@@ -190,3 +193,20 @@ def _widened(tensor: ir.TensorProtocol) -> ir.LazyTensor:
         return ir.tensor(tensor.numpy().astype("float32"), name=tensor.name)
 
     return ir.LazyTensor(read, dtype=ir.DataType.FLOAT, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name)
+
+
+def fingerprint(model: ir.Model, tables: Mapping[str, Tensor]) -> bytes:
+    """A hash of what a graph computes, of weights only their names; `tables` are the constants that it reads beside them."""
+    digest = hashlib.sha256()
+    for node in [*model.graph.all_nodes(), *(node for body in model.functions.values() for node in body.all_nodes())]:
+        proto = ir.to_proto(node)
+        proto.ClearField("metadata_props")  # where it was traced from
+        proto.ClearField("doc_string")
+        digest.update(proto.SerializeToString(deterministic=True))
+    for name, value in model.graph.initializers.items():
+        digest.update(name.encode())
+        if name in tables:
+            digest.update(tables[name].contiguous().view(torch.uint8).numpy().data)
+        elif recipe_of(value) is None and value.const_value is not None:
+            digest.update(value.const_value.tobytes())
+    return digest.digest()

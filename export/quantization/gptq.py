@@ -272,8 +272,12 @@ def _factorize(matrix: Tensor, panel: int = 512) -> bool:
 
 
 def _weights(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """All of some modules, by their names."""
-    return {f"{at}.{name}": x for at, module in modules.items() for name, x in module.named_parameters(recurse=False)}
+    """All of some modules, buffers among them, by their names."""
+    return {
+        f"{at}.{name}": x
+        for at, module in modules.items()
+        for name, x in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    }
 
 
 def _run(model: Running, index: int, parts: Sequence[Tensor], hidden: Sequence[Tensor]) -> Iterator[Tensor]:

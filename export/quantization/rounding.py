@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from headfold.export.exportables.kept import kept_forms, why_again
 from headfold.export.exportables.own import OwnModel
 from headfold.export.exportables.rounded import RoundedCheckpoint, RoundedTensors, SmoothedCheckpoint
 from headfold.export.exportables.rounding_record import Method
+from headfold.export.graph.passes import fingerprint
 from headfold.export.model.rounding import (
     Form,
     Rounded,
@@ -37,6 +39,7 @@ from headfold.export.progress import Reporter
 from headfold.export.quantization.cost import Reference, reference
 from headfold.export.quantization.gate import MAX_KL
 from headfold.export.quantization.gptq import gptq_head, gptq_layers
+from headfold.export.quantization.products import roundable, transposed
 from headfold.export.quantization.running import Running
 from headfold.export.quantization.sensitivity import TOKENS as SENSITIVITY
 from headfold.export.quantization.sensitivity import by_loss_of_inputs, choose_bits, sensitivities
@@ -107,8 +110,7 @@ class Prepared:
 def prepare(
     source: Exportable,
     tensors: Tensors,
-    groups: Mapping[str, tuple[str, ...]],
-    transposed: Collection[str],
+    graph: ir.Model,
     capacity: int,
     dtype: torch.dtype,
     options: WeightRounding,
@@ -121,8 +123,7 @@ def prepare(
     Args:
         source: the model.
         tensors: its weights, opened.
-        groups: those that the graph can have rounded, each with those joined with it; see `roundable`.
-        transposed: those of them that are; see there.
+        graph: traced from it; it is not changed.
         capacity: of the bundle.
         dtype: of the bundle's other weights, and of scales.
         options: how.
@@ -138,6 +139,7 @@ def prepare(
     if capacity < 2:
         where = f"--capacity {capacity}"
         raise ConfigError("is too short to measure rounded weights on", where=where, fix="Choose 2 or more.")
+    groups, turned = roundable(graph), transposed(graph)
     with reporter.step("read the checkpoint"):
         model = Running(source, tensors, capacity, dict.fromkeys(groups, dtype), unfinished)
     shapes, kept, costs = tensors.shapes(), dict[str, Form](), dict[str, float]()
@@ -164,7 +166,7 @@ def prepare(
     if options.scheme == "mixed" and calibrated:
         few = calibration[: max(SENSITIVITY // calibration.shape[1], 1)]
         joined = {groups[name] for name, width in bits.items() if width == 4}
-        found = sensitivities(model, tensors, joined, transposed, block, few, reporter)
+        found = sensitivities(model, tensors, joined, turned, block, few, reporter)
         max_kl = options.max_kl if options.bits is None else None
         chosen, wide_rows = choose_bits(least, shapes, found, max_kl, options.bits)
         bits = {name: chosen[name] for name in bits}
@@ -200,15 +202,25 @@ def prepare(
                 if model.streams:
                     with model.reading(RoundedTensors(tensors, forms, gptq, dtype)):
                         streams = [*exact, *model.enter(together(calibration))]
-                    asked = bits, wide_rows, block, capacity, str(dtype), sorted(by_gptq), sorted(narrow)
-                    shelf = _shelf(unfinished(), four, [version("headfold"), source.describe(), *asked], streams)
+                    asked = (
+                        version("headfold"),
+                        bits,
+                        wide_rows,
+                        block,
+                        capacity,
+                        str(dtype),
+                        sorted(by_gptq),
+                        sorted(narrow),
+                    )
+                    computed = fingerprint(graph, source.tables(dtype, capacity))
+                    shelf = _shelf(unfinished(), four, asked, computed, streams)
                     del streams
                     if gptq:
                         shelf.put(gptq)
                 gptq = shelf  # a large head that lies there is no memory
                 with model.reading(RoundedTensors(tensors, forms, shelf, dtype)):
                     gptq_layers(model, by_gptq, four, calibration, exact, scales, block, reporter, shelf)
-        forms = forms_of(bits, shapes, block, transposed, narrow, wide_rows)
+        forms = forms_of(bits, shapes, block, turned, narrow, wide_rows)
         if isinstance(source, OwnModel):
             weights = RoundedCheckpoint(source.checkpoint, forms, gptq, kept, dtype)
         else:
@@ -245,10 +257,10 @@ def _text(
     return tokens[measured], tokens[~measured]
 
 
-def _shelf(directory: Path, width: Width, made_from: Any, streams: Sequence[Tensor]) -> Shelf:
-    """For layers that are rounded to this, made from that and of what enters the first one."""
+def _shelf(directory: Path, width: Width, asked: Any, computed: bytes, streams: Sequence[Tensor]) -> Shelf:
+    """For layers that are rounded as they were asked to be, of a graph that computes this, with these streams into the first one."""
     entering = (stream.numpy().tobytes() for stream in streams)
-    return Shelf(directory, width, chain([json.dumps(made_from, sort_keys=True).encode()], entering))
+    return Shelf(directory, width, chain([json.dumps(asked, sort_keys=True).encode(), computed], entering))
 
 
 def widths_of(

@@ -44,12 +44,15 @@ class Shelf(Mapping[str, Rounded]):
         """Turn to the next layer, whose weights these are, and say whether it lies there."""
         for name, weight in weights.items():
             self._key.update(name.encode())
-            self._key.update(weight.contiguous().numpy().data)
+            self._key.update(weight.contiguous().flatten().view(torch.uint8).numpy().data)
         if not self._file.is_file():
             return False
         with _opened(self._file) as file:
-            names = [name.removesuffix(_VALUES) for name in file.keys() if name.endswith(_VALUES)]  # noqa: SIM118
-        self._files |= dict.fromkeys(names, self._file)
+            stored = [name for name in file.keys() if name.endswith(_VALUES)]  # noqa: SIM118
+            there = {name.removesuffix(_VALUES): tuple(file.get_slice(name).get_shape()) for name in stored}
+        if not there.items() <= {name: tuple(weight.shape) for name, weight in weights.items()}.items():
+            raise BundleError("a rounded layer is another's", where=self._file, fix="Delete it.")
+        self._files |= dict.fromkeys(there, self._file)
         self.found += 1
         return True
 

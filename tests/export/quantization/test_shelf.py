@@ -1,6 +1,7 @@
 """A large model's layers are rounded once, though the export is killed between them; and never taken for those of something else."""
 
 import json
+import shutil
 import subprocess
 import sys
 from contextlib import ExitStack, suppress
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from block_models import CONFIG
+from random_transformers import save_random
 
 from headfold.export.bundle.pipeline import ExportOptions, export_bundle
 from headfold.export.checkpoints.base import MemoryCheckpoint
@@ -136,6 +138,40 @@ def test_a_damaged_layer_is_one_line(tmp_path) -> None:
     file.write_bytes(file.read_bytes()[:40])
     with pytest.raises(BundleError, match="a rounded layer is damaged"):
         Shelf(tmp_path, 4, [b""]).next_layer(weights)
+
+
+@pytest.mark.parametrize("other", [{"b": torch.ones(4, 64)}, {"a": torch.ones(4, 32)}])
+def test_a_layer_of_other_weights_is_refused(other, tmp_path) -> None:
+    weights, shelf = {"a": torch.zeros(4, 64)}, Shelf(tmp_path, 4, [b""])
+    shelf.next_layer(weights)
+    shelf.put({name: rounded(weight, 4) for name, weight in other.items()})
+    with pytest.raises(BundleError, match="a rounded layer is another's"):
+        Shelf(tmp_path, 4, [b""]).next_layer(weights)
+
+
+def test_layers_of_a_configuration_that_computes_something_else_are_not_taken(tokens, tmp_path, monkeypatch) -> None:
+    """What enters the first layer, and all weights, are the same."""
+    monkeypatch.setattr("headfold.export.exportables.foreign.widening.LARGE", 0)
+    first, second = (tmp_path / name for name in ("first", "second"))
+    save_random("granite", first, vocab_size=160, residual_multiplier=0.5)
+    shutil.copytree(first, second)
+    config = json.loads((second / "config.json").read_text())
+    (second / "config.json").write_text(json.dumps(config | {"residual_multiplier": 1.5}))
+    rounding, calls, limits = gptq.gptq, [0], [0]
+
+    def counted(*arguments):
+        calls[0] += 1
+        if calls[0] == limits[0]:
+            raise KeyboardInterrupt
+        return rounding(*arguments)
+
+    monkeypatch.setattr(gptq, "gptq", counted)
+    # Of three layers, six products each: those with whole blocks
+    for source, limit, expected in ((first, 10, 10), (second, 14, 14), (first, 0, 12)):
+        calls[0], limits[0] = 0, limit
+        with suppress(KeyboardInterrupt):
+            export(source, tmp_path / "out", tokens)
+        assert calls[0] == expected
 
 
 def test_what_is_unfinished_stays_until_one_ends_well(tmp_path) -> None:
