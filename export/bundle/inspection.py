@@ -18,8 +18,9 @@ from headfold.export.exportables.facts import LayerFacts
 from headfold.export.exportables.tried import TRIED
 from headfold.export.model.config import ModelConfig
 from headfold.plugins.dtypes import DTYPES
-from headfold.runtime.errors import printable
+from headfold.runtime.errors import BundleError, printable
 from headfold.runtime.files.engine_file import check_engine
+from headfold.runtime.files.json_file import MANIFEST_BYTES, read_object
 from headfold.runtime.manifest import MANIFEST, MODEL, EngineEntry, WeightsSpec, check_sizes, read_manifest
 
 if TYPE_CHECKING:
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
 
 Facts = dict[str, Any]
 _LONGEST = 4000  # characters of one fact
+_WIDTHS = {  # of rounded weights, but of integers in blocks
+    7: "seven bits with a scale for each output, inputs in eight",
+    "float8": "float8_e4m3fn with a scale for each output",
+    "float4": "float4_e2m1 in blocks of 16, kept in a byte each",
+}
 
 
 def inspect_path(path: Path) -> Facts:
@@ -83,7 +89,7 @@ def _bundle(path: Path) -> Facts:
         "parameters": manifest.parameters,
         "dtype": manifest.dtype,
         "cache_dtype": manifest.cache_dtype,
-        "weights": _weights(spec) if spec else None,
+        "weights": _weights(spec, path / "weights.json") if spec else None,
         "weights_cost": spec.cost.model_dump() if spec and spec.cost else None,
         "weight_bytes": manifest.files[f"{MODEL}.data"].size if spec else manifest.parameters * itemsize,
         "bundle_bytes": sum(entry.size for entry in manifest.files.values()),
@@ -96,17 +102,21 @@ def _bundle(path: Path) -> Facts:
     }
 
 
-def _weights(spec: WeightsSpec) -> str:
-    blocks = f"in blocks of {spec.block_size}, accuracy level {spec.accuracy_level}"
-    kept = f", {spec.kept} kept as they were quantized" if spec.kept else ""
-    if spec.scheme == "w8a8":
-        seven = "w8a8, seven bits with a scale for each output, and inputs in eight bits"
-        return f"{seven}; embedding and head in eight {blocks}{kept}"
-    if spec.scheme == "fp8":
-        return f"fp8, float8_e4m3fn with a scale for each output; embedding and head in int8 {blocks}{kept}"
-    if spec.scheme == "nvfp4":
-        return f"nvfp4, float4_e2m1 in blocks of 16, kept in a byte each; embedding and head in int8 {blocks}{kept}"
-    return f"{spec.scheme}, {spec.bits:.3g} bits {blocks}{kept}"
+def _weights(spec: WeightsSpec, record: Path) -> str:
+    """What each rounded weight has become, as `record` says; the others are floats."""
+    fix = "Export the bundle again."
+    try:
+        tensors = read_object(record, MANIFEST_BYTES, BundleError, fix)["tensors"].values()
+        kinds = Counter((tensor["bits"], tensor["block_size"]) for tensor in tensors)
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        raise BundleError("is no record of rounded weights", where=record, fix=fix) from error
+    each = [
+        f"{count} in {_WIDTHS.get(bits, f'{bits} bits in blocks of {block}')}" for (bits, block), count in kinds.items()
+    ]
+    kept = f"; {spec.kept} kept as they were quantized" if spec.kept else ""
+    return (
+        f"{spec.scheme}, {spec.bits:.3g} bits; tensors: {', '.join(each)}; accuracy level {spec.accuracy_level}{kept}"
+    )
 
 
 def _engine(engine: EngineEntry) -> str:

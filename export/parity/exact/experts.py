@@ -43,7 +43,7 @@ def prove_experts(model: ir.Model, again: ir.Model) -> CheckResult:
             if (found := recipes[name]) != other:
                 faults.append((where, f"{name} is {found}, not {other}"))
         if spelling.of(inputs.router_logits) != spelling.of(others.router_logits):
-            faults.append((where, "experts are chosen in another way"))
+            faults.append((where, "are chosen in another way"))
     return verdict("experts and their routing", faults)
 
 
@@ -100,6 +100,9 @@ class _Spelling:
 
     def _of_weight(self, node: ir.Node) -> tuple[Any, ...] | None:
         """A product with a weight, or rows of it, however its numbers are stored; a bias is added apart."""
+        split = _rows_of_two_widths(node)
+        if split is not None:
+            return ("rows", split[0], self.of(split[1]))
         match node.domain, node.op_type, list(node.inputs):
             case (_, "QuantizedMatMul" | "RoundedMatMul" | "Float8MatMul", [x, ir.Value() as weight, *_]):
                 return ("product", _sources(weight), self.of(x))
@@ -114,6 +117,23 @@ class _Spelling:
                 number = self._numbers.setdefault(product, len(self._numbers))
                 return ("", "Add", 0, (), (number, self.of(bias[0]))) if bias else product
         return None
+
+
+def _rows_of_two_widths(node: ir.Node) -> tuple[tuple[str, ...], ir.Value | None] | None:
+    """Of `Where(ids < count, rows, rows)` of a weight whose first rows have other bits than the rest: the weight, and the ids."""
+    if (node.domain, node.op_type) != ("", "Where"):
+        return None
+    is_wide, *halves = map(_producer, node.inputs)
+    compared = _producer(is_wide.inputs[0]) if is_wide is not None else None
+    looked_up = [half.inputs[0] for half in halves if half is not None and half.op_type == "QuantizedGather"]
+    weights = {_sources(weight) for weight in looked_up if weight is not None}
+    if compared is None or compared.op_type != "Less" or len(looked_up) != 2 or len(weights) != 1:
+        return None
+    return weights.pop(), compared.inputs[0]
+
+
+def _producer(value: ir.Value | None) -> ir.Node | None:
+    return value.producer() if value is not None else None
 
 
 def _sources(weight: ir.Value) -> tuple[str, ...]:

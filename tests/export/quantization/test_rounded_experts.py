@@ -174,6 +174,21 @@ def test_another_layers_scales_are_named(tmp_path) -> None:
         lower_model(model, tmp_path, "native", 64)
 
 
+def test_a_router_behind_rows_of_two_widths_is_the_same(tmp_path) -> None:
+    sizes = {"moe_intermediate_size": 64, "num_hidden_layers": 1}
+    source, name = open_exportable(save_random("qwen3_moe", tmp_path / "model", **sizes)), "model.embed_tokens.weight"
+    tensors = source.tensors(torch.float32)
+    graph, again = (export_graph(source, tensors, torch.float32, 64, False, None, False) for _ in range(2))
+    forms = forms_of({name: 4}, tensors.shapes(), wide_rows={name: 64})
+    round_weights(graph, RoundedTensors(tensors, forms))
+    assert prove_experts(graph, again).passed
+    least = next(node for node in graph.graph if node.op_type == "Min")
+    less = next(node for node, _ in least.inputs[0].uses() if node.op_type == "Less")
+    less.replace_input_with(0, least.outputs[0])
+    check = prove_experts(graph, again)
+    assert (check.passed, check.worst, check.note) == (False, "experts 0", "are chosen in another way")
+
+
 @pytest.mark.slow
 def test_mixed_gives_the_experts_of_a_layer_one_width(tmp_path) -> None:
     save_random("qwen3_moe", tmp_path / "model", moe_intermediate_size=64, num_hidden_layers=2)
