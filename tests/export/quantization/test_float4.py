@@ -87,7 +87,7 @@ def test_it_is_proven_and_says_what_it_is(bundle, source) -> None:
     code, output = run("verify", bundle, "--against", source, "-q")
     assert code == 0, output
     code, output = run("inspect", bundle)
-    assert "nvfp4, float4_e2m1 in blocks of 16" in " ".join(output.split())
+    assert "in float4_e2m1 in blocks of 16, kept in a byte each" in " ".join(output.split())
 
 
 def test_the_nearest_numbers_are_a_rule_that_the_proof_repeats(source, tmp_path) -> None:
