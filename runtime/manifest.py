@@ -32,6 +32,7 @@ FLOAT4_VERSION = 8  # of the scheme nvfp4
 NEWEST_VERSION = FLOAT4_VERSION
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
+RECORD = "weights.json"  # of rounded weights
 _CHUNK = 1 << 22  # bytes hashed at a time
 _HUB = frozenset(
     {".cache", ".git", ".gitattributes", ".gitignore", "README.md"}

@@ -20,8 +20,8 @@ from headfold.export.model.config import ModelConfig
 from headfold.plugins.dtypes import DTYPES
 from headfold.runtime.errors import BundleError, printable
 from headfold.runtime.files.engine_file import check_engine
-from headfold.runtime.files.json_file import MANIFEST_BYTES, read_object
-from headfold.runtime.manifest import MANIFEST, MODEL, EngineEntry, WeightsSpec, check_sizes, read_manifest
+from headfold.runtime.files.json_file import RECORD_BYTES, read_object
+from headfold.runtime.manifest import MANIFEST, MODEL, RECORD, EngineEntry, WeightsSpec, check_sizes, read_manifest
 
 if TYPE_CHECKING:
     from headfold.export.exportables.base import Exportable
@@ -89,7 +89,7 @@ def _bundle(path: Path) -> Facts:
         "parameters": manifest.parameters,
         "dtype": manifest.dtype,
         "cache_dtype": manifest.cache_dtype,
-        "weights": _weights(spec, path / "weights.json") if spec else None,
+        "weights": _weights(spec, path / RECORD) if spec else None,
         "weights_cost": spec.cost.model_dump() if spec and spec.cost else None,
         "weight_bytes": manifest.files[f"{MODEL}.data"].size if spec else manifest.parameters * itemsize,
         "bundle_bytes": sum(entry.size for entry in manifest.files.values()),
@@ -106,7 +106,7 @@ def _weights(spec: WeightsSpec, record: Path) -> str:
     """What each rounded weight has become, as `record` says; the others are floats."""
     fix = "Export the bundle again."
     try:
-        tensors = read_object(record, MANIFEST_BYTES, BundleError, fix)["tensors"].values()
+        tensors = read_object(record, RECORD_BYTES, BundleError, fix)["tensors"].values()
         kinds = Counter((tensor["bits"], tensor["block_size"]) for tensor in tensors)
     except (OSError, KeyError, TypeError, AttributeError) as error:
         raise BundleError("is no record of rounded weights", where=record, fix=fix) from error

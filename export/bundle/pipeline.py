@@ -32,7 +32,7 @@ from headfold.export.data.token_data import tokenize
 from headfold.export.exportables.base import Exportable, Tensors, no_quantized_cache
 from headfold.export.exportables.own import OwnModel
 from headfold.export.exportables.rounded import RoundedTensors, StoredTensors
-from headfold.export.exportables.rounding_record import RECORD, record_of, record_to_json
+from headfold.export.exportables.rounding_record import record_of, record_to_json
 from headfold.export.graph.trace import export_graph
 from headfold.export.graph.weights import attach_weights, cache_scales_by_name, save_model
 from headfold.export.model.decoder import Scales
@@ -52,6 +52,7 @@ from headfold.runtime.manifest import (
     MANIFEST,
     MODEL,
     QUANTIZED_VERSION,
+    RECORD,
     ROADS_VERSION,
     ROUNDED_INPUTS_VERSION,
     ROUNDED_VERSION,

@@ -16,10 +16,8 @@ _QUANTIZED = re.compile(
     r"\.(qweight|qzeros|g_idx|weight_packed|weight_scale(_inv)?|absmax|quant_map|SCB|weight_blocks)$"
 )
 
-_SETTINGS = (
-    "quantize_config.json",
-    "quant_config.json",
-)  # of AutoGPTQ and AutoAWQ, which transformers does not read either
+# Of AutoGPTQ and AutoAWQ, which transformers does not read either
+_SETTINGS = ("quantize_config.json", "quant_config.json")
 
 
 def scan(directory: Directory, expected: Iterable[str], tied: bool) -> tuple[dict[str, Source], list[str]]:
@@ -57,19 +55,14 @@ def adds_nothing(name: str, tensors: Mapping[str, Source]) -> bool:
 
 
 def _plain(name: str, source: Source, directory: Directory) -> Source:
-    if isinstance(source, Stored) and (source.kind not in FLOATS or _QUANTIZED.search(name)):
-        named = "quantization_config" in directory.config
-        beside = next((file for file in _SETTINGS if not named and (directory.place / file).is_file()), None)
-        explains = (
-            "its quantization_config does not explain"
-            if named
-            else "no quantization_config of its config.json explains"
-        )
-        raise CheckpointError(
-            f"tensor {name} is {source.kind}, which {explains}",
-            where=source.file,
-            fix=f"headfold reads {', '.join(FLOATS)} alone: take the unquantized one."
-            if beside is None
-            else f'Put what {beside} says into config.json: "quantization_config": {{"quant_method": ..., ...}}.',
-        )
-    return source
+    if not isinstance(source, Stored) or (source.kind in FLOATS and not _QUANTIZED.search(name)):
+        return source
+    fix = f"headfold reads {', '.join(FLOATS)} alone: take the unquantized one."
+    if "quantization_config" in directory.config:
+        explains = "its quantization_config does not explain"
+    else:
+        explains = "no quantization_config of its config.json explains"
+        beside = next((file for file in _SETTINGS if (directory.place / file).is_file()), None)
+        if beside is not None:
+            fix = f'Put what {beside} says into config.json: "quantization_config": {{"quant_method": ..., ...}}.'
+    raise CheckpointError(f"tensor {name} is {source.kind}, which {explains}", where=source.file, fix=fix)

@@ -16,11 +16,9 @@ from headfold.export.model.rounding import Form, Rounded, Width, by_rows, form_o
 from headfold.export.model.smoothing import LARGEST, Exponents, seams
 from headfold.plugins.quantized.schema import BLOCK, FLOAT4_BLOCK, LARGEST_BLOCK, SMALLEST_BLOCK
 from headfold.runtime.errors import BundleError
-from headfold.runtime.files.json_file import read_object
+from headfold.runtime.files.json_file import RECORD_BYTES, read_object
 
-RECORD = "weights.json"
 Method = Literal["nearest", "gptq"]  # of rounding
-_LARGEST = 1 << 24  # bytes of it
 _BLOCKS = [1 << power for power in range(SMALLEST_BLOCK.bit_length() - 1, LARGEST_BLOCK.bit_length())]
 
 
@@ -113,7 +111,7 @@ def read_record(path: Path, shapes: Mapping[str, tuple[int, ...]], config: Model
     fix = "Export the bundle again."
     if not path.is_file():
         raise BundleError("is missing", where=path, fix=fix)
-    content = read_object(path, _LARGEST, BundleError, fix)
+    content = read_object(path, RECORD_BYTES, BundleError, fix)
     try:
         records = {name: WeightRecord(**record) for name, record in content["tensors"].items()}
     except (KeyError, TypeError, AttributeError) as error:

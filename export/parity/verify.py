@@ -12,7 +12,7 @@ from headfold.export.exportables.base import Exportable
 from headfold.export.exportables.oracle import Oracle
 from headfold.export.exportables.own import OwnModel
 from headfold.export.exportables.rounded import RoundedCheckpoint, RoundedTensors, StoredTensors
-from headfold.export.exportables.rounding_record import RECORD, RoundingRecord, read_record
+from headfold.export.exportables.rounding_record import RoundingRecord, read_record
 from headfold.export.graph.bodies import levels
 from headfold.export.graph.experts import experts_nodes
 from headfold.export.graph.recipes import lacks_recipes
@@ -37,7 +37,7 @@ from headfold.export.progress import Reporter
 from headfold.plugins.attention.schema import SCALES, TABLES
 from headfold.runtime.errors import BundleError
 from headfold.runtime.files.graph_file import check_capacity
-from headfold.runtime.manifest import MODEL, Manifest, check_files, read_manifest
+from headfold.runtime.manifest import MODEL, RECORD, Manifest, check_files, read_manifest
 
 _TEXT = (
     "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife. "

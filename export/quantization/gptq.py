@@ -54,6 +54,7 @@ def gptq_layers(
     width: Width,
     tokens: Tensor,
     exact: list[Tensor],
+    entering: list[Tensor],
     scales: Mapping[str, torch.dtype],
     block: int,
     reporter: Reporter,
@@ -67,15 +68,16 @@ def gptq_layers(
         width: what to.
         tokens: see above.
         exact: what enters the first layer where nothing is rounded, [N, S, hidden], of the tokens `together`. Weights of eight bits are
-            taken for exact ones in what layers make of it. It is emptied: it is large, and soon of no use.
+            taken for exact ones in what layers make of it.
+        entering: the same of this model. Both are emptied: they are large, and soon of no use.
         scales: their dtypes, by weight.
         block: see `form_of`.
         reporter: told what goes on.
         shelf: what lies there of these layers is not rounded again.
     """
-    parts = together(tokens)
-    hidden, streams = model.enter(parts), list(exact)  # [N, S, hidden] each
+    parts, streams, hidden = together(tokens), list(exact), list(entering)
     exact.clear()
+    entering.clear()
     with reporter.step("round the layers with GPTQ", model.count) as advance:
         for index in range(model.count):
             with model.layer(index) as modules:

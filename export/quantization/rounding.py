@@ -190,7 +190,8 @@ def prepare(
                     name: width for name, width in bits.items() if width == 8 and name not in experts
                 }
                 scales = {name: torch.float16 if name in narrow else dtype for name in by_gptq}
-                exact = model.enter(together(calibration))
+                parts = together(calibration)
+                exact = model.enter(parts)
                 if (head := model.head) in by_gptq:
                     forms = forms_of(known, shapes, block, narrow=narrow)
                     with model.reading(RoundedTensors(tensors, forms, scales=dtype)):
@@ -198,28 +199,18 @@ def prepare(
                         gptq = {head: gptq_head(model, head, calibration, scales, block, rows, reporter)}
                 known |= dict.fromkeys(gptq, 4)
                 forms = forms_of(known, shapes, block, narrow=narrow, wide_rows=wide_rows)
-                shelf: Shelf | InMemory = InMemory(gptq)
-                if model.streams:
-                    with model.reading(RoundedTensors(tensors, forms, gptq, dtype)):
-                        streams = [*exact, *model.enter(together(calibration))]
-                    asked = (
-                        version("headfold"),
-                        bits,
-                        wide_rows,
-                        block,
-                        capacity,
-                        str(dtype),
-                        sorted(by_gptq),
-                        sorted(narrow),
-                    )
-                    computed = fingerprint(graph, source.tables(dtype, capacity))
-                    shelf = _shelf(unfinished(), four, asked, computed, streams)
-                    del streams
-                    if gptq:
-                        shelf.put(gptq)
-                gptq = shelf  # a large head that lies there is no memory
-                with model.reading(RoundedTensors(tensors, forms, shelf, dtype)):
-                    gptq_layers(model, by_gptq, four, calibration, exact, scales, block, reporter, shelf)
+                others = RoundedTensors(tensors, forms, gptq, dtype)
+                with model.reading(others):
+                    hidden = model.enter(parts)
+                    shelf: Shelf | InMemory = InMemory(gptq)
+                    if model.streams:
+                        asked = bits, wide_rows, block, capacity, str(dtype), sorted(by_gptq), sorted(narrow)
+                        computed = fingerprint(graph, source.tables(dtype, capacity))
+                        shelf = _shelf(unfinished(), four, asked, computed, [*exact, *hidden])
+                        if gptq:
+                            shelf.put(gptq)
+                    others.found = gptq = shelf  # a large head that lies there is no memory
+                    gptq_layers(model, by_gptq, four, calibration, exact, hidden, scales, block, reporter, shelf)
         forms = forms_of(bits, shapes, block, turned, narrow, wide_rows)
         if isinstance(source, OwnModel):
             weights = RoundedCheckpoint(source.checkpoint, forms, gptq, kept, dtype)
@@ -260,7 +251,8 @@ def _text(
 def _shelf(directory: Path, width: Width, asked: Any, computed: bytes, streams: Sequence[Tensor]) -> Shelf:
     """For layers that are rounded as they were asked to be, of a graph that computes this, with these streams into the first one."""
     entering = (stream.numpy().tobytes() for stream in streams)
-    return Shelf(directory, width, chain([json.dumps(asked, sort_keys=True).encode(), computed], entering))
+    made_from = json.dumps([version("headfold"), *asked], sort_keys=True).encode(), computed
+    return Shelf(directory, width, chain(made_from, entering))
 
 
 def widths_of(

@@ -7,6 +7,7 @@ from typing import Any
 from headfold.runtime.errors import HeadfoldError
 
 MANIFEST_BYTES = 32 << 20  # a thousand layers take 1 MiB
+RECORD_BYTES = 16 << 20  # of rounded weights
 SETTINGS_BYTES = 16 << 20  # the largest tokenizer_config.json we know has 4 MiB, for its list of added tokens
 
 

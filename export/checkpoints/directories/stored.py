@@ -15,6 +15,7 @@ from headfold.export.checkpoints.side_files import INDEX, SINGLE, read_json, ref
 from headfold.runtime.errors import CheckpointError
 
 AGAIN = "Download it again."
+OTHERS = "The file is damaged, or its config.json is another's."
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPES = FLOATS | {
@@ -94,7 +95,7 @@ class Stored:
             raise CheckpointError(
                 f"tensor {self.name} is {self.kind} {list(self.shape)} instead of {' or '.join(kinds)} {list(shape)}",
                 where=self.file,
-                fix="The file is damaged, or its config.json is another's.",
+                fix=OTHERS,
             )
         return self
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import BaseModel, field_validator
 
+from headfold.export.checkpoints.directories.stored import OTHERS
 from headfold.export.checkpoints.quantized.parts import (
     FLOAT_KINDS,
     BlockSize,
@@ -21,7 +22,6 @@ from headfold.export.checkpoints.quantized.parts import (
 from headfold.export.checkpoints.quantized.tensor import QuantizedTensor, unpacked
 from headfold.runtime.errors import CheckpointError
 
-_DAMAGED = "The file is damaged, or its config.json is another's."
 _PLAIN = {"I8": "int", "F8_E4M3": "float"}
 
 
@@ -152,7 +152,7 @@ class CompressedTensors(BaseModel, frozen=True):
         return CheckpointError(
             f"tensor {parts.name} and its scales {list(parts['_scale'].shape)} fit not one scheme of config_groups",
             where=parts["_scale"].file,
-            fix=_DAMAGED,
+            fix=OTHERS,
         )
 
 
@@ -163,7 +163,7 @@ def _read(
     values = _signed(parts["_packed"].read(), bits)[..., : shape[-1]] if packed else parts[""].read()
     if values.dtype == torch.int8 and bits < 8 and bool(((values << (8 - bits) >> (8 - bits)) != values).any()):
         raise CheckpointError(
-            f"tensor {parts.name} has numbers of more than {bits} bits", where=parts["_scale"].file, fix=_DAMAGED
+            f"tensor {parts.name} has numbers of more than {bits} bits", where=parts["_scale"].file, fix=OTHERS
         )
     if "_zero_point" in parts:
         zeros = parts["_zero_point"].read()

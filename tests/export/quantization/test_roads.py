@@ -321,9 +321,9 @@ def test_gptq_of_weights_that_come_and_go_finds_the_same(toy_checkpoint, monkeyp
         monkeypatch.setattr("headfold.export.exportables.foreign.widening.LARGE", resident)
         model = Running(source, source.checkpoint, 32)
         names = [name for name in source.checkpoint.shapes() if name.endswith("_proj.weight")]
-        exact, scales = model.enter([tokens]), dict.fromkeys(names, torch.float32)
+        entering, scales = model.enter([tokens]), dict.fromkeys(names, torch.float32)
         found.append(InMemory())
-        gptq_layers(model, names, 4, tokens, exact, scales, 32, Reporter(quiet=True), found[-1])
+        gptq_layers(model, names, 4, tokens, [*entering], [*entering], scales, 32, Reporter(quiet=True), found[-1])
         assert model.streams == (resident == 0)
     assert len(found[0]) == 14
     for name, rounding in found[0].items():
