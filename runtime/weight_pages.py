@@ -7,6 +7,7 @@ nothing but speed and size depend on it (`scripts/bench.py` measured what huge p
 
 import ctypes
 import gc
+import mmap
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -14,13 +15,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 MOVER = "headfold-huge-pages"  # the thread that moves
 _HUGE = 2 << 20  # bytes; where huge pages are larger, the kernel declines
 _MMAP_THRESHOLD = -3  # glibc's name of a parameter
 _LARGE_BLOCK = 4 << 20  # bytes: such blocks go back to the system when they are freed
 _COLLAPSE, _DONTNEED = 25, 4  # MADV_COLLAPSE: at once, and even where huge pages are only for those who ask ("madvise")
 _MAPPINGS = Path("/proc/self/smaps")
-_FULL = 0.9  # share of a mapping that must be in memory: collapsing an empty one would fill it
+_PAGES = Path("/proc/self/pagemap")  # eight bytes for each small page
+_SMALL = _HUGE // mmap.PAGESIZE  # small pages in a huge one
+_FULL = _SMALL * 9 // 10  # so many of them must be in memory: collapsing an empty one would fill it
+_MOST = 1 << 40  # bytes: a mapping that large is a reserve, and two gigabytes to read
 
 
 @contextmanager
@@ -32,15 +39,11 @@ def huge_pages() -> Iterator[None]:
     if sys.platform != "linux":
         yield
         return
-    before = list(_filled())
+    before = _in_use(1)
     yield
-    ranges = list[tuple[int, int]]()
-    for start, end in _filled():
-        for low, high in before:  # in order of address; they lie in a mapping that grew upwards, downwards or both
-            if start < high and low < end:
-                ranges.append(_whole(start, low))
-                start = high
-        ranges.append(_whole(start, end))
+    new = np.setdiff1d(_in_use(_FULL), before)
+    pieces = np.split(new, np.flatnonzero(np.diff(new) != _HUGE) + 1)  # neighbours together: each call has its own cost
+    ranges = [(int(piece[0]), int(piece[-1]) + _HUGE) for piece in pieces if piece.size]
     threading.Thread(target=_advise, args=(ranges, _COLLAPSE), name=MOVER, daemon=True).start()
 
 
@@ -65,18 +68,12 @@ def give_back_freed() -> None:
         c.malloc_trim(0)
 
 
-def _whole(start: int, end: int) -> tuple[int, int]:
-    """The huge pages in it; none if the end is not behind the start."""
-    return -(-start // _HUGE) * _HUGE, end // _HUGE * _HUGE
-
-
 def _advise(ranges: Sequence[tuple[int, int]], advice: int) -> None:
     """Memory that was freed meanwhile, or that the kernel does not move, is no error."""
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     for start, end in ranges:
-        if end > start:
-            madvise(start, end - start, advice)
+        madvise(start, end - start, advice)
 
 
 def _mapped(path: Path) -> Iterator[tuple[int, int]]:
@@ -87,12 +84,32 @@ def _mapped(path: Path) -> Iterator[tuple[int, int]]:
             yield mapping.start, mapping.end
 
 
-def _filled() -> Iterator[tuple[int, int]]:
-    """This process's writable private memory that no file backs, and that is nearly all in use."""
-    for mapping in _mappings():
-        size = mapping.end - mapping.start
-        if mapping.permissions == "rw-p" and mapping.path in ("", "[heap]") and mapping.resident >= _FULL * size > 0:
-            yield mapping.start, mapping.end
+def _in_use(least: int) -> NDArray[np.int64]:
+    """Addresses of the huge pages of which at least so many small ones are in memory, in this process's writable private memory that no
+    file backs; ascending.
+
+    By pages, not by mappings: the kernel makes one mapping of neighbours, and one that was half in use may be full later.
+    """
+    found = [np.empty(0, np.int64)]
+    try:
+        with _PAGES.open("rb") as pages:
+            for mapping in _mappings():
+                size = mapping.end - mapping.start
+                if (
+                    mapping.permissions == "rw-p"
+                    and mapping.path in ("", "[heap]")
+                    and mapping.resident > 0
+                    and size < _MOST
+                ):
+                    start = mapping.start // _HUGE * _HUGE
+                    count = -(-(mapping.end - start) // _HUGE)
+                    pages.seek(start // mmap.PAGESIZE * 8)
+                    entries = np.frombuffer(pages.read(count * _SMALL * 8), np.uint64).reshape(count, _SMALL)
+                    used = np.count_nonzero(entries >> np.uint64(63), axis=1)  # bit 63: the page is present
+                    found.append(start + _HUGE * np.flatnonzero(used >= least))
+    except OSError:  # sandboxes hide it
+        return found[0]
+    return np.unique(np.concatenate(found))
 
 
 @dataclass
