@@ -36,6 +36,7 @@ from headfold.runtime.errors import ConfigError
 # Of the mean of the second moments' diagonal, added to it: what holds weights where they are. With the 0.01 of the paper (section 3.3)
 # they make up for noise, too, and other text than the calibration's loses; with 1 they make up for too little
 _DAMPING = 0.3
+_ROWS = 512  # of a weight, in float64 at a time
 _TRIED = [1 - 0.02 * step for step in range(16)]  # of the scale that holds the block's largest weight
 
 
@@ -115,13 +116,16 @@ def _round_layer(
         with model.replaced(before), model.layer(index) as modules:
             module = modules[group.names[0].removesuffix(".weight")]
             entering = (model.enter_module(module, index, *pair) for pair in zip(parts, hidden, strict=True))
-            moments, lacking = _moments(entering, group.inputs[0].shape[-1], group.inputs)
+            moments, lacking = _moments_and_lacking(entering, group.inputs)
         del before, modules, module
-        inputs = Inputs.of(moments, form_of(width, len(moments), block).block, lacking)
+        wanted = {name: model.read(name) @ lacking for name in group.names}
+        del lacking  # [K, K]; with wide layers all of this is large
+        inputs = Inputs.of(moments, form_of(width, len(moments), block).block)
         del moments
         for name in group.names:
-            found[name] = gptq(model.read(name), inputs, width, scales[name])
-        del inputs, lacking  # before others are heard: with wide layers all of this is large
+            weight = inputs.made_up_for(model.read(name), wanted.pop(name))
+            found[name] = gptq(weight, inputs, width, scales[name])
+        del inputs, weight  # before others are heard
     return found
 
 
@@ -137,7 +141,7 @@ def gptq_head(
 ) -> Rounded:
     """The head, of this name, in four bits, calibrated on what enters it, as `gptq_layers`; but for `wide_rows`, see Form."""
     with reporter.step("round the head with GPTQ"):
-        moments, _ = _moments(model.entering_head(together(tokens)), model.config.hidden_size)
+        moments = _moments(model.entering_head(together(tokens)), model.config.hidden_size)
         # In float32 only a few rows at a time: it is large
         wide, others = torch.tensor_split(model.stored(name), [wide_rows])
         in_four_bits = gptq(others, Inputs.of(moments, block), 4, scales[name])
@@ -152,11 +156,10 @@ class Inputs:
     order: Tensor  # of columns, largest input first ("act order" of the authors' code), but block by block
     power: Tensor  # float64 [K], what an error in each column counts, in this order
     factor: Tensor  # see `_reversed_factor`
-    lacking: Tensor | None  # float32 [K, K], the sum of (x - y) y^T: y are the inputs, x what they were before rounding
 
     @classmethod
-    def of(cls, moments: Tensor, block: int = BLOCK, lacking: Tensor | None = None) -> Self:
-        """Of second moments, [K, K]; for `block` see `form_of`, for `lacking` above.
+    def of(cls, moments: Tensor, block: int = BLOCK) -> Self:
+        """Of second moments, [K, K]; for `block` see `form_of`.
 
         Raises:
             ConfigError: the moments are not finite.
@@ -165,19 +168,21 @@ class Inputs:
         size = math.gcd(len(power), block)
         order = _order(power, size)
         factor = _reversed_factor(moments, order)
-        return cls(size, order, power[order] + _DAMPING * power.mean(), factor, lacking)
+        return cls(size, order, power[order] + _DAMPING * power.mean(), factor)
 
-    def made_up_for(self, weight: Tensor) -> Tensor:
-        """A weight W [N, K] that makes up for what its inputs lack, float64, its columns in the order.
+    def made_up_for(self, weight: Tensor, wanted: Tensor) -> Tensor:
+        """A weight W, float32 [N, K], that makes up for what its inputs lack; `wanted` is W L, float32, and becomes it.
 
-        W + W L M^-1, with M the damped moments and L what is lacking: what QEP, its alpha being 1, rounds in W's place.
+        L [K, K] is the sum of (x - y) y^T: y are the inputs, x what they were before rounding. W + W L M^-1, with M the damped
+        moments, is what QEP, its alpha being 1, rounds in W's place.
         """
-        columns = weight[:, self.order].double()
-        if self.lacking is None:
-            return columns
-        wanted = (weight @ self.lacking)[:, self.order.flip(0)].double()  # [N, K]
-        wanted = torch.linalg.solve_triangular(self.factor.T, wanted, upper=True, left=False)
-        return columns.add_(torch.linalg.solve_triangular(self.factor, wanted, upper=False, left=False).flip(1))
+        backwards = self.order.flip(0)
+        for rows, own in zip(torch.split(wanted, _ROWS), torch.split(weight, _ROWS), strict=True):
+            more = rows[:, backwards].double()
+            more = torch.linalg.solve_triangular(self.factor.T, more, upper=True, left=False)
+            more = torch.linalg.solve_triangular(self.factor, more, upper=False, left=False)
+            rows[:, backwards] = more.add_(own[:, backwards]).float()
+        return wanted
 
 
 def gptq(weight: Tensor, inputs: Inputs, bits: Width, dtype: torch.dtype = torch.float32) -> Rounded:
@@ -194,7 +199,7 @@ def _gptq_rows(weight: Tensor, inputs: Inputs, bits: Width, dtype: torch.dtype, 
     count, width = weight.shape
     size, order, power, factor = inputs.block, inputs.order, inputs.power, inputs.factor
     diagonal = factor.diagonal().flip(0)
-    left = inputs.made_up_for(weight.float())  # what is still to round; behind it, what rounding the others has changed
+    left = weight[:, order].double()  # what is still to round; behind it, what rounding the others has changed
     numbers = torch.empty(count, width, dtype=torch.int8)
     scales = torch.empty(count, width // size)
     for start in range(0, width, size):
@@ -316,13 +321,22 @@ def _heard(products: Mapping[str, nn.Linear], run: Iterator[Tensor]) -> tuple[li
     return results, found
 
 
-def _moments(run: Iterator[Tensor], width: int, exact: list[Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
-    """Of inputs [..., K]: the sum of x x^T, [K, K], and what they lack beside these, which are used up; see `Inputs`."""
+def _moments(run: Iterator[Tensor], width: int) -> Tensor:
+    """Of inputs [..., K]: the sum of x x^T, [K, K]."""
     moments = torch.zeros(width, width)
-    lacking = torch.zeros(width, width) if exact is not None else None
     for inputs in run:
         x = inputs.flatten(0, -2)
         moments.addmm_(x.T, x)
-        if lacking is not None and exact is not None:
-            lacking.addmm_((exact.pop(0).flatten(0, -2) - x).T, x)
-    return moments, lacking
+    return moments
+
+
+def _moments_and_lacking(run: Iterator[Tensor], exact: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The same, and what the inputs lack beside these, which are used up: [K, K], see `Inputs.made_up_for`."""
+    lacking = torch.zeros(exact[0].shape[-1], exact[0].shape[-1])
+
+    def lack(inputs: Tensor) -> Tensor:
+        x = inputs.flatten(0, -2)
+        lacking.addmm_((exact.pop(0).flatten(0, -2) - x).T, x)
+        return inputs
+
+    return _moments(map(lack, run), len(lacking)), lacking

@@ -57,23 +57,23 @@ def test_what_inputs_lack_is_made_up_for() -> None:
     """Products of these inputs are as near as they get to those of the exact ones: by least squares, damped as GPTQ is."""
     weight, exact = problem(2 * BLOCK, mixed=1.0)
     inputs = exact + 0.3 * torch.randn(exact.shape, generator=torch.Generator().manual_seed(1)) @ torch.rand(64, 64)
-    found = Inputs.of(moments(inputs), lacking=(exact - inputs).T @ inputs)
+    found, lacking = Inputs.of(moments(inputs)), (exact - inputs).T @ inputs
     stay = (0.3 * moments(inputs).diagonal().mean()).sqrt() * torch.eye(64, dtype=torch.float64)
     rows = torch.cat([inputs.double(), stay])
     wanted = torch.cat([exact.double(), stay]) @ weight.T.double()
     best = torch.linalg.lstsq(rows, wanted).solution.T
     assert (best - weight).norm() > 0.1 * weight.norm()
-    torch.testing.assert_close(found.made_up_for(weight), best[:, found.order], rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.made_up_for(weight, weight @ lacking).double(), best, rtol=0, atol=1e-4)
 
 
 def test_products_behind_rounded_ones_are_nearer_for_it() -> None:
     weight, exact = problem(2 * BLOCK, mixed=1.0)
     first = torch.randn(64, 64, generator=torch.Generator().manual_seed(2))
     entering, inputs = exact @ first.T, exact @ restored(rounded(first, 4)).T
-    lacking = (entering - inputs).T @ inputs
+    lacking, heard = (entering - inputs).T @ inputs, Inputs.of(moments(inputs))
     wrong = [
-        (inputs @ restored(gptq(weight, Inputs.of(moments(inputs), lacking=made_up), 4)).T - entering @ weight.T).norm()
-        for made_up in (None, lacking)
+        (inputs @ restored(gptq(rows, heard, 4)).T - entering @ weight.T).norm()
+        for rows in (weight, heard.made_up_for(weight, weight @ lacking))
     ]
     assert wrong[1] < 0.95 * wrong[0]
 
