@@ -68,6 +68,7 @@ def load(
     attention: Attention | None = None,
     check: bool = True,
     draft: str | PathLike[str] | None = None,
+    prefill: str | PathLike[str] | None = None,
     **scheduling: Unpack[Scheduling],
 ) -> "Model":
     """Open a bundle.
@@ -82,19 +83,30 @@ def load(
             `$XDG_CACHE_HOME/headfold/sha256`, until it is touched: only the first time is slow.
         draft: a smaller bundle with the same tokenizer, opened likewise: it guesses tokens, which the model checks several at
             once, where that pays. Answers are the same. The model's own bundle must be one of --all-logits.
+        prefill: a bundle of the same model that reads the prompts, where its weights do that faster (--weights w8a8 beside int4):
+            their first token is its own, and what follows is decoded from its keys and values. ONNX Runtime on the CPU only, and
+            at the memory of both.
         scheduling: see `Scheduling`.
 
     Raises:
         BundleError: the bundle is incomplete, altered, of a newer format, or cannot be loaded.
         ProviderError: onnxruntime or its provider is not available, or cannot run the bundle. There is no silent fallback to the CPU.
         EngineError: the bundle has no engine for this GPU or this TensorRT, or it or its plugin is damaged or missing.
-        InputError: less than one thread, an unknown backend, or a draft of other tokens, or for a bundle that cannot check its guesses.
+        InputError: less than one thread, an unknown backend, or a draft of other tokens, or for a bundle that cannot check its guesses;
+            or a bundle for prompts that is of another model, or cannot write this one's cache.
     """
     from headfold.runtime.generate import Model  # here, so that a command line that only prints help is quick
 
+    if prefill is not None and (backend, provider) != ("onnxruntime", "cpu"):
+        raise InputError(
+            "another bundle can read prompts only with ONNX Runtime on the CPU", where=prefill, fix="Leave it out."
+        )
     opened = _open(Path(path), backend, provider, threads, attention, check)
-    drafting = None if draft is None else _open(Path(draft), backend, provider, threads, attention, check)
-    return Model(*opened, draft=drafting, **scheduling)
+    drafting, reading = (
+        None if other is None else _open(Path(other), backend, provider, threads, attention, check)
+        for other in (draft, prefill)
+    )
+    return Model(*opened, draft=drafting, prefill=reading, **scheduling)
 
 
 def _open(

@@ -30,6 +30,7 @@ from headfold.runtime.scheduling.answers import (
 )
 from headfold.runtime.scheduling.cache_state import CacheState
 from headfold.runtime.scheduling.drafting import Draft, check_draft
+from headfold.runtime.scheduling.reading import ReadByAnother, check_reader
 from headfold.runtime.scheduling.request import Delta, Ids
 from headfold.runtime.scheduling.scheduler import Scheduler, Status
 from headfold.runtime.templates.chat_template import Messages
@@ -52,9 +53,17 @@ class Model:
         manifest: Manifest,
         backend: Backend[Any],
         draft: tuple[Text, Manifest, Backend[Any]] | None = None,
+        prefill: tuple[Text, Manifest, Backend[Any]] | None = None,
         **scheduling: int,
     ) -> None:
-        """`draft`: a smaller bundle of the same tokens; InputError where it is not. `scheduling`: see Scheduler."""
+        """`draft`: a smaller bundle of the same tokens, `prefill`: one of the same model; InputError where it is not.
+
+        `scheduling`: see Scheduler.
+        """
+        if prefill is not None:
+            read, reader, engine = prefill
+            check_reader(text.bundle, manifest, read.bundle, reader)
+            backend = ReadByAnother(backend, engine, manifest, read.bundle)
         self.bundle, self.manifest, self.backend = text.bundle, manifest, backend
         self.session = backend.session
         self._text = text
@@ -73,7 +82,8 @@ class Model:
             checks_guesses=backend.gives_all_logits,
             speculates=draft is not None,
         )
-        self.cache_state = CacheState(self._scheduler, backend, manifest, self._calls.prompts.encode)
+        computing = [manifest] if prefill is None else [manifest, prefill[1]]
+        self.cache_state = CacheState(self._scheduler, backend, computing, self._calls.prompts.encode)
         if ignored := self._settings.ignored:
             names = printable(", ".join(ignored))
             _logger.warning("%s: headfold does not do what these ask for: %s.", self.bundle / FILE, names)

@@ -38,6 +38,7 @@ EXPORTS = {  # options of headfold export, beside --max-kl
     "mixed4-128-kv8": ("--weights", "mixed", "--bits", "4", "--block-size", "128", "--kv-cache", "int8"),
     "w8a8": ("--weights", "w8a8"),
 }
+PAIRS = {f"w8a8+{name}": ("w8a8", name) for name in ("int4-128", "mixed4-128")}  # what reads prompts, and what decodes
 BATCH, SHORT = 8, 32  # sequences that are decoded at once, and the tokens of their prompts
 PREFIXES = 256  # of a text, whose next tokens' distributions are compared; of a random model some: its text is none
 Logits = NDArray[np.float32]
@@ -45,12 +46,12 @@ Timed = tuple[float, float]  # seconds of the prompts, up to the first tokens, a
 
 
 class Headfold:
-    """The runtime, greedy."""
+    """The runtime, greedy; `prefill` is another bundle for the prompts."""
 
-    def __init__(self, path: str, threads: int) -> None:
+    def __init__(self, path: str, threads: int, prefill: str | None = None) -> None:
         from headfold.runtime import load
 
-        self.backend = load(path, threads=threads).backend
+        self.backend, self.pair = load(path, threads=threads, prefill=prefill).backend, prefill is not None
 
     def run(self, rows: list[list[int]], new: int) -> Timed:
         cache, active = self.backend.new_cache(len(rows), len(rows[0]) + new), np.ones(len(rows), np.bool_)
@@ -62,7 +63,11 @@ class Headfold:
         return first - start, time.perf_counter() - first
 
     def logits(self, ids: list[int]) -> Logits | None:
-        return np.asarray(self.backend.prefill(self.backend.new_cache(1, len(ids)), 0, np.array(ids)))
+        cache = self.backend.new_cache(1, len(ids))
+        if not self.pair:
+            return np.asarray(self.backend.prefill(cache, 0, np.array(ids)))
+        self.backend.prefill(cache, 0, np.array(ids[:-1]))  # all tokens of an answer but its first are decoded
+        return self.backend.decode(cache, np.array(ids[-1:]), np.ones(1, np.bool_))[0].copy()
 
 
 class Genai:
@@ -158,7 +163,7 @@ class OpenVino:
         return None
 
 
-ENGINES: dict[str, Callable[[str, int], Any]] = {
+ENGINES: dict[str, Callable[..., Any]] = {
     "headfold": Headfold,
     "onnxruntime-genai": Genai,
     "llama.cpp": LlamaCpp,
@@ -174,7 +179,7 @@ MODULES = {
 }
 
 
-def worker(kind: str, path: str, threads: int) -> None:
+def worker(kind: str, path: str, threads: int, *more: str) -> None:
     """Serve tasks, a line of JSON each; what libraries print goes to standard error."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -183,7 +188,7 @@ def worker(kind: str, path: str, threads: int) -> None:
     for module in MODULES[kind]:
         importlib.import_module(module)
     imported = time.perf_counter()
-    engine = ENGINES[kind](path, threads)
+    engine = ENGINES[kind](path, threads, *more)
     loaded = {"import": imported - start, "load": time.perf_counter() - imported}
     print(json.dumps(loaded), file=answers, flush=True)
     for line in sys.stdin:
@@ -208,9 +213,10 @@ def peak_memory() -> int:
 class Contender:
     """A worker process, and what it measured."""
 
-    def __init__(self, kind: str, path: Path, threads: int) -> None:
-        self._command = [str(PEERS), __file__, kind, str(path), str(threads)]
-        self.path, self.kind, self.peak = path, kind, 0.0
+    def __init__(self, kind: str, paths: Sequence[Path], threads: int) -> None:
+        """`paths`: of its model; behind it, of one that reads prompts."""
+        self._command = [str(PEERS), __file__, kind, str(paths[0]), str(threads), *map(str, paths[1:])]
+        self.paths, self.kind, self.peak = paths, kind, 0.0
         self.imports: list[float] = []
         self.loads: list[float] = []  # behind the imports, tokenizer and all
         self.start(keep=False)
@@ -249,7 +255,7 @@ class Contender:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(task) + "\n")
         self.process.stdin.flush()
-        return self._read(self.path.name)
+        return self._read(self.paths[0].name)
 
     def _read(self, name: str) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -295,7 +301,7 @@ def peers(
             everyone = itertools.islice(itertools.cycle(contenders.values()), number, number + len(contenders))
             for contender in everyone:
                 contender.run(rows, new, keep=number > 0)
-    texts = prefixes(paths["headfold float32"])[: 16 if subject == "random-1b" else None]
+    texts = prefixes(paths["headfold float32"][0])[: 16 if subject == "random-1b" else None]
     costs = distances(contenders, texts, folder)
     for contender in contenders.values():
         contender.stop()
@@ -308,7 +314,7 @@ def peers(
     print(f"{subject}, {cpu}, {threads} threads, medians of {rounds} rounds; load of the machine {table['load']:.1f}")
     print(f"{'':28}{'MB':>8}{'KL':>9}{'top-1':>7}")
     for name, contender in contenders.items():
-        size, (kl, top1) = weight_bytes(contender.path), costs.get(name, (float("nan"), float("nan")))
+        size, (kl, top1) = sum(map(weight_bytes, contender.paths)), costs.get(name, (float("nan"), float("nan")))
         table[name] = {"weight_bytes": size, "kl": kl, "top1": top1}
         print(f"{name:28}{size / 1e6:8.1f}{kl:9.4f}{top1:7.0%}")
     if rounds:
@@ -336,7 +342,7 @@ def tell_speed(contenders: dict[str, Contender], prompts: Sequence[int], read: f
             "peak_bytes": contender.peak,
         }
         if contender.kind == "headfold":
-            share = decodes[0] * table[name]["weight_bytes"] / read
+            share = decodes[0] * weight_bytes(contender.paths[0]) / read
             table[name]["share_of_memory_bound"] = share
             print(f"{'':28}{share:.0%} of what memory allows, which gives {read / 1e9:.1f} GB/s", flush=True)
 
@@ -389,4 +395,4 @@ def genai_builder(source: Path, output: Path, cache: Path, precision: str) -> li
 
 
 if __name__ == "__main__":
-    worker(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    worker(sys.argv[1], sys.argv[2], int(sys.argv[3]), *sys.argv[4:])

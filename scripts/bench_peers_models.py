@@ -12,7 +12,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from bench_peers import EXPORTS, genai_builder
+from bench_peers import EXPORTS, PAIRS, genai_builder
 from corpus import corpus
 from numpy.typing import NDArray
 
@@ -31,7 +31,7 @@ HEADFOLD = str(Path(sys.executable).parent / "headfold")
 SMOLLM2 = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 SUBJECTS = ("smollm2", "smollm2-trained", "random-1b", "subject")
 STEPS, ROWS, LENGTH = 300, 2, 64  # of the training: enough that every weight has moved
-CONTENDERS = {f"headfold {name}": "headfold" for name in EXPORTS} | {
+CONTENDERS = {f"headfold {name}": "headfold" for name in (*EXPORTS, *PAIRS)} | {
     "onnxruntime-genai int4": "onnxruntime-genai",
     "llama.cpp Q4_0": "llama.cpp",
     "llama.cpp Q8_0": "llama.cpp",
@@ -39,8 +39,8 @@ CONTENDERS = {f"headfold {name}": "headfold" for name in EXPORTS} | {
 }
 
 
-def models(folder: Path, subject: str, wanted: Collection[str]) -> dict[str, Path]:
-    """Those of CONTENDERS that are wanted; what is there already is kept.
+def models(folder: Path, subject: str, wanted: Collection[str]) -> dict[str, list[Path]]:
+    """Those of CONTENDERS that are wanted, each its model, and behind it one that reads prompts; what is there already is kept.
 
     Of the random one no mixed ones are made, for in it no weight is worth more than another, and four bits are the nearest numbers.
     """
@@ -49,13 +49,16 @@ def models(folder: Path, subject: str, wanted: Collection[str]) -> dict[str, Pat
     if not source.exists():
         save_source(source, subject)
     exports = [name for name in EXPORTS if subject != "random-1b" or "mixed" not in name]
-    paths = {f"headfold {name}": folder / name for name in exports}
-    paths["onnxruntime-genai int4"] = folder / "genai"
+    paths = {f"headfold {name}": [folder / name] for name in exports}
+    paths |= {
+        f"headfold {name}": [folder / own, folder / reader] for name, (reader, own) in PAIRS.items() if own in exports
+    }
+    paths["onnxruntime-genai int4"] = [folder / "genai"]
     if subject != "subject":  # GGUF files have SmolLM2's vocabulary
-        paths |= {f"llama.cpp {kind}": folder / f"{kind}.gguf" for kind in ("Q4_0", "Q8_0")}
-        paths["OpenVINO GenAI Q4_0"] = folder / "Q4_0.gguf"
-    paths = {name: path for name, path in paths.items() if name in wanted}
-    for path in paths.values():
+        paths |= {f"llama.cpp {kind}": [folder / f"{kind}.gguf"] for kind in ("Q4_0", "Q8_0")}
+        paths["OpenVINO GenAI Q4_0"] = [folder / "Q4_0.gguf"]
+    paths = {name: own for name, own in paths.items() if name in wanted}
+    for path in (path for own in paths.values() for path in own):
         if not path.exists():
             _make(path, source, subject)
     return paths

@@ -34,11 +34,16 @@ _LONGEST_DIGEST = 64
 
 
 class CacheFile:
-    """Reads and writes such files for one bundle."""
+    """Reads and writes such files for one bundle, or for one and another that reads its prompts."""
 
-    def __init__(self, manifest: Manifest) -> None:
-        self._manifest = manifest
-        weights = {name: file.sha256 for name, file in manifest.files.items() if name.startswith(MODEL)}
+    def __init__(self, manifests: Sequence[Manifest]) -> None:
+        self._manifest = manifests[0]
+        weights = {
+            role + name: file.sha256
+            for role, manifest in zip(("", "prefill "), manifests, strict=False)
+            for name, file in manifest.files.items()
+            if name.startswith(MODEL)
+        }
         self._bundle = hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
 
     def write(self, path: Path, ids: NDArray[np.int64], arrays: Sequence[NDArray[Any]]) -> None:

@@ -1,6 +1,6 @@
 """What a model has computed of a text, kept across processes: a long system prompt is paid for once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,15 @@ class CacheState:
     """Saves and loads for one model; what is loaded is found by calls with `reuse`."""
 
     def __init__(
-        self, scheduler: Scheduler, backend: Backend[Any], manifest: Manifest, encode: Callable[[Any], Ids]
+        self,
+        scheduler: Scheduler,
+        backend: Backend[Any],
+        manifests: Sequence[Manifest],
+        encode: Callable[[Any], Ids],
     ) -> None:
+        """`manifests`: of the bundles that compute it, the model's own first."""
         self._scheduler, self._backend, self._encode = scheduler, backend, encode
-        self._file = CacheFile(manifest)
+        self._file = CacheFile(manifests)
 
     def save(self, path: str | PathLike[str], prompt: Any) -> int:
         """Compute keys and values of a prompt of any kind, and write them. Returns its number of tokens.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 
 from headfold.export.cli.shared import BUNDLE, JSON, NUMBER, Command, options, print_json, refuse_idle
-from headfold.export.cli.using.opening import DRAFT, ENGINE, Engine, open_bundle
+from headfold.export.cli.using.opening import DRAFT, ENGINE, PREFILL, Engine, open_bundle
 from headfold.plugins.attention.schema import Attention
 from headfold.runtime.errors import InputError
 from headfold.runtime.files.json_file import SETTINGS_BYTES, check_size, read_object
@@ -38,6 +38,7 @@ def _sampling(command: Command) -> Command:
             help="Guess from the text so far; needs --all-logits. Same answers, sooner.",
         ),
         DRAFT,
+        PREFILL,
         *ENGINE,
     )
 
@@ -50,9 +51,10 @@ def _load(
     threads: int | None,
     temperature: float | None,
     draft: Path | None,
+    prefill: Path | None,
 ) -> "Model":
     """The bundle at work; what has no effect on it is refused."""
-    model = open_bundle(bundle, backend, provider, attention, threads, draft=draft)
+    model = open_bundle(bundle, backend, provider, attention, threads, draft=draft, prefill=prefill)
     refuse_idle(
         (model.temperature if temperature is None else temperature) == 0,
         *("top_k", "top_p", "min_p", "seed"),
@@ -92,6 +94,7 @@ def generate(
     attention: Attention | None,
     threads: int | None,
     draft: Path | None,
+    prefill: Path | None,
     as_json: bool,
     **sampling: Any,
 ) -> None:
@@ -103,7 +106,7 @@ def generate(
 
     `headfold generate smol --chat "Why is the sky blue?" --temperature 0.7 --seed 1`
     """
-    model = _load(bundle, backend, provider, attention, threads, sampling["temperature"], draft)
+    model = _load(bundle, backend, provider, attention, threads, sampling["temperature"], draft, prefill)
     texts = [_standard_input() if text == "-" else text for text in prompts or ("-",)]
     if any(not text for text in texts):
         raise InputError("the prompt is empty", fix="Give some text.")
@@ -141,13 +144,14 @@ def chat(
     attention: Attention | None,
     threads: int | None,
     draft: Path | None,
+    prefill: Path | None,
     **sampling: Any,
 ) -> None:
     """Talk with the model; an empty line or Ctrl-D ends it.
 
     **Example**: `headfold chat smol --system "Answer in one sentence." --temperature 0.7`
     """
-    model = _load(bundle, backend, provider, attention, threads, sampling["temperature"], draft)
+    model = _load(bundle, backend, provider, attention, threads, sampling["temperature"], draft, prefill)
     messages = [{"role": "system", "content": system}] if system else []
     while True:
         try:

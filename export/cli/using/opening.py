@@ -34,6 +34,11 @@ DRAFT = click.option(
     type=click.Path(path_type=Path),
     help="A smaller bundle with the same tokenizer, whose guesses are checked; needs --all-logits. Same answers, sooner.",
 )
+PREFILL = click.option(
+    "--prefill",
+    type=click.Path(path_type=Path),
+    help="A bundle of the same model that reads prompts faster, as one of --weights w8a8 beside int4; takes the memory of both.",
+)
 
 
 def engine_options(command: Command) -> Command:

@@ -8,7 +8,7 @@ from typing import Any
 import rich_click as click
 
 from headfold.export.cli.shared import Range, refuse_idle
-from headfold.export.cli.using.opening import DRAFT, Engine, engine_options, open_bundle
+from headfold.export.cli.using.opening import DRAFT, PREFILL, Engine, engine_options, open_bundle
 from headfold.plugins.attention.schema import Attention
 from headfold.runtime.errors import InputError
 from headfold.runtime.server.settings import KEY, WAITING, Limits, Settings
@@ -40,6 +40,7 @@ from headfold.runtime.server.settings import KEY, WAITING, Limits, Settings
     help="For answers on their way when it ends.",
 )
 @DRAFT
+@PREFILL
 @engine_options
 def serve(
     bundles: tuple[Path, ...],
@@ -57,6 +58,7 @@ def serve(
     max_body: int,
     drain_seconds: int,
     draft: Path | None,
+    prefill: Path | None,
     backend: Engine,
     provider: str,
     attention: Attention | None,
@@ -79,8 +81,10 @@ def serve(
     local = _is_loopback(host)
     _check_access(local, host, api_key, no_auth)
     refuse_idle(no_reuse, "keep_bytes", why="is of prompts that are kept", fix="Leave out --no-reuse.")
-    if draft is not None and len(bundles) > 1:
-        raise InputError("--draft is of one bundle, and several are given", fix="Serve it alone, or leave --draft out.")
+    for option, of_one in (("--draft", draft), ("--prefill", prefill)):
+        if of_one is not None and len(bundles) > 1:
+            fix = f"Serve it alone, or leave {option} out."
+            raise InputError(f"{option} is of one bundle, and several are given", fix=fix)
     given = {"slots": slots, "waiting": WAITING if waiting is None else waiting, "keep_bytes": keep_bytes}
     scheduling: Any = {name: value for name, value in given.items() if value is not None}
     settings = Settings(
@@ -92,7 +96,8 @@ def serve(
     models = {}
     with listen(host, port) as opened, ExitStack() as loaded:
         for name, bundle in zip(names_of(list(bundles), list(names)), bundles, strict=True):
-            model = open_bundle(bundle, backend, provider, attention, threads, draft=draft, **scheduling)
+            others = {"draft": draft, "prefill": prefill}
+            model = open_bundle(bundle, backend, provider, attention, threads, **others, **scheduling)
             models[name] = loaded.enter_context(model)
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{opened.getsockname()[1]}/"

@@ -11,6 +11,7 @@ from ray.serve.config import RequestRouterConfig
 from headfold.runtime.errors import HeadfoldError
 from headfold.runtime.manifest import check_files, read_manifest
 from headfold.runtime.scheduling.drafting import check_draft
+from headfold.runtime.scheduling.reading import check_reader
 from headfold.runtime.server.ray.arguments import Arguments
 from headfold.runtime.server.ray.deployments import Ingress, ModelServer
 from headfold.runtime.text import Text
@@ -22,8 +23,8 @@ def app(arguments: Mapping[str, Any]) -> Application:
     """The application of these `Arguments`.
 
     Raises:
-        InputError: an argument is unknown, missing or wrong, or the draft cannot guess for the bundle.
-        BundleError: the bundle or its draft is none, or altered. Under a command of Ray's, each is one line and an exit code.
+        InputError: an argument is unknown, missing or wrong, or the draft cannot guess for the bundle, or another not read its prompts.
+        BundleError: one of the bundles is none, or altered. Under a command of Ray's, each is one line and an exit code.
     """
     try:
         return _application(Arguments.read(arguments))
@@ -48,6 +49,10 @@ def _check_bundles(given: Arguments) -> None:
     if given.draft is not None:
         check_files(given.draft, read_manifest(given.draft))
         check_draft(Text(given.bundle), manifest.logits == "all", Text(given.draft))
+    if given.prefill is not None:
+        reader = read_manifest(given.prefill)
+        check_files(given.prefill, reader)
+        check_reader(given.bundle, manifest, given.prefill, reader)
 
 
 def _application(given: Arguments) -> Application:

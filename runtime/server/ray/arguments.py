@@ -27,7 +27,7 @@ from headfold.runtime.errors import InputError
 from headfold.runtime.scheduling.scheduler import KEEP_BYTES, SLOTS
 from headfold.runtime.server.settings import KEY, WAITING, Limits, Settings
 
-_LOADING = {"backend", "provider", "attention", "threads", "slots", "waiting", "keep_bytes", "draft"}
+_LOADING = {"backend", "provider", "attention", "threads", "slots", "waiting", "keep_bytes", "draft", "prefill"}
 _Directory = Annotated[Path, AfterValidator(Path.absolute)]  # the same on every node
 
 
@@ -48,6 +48,7 @@ class Arguments(BaseModel):
 
     bundle: _Directory
     draft: _Directory | None = None  # a smaller bundle with the same tokenizer, whose guesses are checked
+    prefill: _Directory | None = None  # a bundle of the same model that reads prompts faster
     name: str | None = None  # of the model; by default the directory's
     replicas: PositiveInt = 1
     autoscaling_config: Annotated[AutoscalingConfig | None, BeforeValidator(_parsed)] = None  # in place of replicas
@@ -76,6 +77,8 @@ class Arguments(BaseModel):
             raise ValueError("provider is of ONNX Runtime: leave it out, or backend=onnxruntime")
         if self.backend != "tensorrt" and self.attention is not None:
             raise ValueError("attention chooses a TensorRT engine: leave it out, or backend=tensorrt")
+        if self.on_gpu and self.prefill is not None:
+            raise ValueError("another bundle can read prompts only with ONNX Runtime on the CPU: leave prefill out")
         if not self.reuse and "keep_bytes" in given:
             raise ValueError("keep_bytes is of prompts that are kept: leave it out, or reuse=true")
         if self.api_key is not None and self.no_auth:

@@ -70,7 +70,8 @@ def test_who_opens_it_to_others_says_whom_to_let_in(toy, monkeypatch) -> None:
     assert "two bundles are called toy" in refused(toy.path, toy.path, "--port", "0")
     assert "2 names are given for 1 bundles" in refused(toy.path, "--name", "a", "--name", "b", "--port", "0")
     assert "no such bundle directory" in refused(Path("/nowhere"), "--port", "0")
-    assert "--draft is of one bundle" in refused(toy.path, toy.path, "--draft", toy.path)
+    for option in ("--draft", "--prefill"):
+        assert f"{option} is of one bundle" in refused(toy.path, toy.path, option, toy.path)
     assert "--all-logits" in refused(toy.path, "--draft", toy.path, "--port", "0")
 
 

@@ -55,11 +55,11 @@ def told(*arguments: str) -> tuple[int, list[str]]:
     return result.exit_code, [line for line in result.stderr.splitlines() if line.startswith("Error")]
 
 
-def test_serve_run_tells_what_is_wrong_in_one_line_before_anything_starts(toy, changed, monkeypatch) -> None:
+def test_serve_run_tells_what_is_wrong_in_one_line_before_anything_starts(toy, make_toy, changed, monkeypatch) -> None:
     monkeypatch.delenv("HEADFOLD_API_KEY", raising=False)
     altered = changed({})
     (altered / "tokenizer.json").write_bytes(b"{}")
-    bundle = f"bundle={toy.path}"
+    bundle, half = f"bundle={toy.path}", make_toy(dtype="float16")
     for arguments, what in (
         (["bundle=/nowhere", "no_auth=true"], "/nowhere: no such bundle directory"),
         ([f"bundle={altered}", "no_auth=true"], "tokenizer.json: has 2 bytes, not the"),
@@ -76,6 +76,10 @@ def test_serve_run_tells_what_is_wrong_in_one_line_before_anything_starts(toy, c
         ([bundle, "no_auth=true", "draft=/nowhere"], "/nowhere: no such bundle directory"),
         ([bundle, "no_auth=true", f"draft={altered}"], "tokenizer.json: has 2 bytes, not the"),
         ([bundle, "no_auth=true", f"draft={toy.path}"], "--all-logits"),
+        ([bundle, "no_auth=true", "prefill=/nowhere"], "/nowhere: no such bundle directory"),
+        ([bundle, "no_auth=true", f"prefill={altered}"], "tokenizer.json: has 2 bytes, not the"),
+        ([bundle, "no_auth=true", f"prefill={half.path}"], "has the dtype float16"),
+        ([bundle, "no_auth=true", f"prefill={toy.path}", "provider=cuda"], "only with ONNX Runtime on the CPU"),
     ):
         code, lines = told(*arguments)
         assert (code, len(lines)) == (2, 1), arguments

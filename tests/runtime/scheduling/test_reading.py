@@ -1,0 +1,148 @@
+"""Another bundle of the same model reads prompts: what it computes is what is decoded from. Bundles of other models are refused."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from headfold.export.bundle.pipeline import CacheCalibration, ExportOptions, export_bundle
+from headfold.export.checkpoints.base import MemoryCheckpoint
+from headfold.export.checkpoints.hf_writer import save_hf
+from headfold.export.checkpoints.opening import open_checkpoint
+from headfold.export.cli import main
+from headfold.export.exportables.opening import open_exportable
+from headfold.export.progress import Reporter
+from headfold.export.quantization.rounding import WeightRounding
+from headfold.runtime import InputError, load
+
+PROMPT = [int(token) for token in np.random.default_rng(5).integers(0, 300, 24)]
+OPTIONS: dict[str, Any] = {"max_new_tokens": 8, "ignore_eos": True}
+
+
+def exported(checkpoint: Path, path: Path, **options: Any) -> Path:
+    export_bundle(open_exportable(checkpoint), path, ExportOptions(verify=False, **options), Reporter(quiet=True))
+    return path
+
+
+@pytest.fixture(scope="module")
+def fast(toy_checkpoint, tmp_path_factory) -> Path:
+    """The toy's model with inputs that are rounded, too."""
+    weights = WeightRounding(scheme="w8a8", max_kl=100.0)
+    return exported(toy_checkpoint, tmp_path_factory.mktemp("fast") / "fast", weights=weights)
+
+
+@pytest.fixture(scope="module")
+def pair(toy, fast):
+    with load(toy.path, threads=1, prefill=fast) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def alone(toy, fast):
+    with load(toy.path, threads=1) as own, load(fast, threads=1) as reader:
+        yield own.backend, reader.backend
+
+
+def test_the_prompt_is_the_reader_s_and_what_follows_the_bundle_s_own(pair, alone) -> None:
+    (own, reader), ids, active = alone, np.array(PROMPT), np.ones(1, np.bool_)
+    cache, expected = pair.backend.new_cache(1, 30), reader.new_cache(1, 30)
+    first = pair.backend.prefill(cache, 0, ids)
+    np.testing.assert_array_equal(first, reader.prefill(expected, 0, ids))
+    for one, other in zip(cache.host.read(0, 24), expected.host.read(0, 24), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert not np.array_equal(first, own.prefill(own.new_cache(1, 30), 0, ids))  # they do differ
+    continued = own.new_cache(1, 30)
+    continued.host.write(0, expected.host.read(0, 24))
+    continued.lengths[0] = 24
+    for token in (3, 7):
+        step = pair.backend.decode(cache, np.array([token]), active).copy()
+        np.testing.assert_array_equal(step, own.decode(continued, np.array([token]), active))
+
+
+def test_logits_of_all_tokens_are_the_bundle_s_own(pair, alone) -> None:
+    own, ids = alone[0], np.array(PROMPT[:5])
+    found, expected = (
+        backend.prefill(backend.new_cache(1, 8), 0, ids, all_logits=True) for backend in (pair.backend, own)
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_reader_that_computes_the_same_changes_no_answer(toy, make_toy) -> None:
+    """Prompts one after the other, several at a time, kept ones, and checked guesses; against the decoder without a cache."""
+    with load(make_toy(all_logits=True).path, threads=1, prefill=toy.path) as model:
+        prompts = [PROMPT, PROMPT[:3], [*PROMPT, 9, 8]]
+        answers = model.generate(prompts, reuse=True, speculate=True, **OPTIONS)
+        assert [answer.token_ids for answer in answers] == [toy.greedy(ids, 8) for ids in prompts]
+        assert model.generate([*PROMPT, 4], reuse=True, **OPTIONS).cached_tokens > 20
+
+
+def test_what_a_pair_has_saved_is_the_pair_s(pair, toy, tmp_path) -> None:
+    path = tmp_path / "prompt.safetensors"
+    pair.cache_state.save(path, PROMPT)
+    pair.cache_state.load(path)
+    with load(toy.path, threads=1) as model:
+        with pytest.raises(InputError, match="is of another bundle"):
+            model.cache_state.load(path)
+        model.cache_state.save(path, PROMPT)
+    with pytest.raises(InputError, match="is of another bundle"):
+        pair.cache_state.load(path)
+
+
+def other(checkpoint: Path, path: Path, **changes: Any) -> Path:
+    """The toy's checkpoint with another config, or with other weights in the first layer."""
+    given = open_checkpoint(checkpoint)
+    tensors = {name: given.read(name) for name in given.shapes()}
+    if not changes:
+        name = next(name for name in tensors if name.endswith("v_proj.weight"))
+        tensors[name] = tensors[name].flip(0)
+    save_hf(path, MemoryCheckpoint(path, replace(given.config, **changes), tensors), torch.float32)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "what"),
+    [
+        ({}, {}, "computes other keys and values: its weights are of another model"),
+        ({"norm_eps": 0.5}, {}, "has the norm_eps 0.5, .* is of another model"),
+        (None, {"capacity": 32}, "has a capacity of 32 tokens, less than"),
+        (None, {"dtype": "float16"}, "has the dtype float16, .* float32"),
+    ],
+    ids=["weights", "config", "capacity", "dtype"],
+)
+def test_another_model_is_refused(changes, options, what, toy, toy_checkpoint, tmp_path) -> None:
+    checkpoint = toy_checkpoint if changes is None else other(toy_checkpoint, tmp_path / "other", **changes)
+    reader = exported(checkpoint, tmp_path / "reader", **options)
+    with pytest.raises(InputError, match=what) as error:
+        load(toy.path, threads=1, prefill=reader)
+    assert error.value.exit_code == 2
+
+
+def test_a_quantized_cache_is_the_bundle_s_own(toy, toy_checkpoint, tmp_path) -> None:
+    cache = exported(toy_checkpoint, tmp_path / "cache", cache=CacheCalibration(dtype="int8"))
+    for bundle, reader in ((toy.path, cache), (cache, toy.path)):
+        with pytest.raises(InputError, match="cache: another bundle cannot write its quantized cache"):
+            load(bundle, threads=1, prefill=reader)
+
+
+@pytest.mark.parametrize("engine", [{"provider": "cuda"}, {"backend": "tensorrt"}])
+def test_only_on_cpus(engine, toy) -> None:
+    with pytest.raises(InputError, match="only with ONNX Runtime on the CPU"):
+        load(toy.path, prefill=toy.path, **engine)
+
+
+def test_on_the_command_line(toy, make_toy) -> None:
+    same = make_toy(all_logits=True).path
+    words = ["the quick", "-n", "8", "--threads", "1"]
+    plain, read = (
+        CliRunner().invoke(main, ["generate", str(toy.path), *words, *more]) for more in ([], ["--prefill", str(same)])
+    )
+    assert (read.exit_code, read.stdout) == (0, plain.stdout)
+    talk = CliRunner().invoke(main, ["chat", str(toy.path), "--prefill", str(same), *words[1:]], input="the fox\n")
+    assert talk.exit_code == 0
+    refused = CliRunner().invoke(main, ["generate", str(toy.path), "--prefill", "/nowhere", *words])
+    assert refused.exit_code == 2
+    assert "/nowhere: no such bundle directory" in refused.stderr
