@@ -17,7 +17,12 @@ from headfold.runtime.manifest import Manifest, WeightsCost
 
 
 def cost_on_text(
-    bundle: Path, manifest: Manifest, source: Exportable, data: Sequence[str], reporter: Reporter
+    bundle: Path,
+    manifest: Manifest,
+    source: Exportable,
+    data: Sequence[str],
+    reporter: Reporter,
+    prefill: Path | None = None,
 ) -> WeightsCost:
     """Measure a bundle with rounded weights against the model that it was made from.
 
@@ -27,9 +32,12 @@ def cost_on_text(
         source: the model.
         data: sources of text, as `headfold.export.data.token_data.tokenize` takes them.
         reporter: told what goes on.
+        prefill: another bundle, which reads the prompts: see `weights_cost`.
 
     Raises:
         DataError: there is less text than one sequence.
+        BundleError: the other bundle is altered.
+        InputError: it is of another model.
     """
     with reporter.step("read the checkpoint"):
         model = Running(source, source.tensors(getattr(torch, manifest.dtype)), manifest.cache.capacity)
@@ -38,8 +46,9 @@ def cost_on_text(
         before = reference(model, tokens)
     del model
     with reporter.step("run the bundle on it"):
-        cost = weights_cost(bundle, manifest, before)
-    reporter.note(f"rounded weights on {', '.join(data)}: {describe(cost)}")
+        cost = weights_cost(bundle, manifest, before, prefill)
+    read = f" behind prompts that {prefill} reads" if prefill is not None else ""
+    reporter.note(f"rounded weights on {', '.join(data)}{read}: {describe(cost)}")
     return cost
 
 

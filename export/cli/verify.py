@@ -45,6 +45,11 @@ if TYPE_CHECKING:
     multiple=True,
     help="Also measure on this text what rounded weights cost. Exit code 1 if it is more than the export allowed.",
 )
+@click.option(
+    "--prefill",
+    type=click.Path(path_type=Path),
+    help="With --data: this other bundle of the same model reads the first half of each text, as `generate --prefill` has it.",
+)
 @STEPS
 @BASE
 @REMOTE_CODE
@@ -56,6 +61,7 @@ def verify(
     backend: str,
     attention: Attention | None,
     data: tuple[str, ...],
+    prefill: Path | None,
     decode_steps: int,
     base: Path | None,
     trust_remote_code: bool,
@@ -90,6 +96,7 @@ def verify(
 
     own = read_manifest(bundle)
     refuse_idle(own.weights is None, "data", why=f"is for rounded weights, and {bundle} has none", fix="Leave it out.")
+    refuse_idle(not data, "prefill", why="is for what weights cost on text", fix="Add --data.")
     reporter = reporter_for(quiet)
 
     def opened(manifest: "Manifest") -> "Exportable":
@@ -100,7 +107,7 @@ def verify(
     if data:
         from headfold.export.bundle.cost_on_text import cost_on_text, refuse_over
 
-        cost = cost_on_text(bundle, own, opened(own), data, reporter)
+        cost = cost_on_text(bundle, own, opened(own), data, reporter, prefill)
     if as_json:
         print_json(report.to_json() | ({"weights_cost": cost.model_dump()} if cost is not None else {}))
     elif not quiet:

@@ -61,12 +61,16 @@ def reference(model: Running | Decoder, tokens: Tensor) -> Reference:
     return Reference(tokens.numpy(), logits.numpy(), answers.numpy())
 
 
-def weights_cost(bundle: Path, manifest: Manifest, before: Reference) -> WeightsCost:
-    """Measure a bundle, finished or staged. Where its logits are no numbers, its costs are none either."""
-    forced = open_forced(bundle, manifest)
+def weights_cost(bundle: Path, manifest: Manifest, before: Reference, prefill: Path | None = None) -> WeightsCost:
+    """Measure a bundle, finished or staged. Where its logits are no numbers, its costs are none either.
+
+    Where another one reads prompts, the first halves of the text are prompts, and what is decoded behind them is measured.
+    """
+    forced = open_forced(bundle, manifest, prefill)
     tokens, length = before.tokens, before.tokens.shape[1]
+    prompt = 1 if prefill is None else length // 2
     kl, same, losses = [], [], []
-    for place, logits in enumerate(forced.logits(tokens, 1)):
+    for place, logits in enumerate(forced.logits(tokens, prompt), prompt - 1):
         exact, now = _log_softmax(before.logits[:, place]), _log_softmax(logits)
         kl.append((np.exp(exact) * (exact - now)).sum(1))  # [N]
         same.append(exact.argmax(1) == now.argmax(1))
@@ -76,7 +80,7 @@ def weights_cost(bundle: Path, manifest: Manifest, before: Reference) -> Weights
     # Of a loss that float64 has no exponential of it is the largest that it has: JSON has no infinity
     perplexity_before, perplexity = np.exp(np.minimum(np.mean(losses, 0), _LARGEST_LOSS))
     return WeightsCost(
-        tokens=tokens.size,
+        tokens=tokens[:, prompt - 1 :].size,
         kl=float(np.mean(kl)),
         kl_99=float(np.percentile(kl, 99)),
         top1=float(np.mean(same)),

@@ -339,6 +339,28 @@ def test_verify_measures_the_cost_on_text_of_ones_own(bundle, source, tmp_path) 
     assert f"its weights cost {cost['kl']:.3g} nats on {tmp_path / 'text.npy'}, and its export allowed" in output
 
 
+def test_verify_measures_what_a_bundle_costs_behind_prompts_that_another_reads(bundle, source, tmp_path) -> None:
+    np.save(tmp_path / "text.npy", np.random.default_rng(0).integers(0, 160, 400))
+    assert run("export", source, "-o", tmp_path / "exact", "--no-verify", "-q")[0] == 0
+    given = ("verify", bundle, "--against", source, "--data", tmp_path / "text.npy", "--json", "-q")
+    costs = []
+    for more in ((), ("--prefill", bundle), ("--prefill", tmp_path / "exact")):
+        code, output = run(*given, *more)
+        assert code == 0, output
+        costs.append(json.loads(output)["weights_cost"])
+    alone, itself, exact = costs
+    assert itself["tokens"] == exact["tokens"] < alone["tokens"]  # the second halves, and the last tokens of the first
+    assert itself["greedy_tokens"] == alone["greedy_tokens"]
+    assert 0 < exact["kl"] < 0.9 * itself["kl"]  # what the prompts' weights cost is not among it
+    code, output = run(*given[:4], "--prefill", bundle)
+    assert (code, "Add --data." in output) == (2, True)
+    other = tmp_path / "other"
+    save_hf(other, checkpoint(replace(CONFIG, norm_eps=0.5)), torch.float32)
+    assert run("export", other, "-o", tmp_path / "reader", "--no-verify", "-q")[0] == 0
+    code, output = run(*given, "--prefill", tmp_path / "reader")
+    assert (code, "has the norm_eps 0.5" in output) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
