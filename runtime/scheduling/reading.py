@@ -28,23 +28,24 @@ def check_reader(bundle: Path, manifest: Manifest, path: Path, reader: Manifest)
                 where=where,
                 fix="Export it without --kv-cache, or leave the bundle for prompts out.",
             )
-    for what, own, others in (
-        ("was exported by way of", manifest.road, reader.road),
-        ("has the dtype", manifest.dtype, reader.dtype),
-        ("has caches of", manifest.cache.shapes, reader.cache.shapes),
-        ("has a vocabulary of", manifest.vocab_size, reader.vocab_size),
-        *(
-            (f"has the {name}", manifest.config.get(name), reader.config.get(name))
-            for name in sorted({*manifest.config, *reader.config})
-        ),
-    ):
-        if own != others:
-            raise InputError(f"{what} {others}, {bundle} {own}: it is of another model", where=path, fix=_FIX)
+    for name in ("road", "dtype", "vocab_size"):
+        _check_same(name, getattr(manifest, name), getattr(reader, name), bundle, path)
+    for name in ("num_hidden_layers", "num_key_value_heads", "head_dim"):
+        _check_same(name, getattr(manifest.cache, name), getattr(reader.cache, name), bundle, path)
+    for name in sorted({*manifest.config, *reader.config}):
+        _check_same(name, manifest.config.get(name), reader.config.get(name), bundle, path)
     if reader.cache.capacity < manifest.cache.capacity:
         shorter = (
             f"has a capacity of {reader.cache.capacity} tokens, less than the {manifest.cache.capacity} of {bundle}"
         )
         raise InputError(shorter, where=path, fix=_FIX)
+
+
+def _check_same(name: str, own: Any, others: Any, bundle: Path, path: Path) -> None:
+    if own != others:
+        raise InputError(
+            f"its {name} is {others}, that of {bundle} {own}: it is of another model", where=path, fix=_FIX
+        )
 
 
 class ReadByAnother(Generic[AnyCache]):

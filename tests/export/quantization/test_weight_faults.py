@@ -358,7 +358,7 @@ def test_verify_measures_what_a_bundle_costs_behind_prompts_that_another_reads(b
     save_hf(other, checkpoint(replace(CONFIG, norm_eps=0.5)), torch.float32)
     assert run("export", other, "-o", tmp_path / "reader", "--no-verify", "-q")[0] == 0
     code, output = run(*given, "--prefill", tmp_path / "reader")
-    assert (code, "has the norm_eps 0.5" in output) == (2, True)
+    assert (code, "its norm_eps is 0.5" in output) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Another bundle of the same model reads prompts: what it computes is what is decoded from. Bundles of other models are refused."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from headfold.export.bundle.pipeline import CacheCalibration, ExportOptions, export_bundle
+from headfold.export.bundle.pipeline import ExportOptions, export_bundle
 from headfold.export.checkpoints.base import MemoryCheckpoint
 from headfold.export.checkpoints.hf_writer import save_hf
 from headfold.export.checkpoints.opening import open_checkpoint
@@ -18,6 +17,8 @@ from headfold.export.exportables.opening import open_exportable
 from headfold.export.progress import Reporter
 from headfold.export.quantization.rounding import WeightRounding
 from headfold.runtime import InputError, load
+from headfold.runtime.manifest import QuantizationSpec, read_manifest
+from headfold.runtime.scheduling.reading import check_reader
 
 PROMPT = [int(token) for token in np.random.default_rng(5).integers(0, 300, 24)]
 OPTIONS: dict[str, Any] = {"max_new_tokens": 8, "ignore_eos": True}
@@ -92,40 +93,47 @@ def test_what_a_pair_has_saved_is_the_pair_s(pair, toy, tmp_path) -> None:
         pair.cache_state.load(path)
 
 
-def other(checkpoint: Path, path: Path, **changes: Any) -> Path:
-    """The toy's checkpoint with another config, or with other weights in the first layer."""
-    given = open_checkpoint(checkpoint)
+def test_other_weights_are_refused(toy, toy_checkpoint, tmp_path) -> None:
+    given = open_checkpoint(toy_checkpoint)
     tensors = {name: given.read(name) for name in given.shapes()}
-    if not changes:
-        name = next(name for name in tensors if name.endswith("v_proj.weight"))
-        tensors[name] = tensors[name].flip(0)
-    save_hf(path, MemoryCheckpoint(path, replace(given.config, **changes), tensors), torch.float32)
-    return path
+    name = next(name for name in tensors if name.endswith("v_proj.weight"))
+    tensors[name] = tensors[name].flip(0)
+    save_hf(tmp_path / "other", MemoryCheckpoint(tmp_path, given.config, tensors), torch.float32)
+    reader = exported(tmp_path / "other", tmp_path / "reader")
+    with pytest.raises(InputError, match="reader: computes other keys and values: its weights are of another model"):
+        load(toy.path, threads=1, prefill=reader)
+
+
+QUANTIZATION = QuantizationSpec(dtype="int8", calibration_tokens=1, kl=0.0, top1=1.0)
 
 
 @pytest.mark.parametrize(
-    ("changes", "options", "what"),
+    ("changes", "of_cache", "what"),
     [
-        ({}, {}, "computes other keys and values: its weights are of another model"),
-        ({"norm_eps": 0.5}, {}, "has the norm_eps 0.5, .* is of another model"),
-        (None, {"capacity": 32}, "has a capacity of 32 tokens, less than"),
-        (None, {"dtype": "float16"}, "has the dtype float16, .* float32"),
+        (
+            {"config": {"norm_eps": 0.5}},
+            {},
+            "reader: its norm_eps is 0.5, that of bundle 1e-06: it is of another model",
+        ),
+        ({"dtype": "float16"}, {}, "reader: its dtype is float16"),
+        ({"vocab_size": 7}, {}, "reader: its vocab_size is 7"),
+        ({"road": "transformers"}, {}, "reader: its road is transformers"),
+        ({}, {"head_dim": 8}, "reader: its head_dim is 8"),
+        ({}, {"capacity": 32}, "reader: has a capacity of 32 tokens, less than the 64 of bundle"),
+        ({}, {"quantization": QUANTIZATION}, "reader: another bundle cannot write its quantized cache"),
     ],
-    ids=["weights", "config", "capacity", "dtype"],
 )
-def test_another_model_is_refused(changes, options, what, toy, toy_checkpoint, tmp_path) -> None:
-    checkpoint = toy_checkpoint if changes is None else other(toy_checkpoint, tmp_path / "other", **changes)
-    reader = exported(checkpoint, tmp_path / "reader", **options)
+def test_what_manifests_tell(changes, of_cache, what, toy) -> None:
+    own = read_manifest(toy.path)
+    changes = {name: own.config | value if name == "config" else value for name, value in changes.items()}
+    other = own.model_copy(update={"cache": own.cache.model_copy(update=of_cache), **changes})
+    check_reader(Path("bundle"), own, Path("reader"), own)
     with pytest.raises(InputError, match=what) as error:
-        load(toy.path, threads=1, prefill=reader)
+        check_reader(Path("bundle"), own, Path("reader"), other)
     assert error.value.exit_code == 2
-
-
-def test_a_quantized_cache_is_the_bundle_s_own(toy, toy_checkpoint, tmp_path) -> None:
-    cache = exported(toy_checkpoint, tmp_path / "cache", cache=CacheCalibration(dtype="int8"))
-    for bundle, reader in ((toy.path, cache), (cache, toy.path)):
-        with pytest.raises(InputError, match="cache: another bundle cannot write its quantized cache"):
-            load(bundle, threads=1, prefill=reader)
+    if "quantization" in of_cache:
+        with pytest.raises(InputError, match="bundle: another bundle cannot write its quantized cache"):
+            check_reader(Path("bundle"), other, Path("reader"), own)
 
 
 @pytest.mark.parametrize("engine", [{"provider": "cuda"}, {"backend": "tensorrt"}])

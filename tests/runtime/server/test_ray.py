@@ -78,7 +78,7 @@ def test_serve_run_tells_what_is_wrong_in_one_line_before_anything_starts(toy, m
         ([bundle, "no_auth=true", f"draft={toy.path}"], "--all-logits"),
         ([bundle, "no_auth=true", "prefill=/nowhere"], "/nowhere: no such bundle directory"),
         ([bundle, "no_auth=true", f"prefill={altered}"], "tokenizer.json: has 2 bytes, not the"),
-        ([bundle, "no_auth=true", f"prefill={half.path}"], "has the dtype float16"),
+        ([bundle, "no_auth=true", f"prefill={half.path}"], "its dtype is float16"),
         ([bundle, "no_auth=true", f"prefill={toy.path}", "provider=cuda"], "only with ONNX Runtime on the CPU"),
     ):
         code, lines = told(*arguments)
