@@ -168,8 +168,8 @@ def prepare(
         joined = {groups[name] for name, width in bits.items() if width == 4}
         found = sensitivities(model, tensors, joined, turned, block, few, reporter)
         max_kl = options.max_kl if options.bits is None else None
-        chosen, wide_rows = choose_bits(least, shapes, found, max_kl, options.bits)
-        bits = {name: chosen[name] for name in bits}
+        widths, wide_rows = choose_bits(least, shapes, found, max_kl, options.bits)
+        bits = {name: widths[name] for name in bits}
         costs = {name: cost[0] for names, cost in found.items() for name in names}
     if smoothed and isinstance(source, OwnModel):
         smooth = find_smoothing(model, source.checkpoint.config, calibration, reporter)
@@ -186,31 +186,8 @@ def prepare(
             if any(bits[name] == 4 for name in experts & bits.keys()):
                 reporter.note("experts of four bits are the nearest numbers: GPTQ hears the inputs of products alone")
             if by_gptq:
-                known: dict[str, Width] = {
-                    name: width for name, width in bits.items() if width == 8 and name not in experts
-                }
-                scales = {name: torch.float16 if name in narrow else dtype for name in by_gptq}
-                parts = together(calibration)
-                exact = model.enter(parts)
-                if (head := model.head) in by_gptq:
-                    forms = forms_of(known, shapes, block, narrow=narrow)
-                    with model.reading(RoundedTensors(tensors, forms, scales=dtype)):
-                        rows = wide_rows.get(head, 0)
-                        gptq = {head: gptq_head(model, head, calibration, scales, block, rows, reporter)}
-                known |= dict.fromkeys(gptq, 4)
-                forms = forms_of(known, shapes, block, narrow=narrow, wide_rows=wide_rows)
-                others = RoundedTensors(tensors, forms, gptq, dtype)
-                with model.reading(others):
-                    hidden = model.enter(parts)
-                    shelf: Shelf | InMemory = InMemory(gptq)
-                    if model.streams:
-                        asked = bits, wide_rows, block, capacity, str(dtype), sorted(by_gptq), sorted(narrow)
-                        computed = fingerprint(graph, source.tables(dtype, capacity))
-                        shelf = _shelf(unfinished(), four, asked, computed, [*exact, *hidden])
-                        if gptq:
-                            shelf.put(gptq)
-                    others.found = gptq = shelf  # a large head that lies there is no memory
-                    gptq_layers(model, by_gptq, four, calibration, exact, hidden, scales, block, reporter, shelf)
+                chosen = _Chosen(bits, wide_rows, narrow, block, dtype)
+                gptq = _gptq(source, tensors, graph, model, chosen, by_gptq, four, calibration, reporter, unfinished)
         forms = forms_of(bits, shapes, block, turned, narrow, wide_rows)
         if isinstance(source, OwnModel):
             weights = RoundedCheckpoint(source.checkpoint, forms, gptq, kept, dtype)
@@ -226,6 +203,65 @@ def prepare(
         cost=None,
     )
     return Prepared(weights, before, calibration, costs, spec)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What weights are rounded to."""
+
+    bits: Mapping[str, Width]
+    wide_rows: Mapping[str, int]  # see Form
+    narrow: Collection[str]  # those whose scales take two bytes
+    block: int  # see `form_of`
+    dtype: torch.dtype  # of the others' scales
+
+    def of(self, names: Collection[str], tensors: Tensors, gptq: Mapping[str, Rounded]) -> RoundedTensors:
+        """A model's weights, some of them rounded; to these numbers, where there are any."""
+        bits = {name: self.bits[name] for name in names}
+        forms = forms_of(bits, tensors.shapes(), self.block, narrow=self.narrow, wide_rows=self.wide_rows)
+        return RoundedTensors(tensors, forms, gptq, self.dtype)
+
+
+def _gptq(
+    source: Exportable,
+    tensors: Tensors,
+    graph: ir.Model,
+    model: Running,
+    chosen: _Chosen,
+    names: Collection[str],
+    width: Width,
+    calibration: Tensor,
+    reporter: Reporter,
+    unfinished: Callable[[], Path],
+) -> Mapping[str, Rounded]:
+    """Round weights of products, of these names, to `width`, calibrated on tokens [N, S]; for the rest see `prepare`.
+
+    The head first, behind a model of which only what has eight bits is rounded; then layer by layer, behind the rounded embedding.
+    """
+    scales = {name: torch.float16 if name in chosen.narrow else chosen.dtype for name in names}
+    wide = [name for name, bits in chosen.bits.items() if bits == 8 and len(tensors.shapes()[name]) == 2]
+    parts, in_memory = together(calibration), InMemory()
+    exact = model.enter(parts)
+    head = model.head
+    if head is not None and head in names:
+        with model.reading(chosen.of(wide, tensors, in_memory)):
+            rows = chosen.wide_rows.get(head, 0)
+            in_memory[head] = gptq_head(model, head, calibration, scales, chosen.block, rows, reporter)
+    others = chosen.of([*wide, *in_memory], tensors, in_memory)
+    with model.reading(others):
+        hidden = model.enter(parts)
+        shelf: Shelf | InMemory = in_memory
+        if model.streams:
+            how = chosen.bits, chosen.wide_rows, chosen.block, str(chosen.dtype), sorted(chosen.narrow)
+            asked = *how, model.capacity, sorted(names)
+            computed = fingerprint(graph, source.tables(chosen.dtype, model.capacity))
+            shelf = _shelf(unfinished(), width, asked, computed, [*exact, *hidden])
+            if in_memory:
+                shelf.put(in_memory)
+        others.found = shelf  # a large head that lies there is no memory
+        del in_memory
+        gptq_layers(model, names, width, calibration, exact, hidden, scales, chosen.block, reporter, shelf)
+    return shelf
 
 
 def _text(
