@@ -27,7 +27,7 @@ _MAPPINGS = Path("/proc/self/smaps")
 _PAGES = Path("/proc/self/pagemap")  # eight bytes for each small page
 _SMALL = _HUGE // mmap.PAGESIZE  # small pages in a huge one
 _FULL = _SMALL * 9 // 10  # so many of them must be in memory: collapsing an empty one would fill it
-_MOST = 1 << 40  # bytes: a mapping that large is a reserve, and two gigabytes to read
+_MOST = 1 << 36  # bytes: of a larger mapping, most likely a reserve, even what is to read is over 128 MiB
 
 
 @contextmanager
