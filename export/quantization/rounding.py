@@ -6,12 +6,12 @@ Calibrated on some of the text, and measured on the rest.
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import onnx_ir as ir
 import torch
@@ -43,7 +43,7 @@ from headfold.export.quantization.products import roundable, transposed
 from headfold.export.quantization.running import Running
 from headfold.export.quantization.sensitivity import TOKENS as SENSITIVITY
 from headfold.export.quantization.sensitivity import by_loss_of_inputs, choose_bits, sensitivities
-from headfold.export.quantization.shelf import InMemory, Shelf
+from headfold.export.quantization.shelf import InMemory, Shelf, digest_of, remembered
 from headfold.export.quantization.smoothing import find_smoothing
 from headfold.plugins.quantized.schema import BLOCK
 from headfold.runtime.errors import ConfigError
@@ -161,12 +161,19 @@ def prepare(
     four: Width = "float4" if options.scheme == "nvfp4" else 4  # what GPTQ rounds to
     calibrated = smoothed or (four in bits.values() and (options.scheme == "mixed" or options.method == "gptq"))
     held_out, calibration = _text(source, model, options, max(CALIBRATION if calibrated else 0, more), reporter)
+    lies_there = model.streams and calibrated and not smoothed  # what is made of it, if an export was killed
+    origin = _origin(tensors, graph, source.tables(dtype, capacity), capacity, reporter) if lies_there else b""
     with reporter.step("run PyTorch on held-out text"):
         before = reference(model, held_out)
     if options.scheme == "mixed" and calibrated:
         few = calibration[: max(SENSITIVITY // calibration.shape[1], 1)]
         joined = {groups[name] for name, width in bits.items() if width == 4}
-        found = sensitivities(model, tensors, joined, turned, block, few, reporter)
+
+        def measure() -> dict[tuple[str, ...], dict[int, float]]:
+            return sensitivities(model, tensors, joined, turned, block, few, reporter)
+
+        of_these = json.dumps([sorted(joined), sorted(turned), block]).encode(), origin, few.numpy().tobytes()
+        found = remembered(unfinished(), of_these, measure) if lies_there else measure()
         max_kl = options.max_kl if options.bits is None else None
         widths, wide_rows = choose_bits(least, shapes, found, max_kl, options.bits)
         bits = {name: widths[name] for name in bits}
@@ -187,7 +194,7 @@ def prepare(
                 reporter.note("experts of four bits are the nearest numbers: GPTQ hears the inputs of products alone")
             if by_gptq:
                 chosen = _Chosen(bits, wide_rows, narrow, block, dtype)
-                gptq = _gptq(source, tensors, graph, model, chosen, by_gptq, four, calibration, reporter, unfinished)
+                gptq = _gptq(tensors, model, chosen, by_gptq, four, calibration, origin, reporter, unfinished)
         forms = forms_of(bits, shapes, block, turned, narrow, wide_rows)
         if isinstance(source, OwnModel):
             weights = RoundedCheckpoint(source.checkpoint, forms, gptq, kept, dtype)
@@ -215,7 +222,7 @@ class _Chosen:
     block: int  # see `form_of`
     dtype: torch.dtype  # of the others' scales
 
-    def of(self, names: Collection[str], tensors: Tensors, gptq: Mapping[str, Rounded]) -> RoundedTensors:
+    def of(self, names: Collection[str], tensors: Tensors, gptq: Mapping[str, Rounded] | None = None) -> RoundedTensors:
         """A model's weights, some of them rounded; to these numbers, where there are any."""
         bits = {name: self.bits[name] for name in names}
         forms = forms_of(bits, tensors.shapes(), self.block, narrow=self.narrow, wide_rows=self.wide_rows)
@@ -223,45 +230,56 @@ class _Chosen:
 
 
 def _gptq(
-    source: Exportable,
     tensors: Tensors,
-    graph: ir.Model,
     model: Running,
     chosen: _Chosen,
     names: Collection[str],
     width: Width,
     calibration: Tensor,
+    origin: bytes,
     reporter: Reporter,
     unfinished: Callable[[], Path],
 ) -> Mapping[str, Rounded]:
-    """Round weights of products, of these names, to `width`, calibrated on tokens [N, S]; for the rest see `prepare`.
+    """Round weights of products, of these names, to `width`, calibrated on tokens [N, S]; for the rest see `prepare` and `_origin`.
 
     The head first, behind a model of which only what has eight bits is rounded; then layer by layer, behind the rounded embedding.
     """
+    how = chosen.bits, chosen.wide_rows, chosen.block, str(chosen.dtype), sorted(chosen.narrow), sorted(names)
+
+    def shelf(*streams: Tensor) -> Shelf | InMemory:
+        """For what is rounded where these enter the first layer."""
+        if not model.streams:
+            return InMemory()
+        entering = (stream.numpy().tobytes() for stream in streams)
+        return Shelf(unfinished(), width, chain((json.dumps(how, sort_keys=True).encode(), origin), entering))
+
     scales = {name: torch.float16 if name in chosen.narrow else chosen.dtype for name in names}
     wide = [name for name, bits in chosen.bits.items() if bits == 8 and len(tensors.shapes()[name]) == 2]
-    parts, in_memory = together(calibration), InMemory()
-    exact = model.enter(parts)
-    head = model.head
-    if head is not None and head in names:
-        with model.reading(chosen.of(wide, tensors, in_memory)):
+    parts = together(calibration)
+    exact, head = model.enter(parts), model.head
+    alone = shelf(*exact)
+    if head is not None and head in names and not alone.next_layer({head: model.stored(head)}):
+        with model.reading(chosen.of(wide, tensors)):
             rows = chosen.wide_rows.get(head, 0)
-            in_memory[head] = gptq_head(model, head, calibration, scales, chosen.block, rows, reporter)
-    others = chosen.of([*wide, *in_memory], tensors, in_memory)
+            alone.put({head: gptq_head(model, head, calibration, scales, chosen.block, rows, reporter)})
+    others = chosen.of([*wide, *alone], tensors, alone)
     with model.reading(others):
         hidden = model.enter(parts)
-        shelf: Shelf | InMemory = in_memory
-        if model.streams:
-            how = chosen.bits, chosen.wide_rows, chosen.block, str(chosen.dtype), sorted(chosen.narrow)
-            asked = *how, model.capacity, sorted(names)
-            computed = fingerprint(graph, source.tables(chosen.dtype, model.capacity))
-            shelf = _shelf(unfinished(), width, asked, computed, [*exact, *hidden])
-            if in_memory:
-                shelf.put(in_memory)
-        others.found = shelf  # a large head that lies there is no memory
-        del in_memory
-        gptq_layers(model, names, width, calibration, exact, hidden, scales, chosen.block, reporter, shelf)
-    return shelf
+        found = shelf(*exact, *hidden)
+        if alone:
+            found.put(alone)
+        others.found = found
+        del alone
+        gptq_layers(model, names, width, calibration, exact, hidden, scales, chosen.block, reporter, found)
+    return found
+
+
+def _origin(
+    tensors: Tensors, graph: ir.Model, tables: Mapping[str, Tensor], capacity: int, reporter: Reporter
+) -> bytes:
+    """What is made of a model is made of this: its weights, and what its graph, whose constants are `tables`, computes."""
+    with reporter.step("hash the weights"):
+        return f"{version('headfold')} {capacity} ".encode() + fingerprint(graph, tables) + digest_of(tensors)
 
 
 def _text(
@@ -282,13 +300,6 @@ def _text(
     measured = torch.zeros(len(tokens), dtype=torch.bool)
     measured[torch.arange(rows) * len(tokens) // rows] = True
     return tokens[measured], tokens[~measured]
-
-
-def _shelf(directory: Path, width: Width, asked: Any, computed: bytes, streams: Sequence[Tensor]) -> Shelf:
-    """For layers that are rounded as they were asked to be, of a graph that computes this, with these streams into the first one."""
-    entering = (stream.numpy().tobytes() for stream in streams)
-    made_from = json.dumps([version("headfold"), *asked], sort_keys=True).encode(), computed
-    return Shelf(directory, width, chain(made_from, entering))
 
 
 def widths_of(

@@ -1,19 +1,23 @@
 """Rounded layers on the disk while an export goes on: there they take no memory, and one that was killed goes on where it was.
 
-A layer's file is named by all that the layer was made from, so nothing that was made from something else is taken for it.
+So does what its weights were measured to cost. A file is named by all that it was made from: nothing made from something else is
+taken for it.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from headfold.export.exportables.base import Tensors
 from headfold.export.files import sync
 from headfold.export.model.rounding import Rounded, Width
 from headfold.runtime.errors import BundleError
@@ -34,9 +38,7 @@ class Shelf(Mapping[str, Rounded]):
     """
 
     def __init__(self, directory: Path, bits: Width, made_from: Iterable[bytes]) -> None:
-        self._directory, self._bits, self._key = directory, bits, hashlib.sha256()
-        for part in made_from:
-            self._key.update(hashlib.sha256(part).digest())
+        self._directory, self._bits, self._key = directory, bits, _key(made_from)
         self._files = dict[str, Path]()  # by weight
         self.found = 0  # layers that lay there already
 
@@ -44,7 +46,7 @@ class Shelf(Mapping[str, Rounded]):
         """Turn to the next layer, whose weights these are, and say whether it lies there."""
         for name, weight in weights.items():
             self._key.update(name.encode())
-            self._key.update(weight.contiguous().flatten().view(torch.uint8).numpy().data)
+            self._key.update(_bytes(weight))
         if not self._file.is_file():
             return False
         with _opened(self._file) as file:
@@ -98,6 +100,50 @@ class InMemory(dict[str, Rounded]):
     def put(self, rounded: Mapping[str, Rounded]) -> None:
         """See Shelf."""
         self.update(rounded)
+
+
+# Of weights that are measured together, by how many first rows had eight bits
+_Costs = dict[tuple[str, ...], dict[int, float]]
+_STORED = TypeAdapter(list[tuple[tuple[str, ...], dict[int, float]]])
+
+
+def remembered(directory: Path, made_from: Iterable[bytes], measure: Callable[[], _Costs]) -> _Costs:
+    """What was measured here before, of the same, or what now is.
+
+    Raises:
+        BundleError: the file is damaged.
+    """
+    file = directory / f"{_key(made_from).hexdigest()}.json"
+    if not file.is_file():
+        half_made = file.with_suffix(".partial")
+        half_made.write_text(json.dumps(list(measure().items())))
+        sync(half_made)
+        half_made.replace(file)
+    try:
+        return dict(_STORED.validate_json(file.read_bytes()))
+    except ValidationError as error:
+        raise BundleError("what weights were measured to cost is damaged", where=file, fix="Delete it.") from error
+
+
+def digest_of(tensors: Tensors) -> bytes:
+    """A hash of a model's weights: names, dtypes and numbers."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors.shapes()):
+        weight = tensors.read(name)
+        digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+        digest.update(_bytes(weight))
+    return digest.digest()
+
+
+def _key(made_from: Iterable[bytes]) -> "hashlib._Hash":
+    key = hashlib.sha256()
+    for part in made_from:
+        key.update(hashlib.sha256(part).digest())
+    return key
+
+
+def _bytes(weight: Tensor) -> memoryview:
+    return weight.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from headfold.export.progress import Reporter
 from headfold.export.publishing import unfinished
 from headfold.export.quantization import gptq
 from headfold.export.quantization.rounding import WeightRounding
-from headfold.export.quantization.shelf import Shelf
+from headfold.export.quantization.shelf import Shelf, digest_of, remembered
 from headfold.runtime.errors import BundleError
 from headfold.runtime.manifest import WeightsScheme
 
@@ -92,6 +92,52 @@ def test_an_export_that_was_killed_goes_on_with_its_layers(source, tokens, tmp_p
     assert len(calls) == 3 * _PRODUCTS  # nothing is left of a finished one
     for file in ("model.onnx.data", "weights.json"):
         assert (output / file).read_bytes() == (tmp_path / "out" / "whole" / file).read_bytes()
+
+
+def test_nor_is_what_was_measured_and_the_head(source, tokens, tmp_path, monkeypatch) -> None:
+    """Killed in the first layer, the head behind it."""
+    output = tmp_path / "bundle"
+    options = [
+        "--weights",
+        "mixed",
+        "--bits",
+        "4",
+        "--max-kl",
+        "100",
+        "--data",
+        tokens,
+        "--no-verify",
+        "--capacity",
+        "64",
+    ]
+    command = [sys.executable, "-c", _DYING, "3", "export", source, "-o", output, *options, "-q"]
+    assert subprocess.run(command, check=False).returncode == 137
+    monkeypatch.setattr("headfold.export.exportables.foreign.widening.LARGE", 0)
+    export(source, tmp_path / "whole", tokens, "mixed")
+    for name in ("sensitivities", "gptq_head"):
+        monkeypatch.setattr(f"headfold.export.quantization.rounding.{name}", lambda *_: pytest.fail("it lies there"))
+    export(source, output, tokens, "mixed")
+    for file in ("model.onnx.data", "weights.json"):
+        assert (output / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    with pytest.raises(pytest.fail.Exception):  # nothing is left
+        export(source, tmp_path / "again", tokens, "mixed")
+
+
+def test_what_was_measured_of_something_else_is_not_taken(tmp_path) -> None:
+    weights = {"a": torch.randn(4, 64), "b": torch.randn(8, 64)}
+
+    def costs(weights: dict[str, torch.Tensor], number: float) -> float:
+        digest = digest_of(MemoryCheckpoint(tmp_path, CONFIG, weights))
+        return remembered(tmp_path, [digest], lambda: {("a", "b"): {0: number, 32: float("inf")}})["a", "b"][0]
+
+    assert costs(weights, 0.1) == costs(weights, 0.2) == 0.1
+    assert costs(weights | {"b": weights["b"] + 1}, 0.3) == 0.3
+    assert costs({"b": weights["a"], "a": weights["b"]}, 0.4) == 0.4
+    assert costs({name: weight.half() for name, weight in weights.items()}, 0.5) == 0.5
+    for file in tmp_path.glob("*.json"):
+        file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(BundleError, match="what weights were measured to cost is damaged"):
+        costs(weights, 0.6)
 
 
 def test_a_large_model_in_four_bits_head_and_all_is_the_same(source, tokens, tmp_path, monkeypatch) -> None:
