@@ -101,16 +101,23 @@ def load(
         raise InputError(
             "another bundle can read prompts only with ONNX Runtime on the CPU", where=prefill, fix="Leave it out."
         )
-    opened = _open(Path(path), backend, provider, threads, attention, check)
+    shares = draft is not None or prefill is not None  # the cores
+    opened = _open(Path(path), backend, provider, threads, attention, check, shares)
     drafting, reading = (
-        None if other is None else _open(Path(other), backend, provider, threads, attention, check)
+        None if other is None else _open(Path(other), backend, provider, threads, attention, check, shares)
         for other in (draft, prefill)
     )
     return Model(*opened, draft=drafting, prefill=reading, **scheduling)
 
 
 def _open(
-    bundle: Path, backend: str, provider: str, threads: int | None, attention: Attention | None, check: bool
+    bundle: Path,
+    backend: str,
+    provider: str,
+    threads: int | None,
+    attention: Attention | None,
+    check: bool,
+    shares: bool,
 ) -> "tuple[Text, Manifest, Backend[Any]]":
     """The bundle's texts, its manifest and its engine; see `load`."""
     from headfold.runtime.files.known_files import known_files
@@ -134,7 +141,7 @@ def _open(
         if error.name != "onnxruntime":
             raise
         raise ProviderError("onnxruntime is not installed", fix='Install it: pip install "headfold[ort]".') from error
-    return text, manifest, OrtSession(bundle, manifest, provider, threads)
+    return text, manifest, OrtSession(bundle, manifest, provider, threads, shares=shares)
 
 
 def __getattr__(name: str) -> Any:

@@ -66,18 +66,28 @@ class OrtCache:
 class OrtSession:
     """Runs a bundle's graph; `provider` is "cpu" or "cuda", `threads` are the CPU provider's, by default `physical_cores`.
 
+    `shares` the cores with another session's threads: its own do not wait for the next step in a loop, as they would for a while.
+
     Raises:
         ProviderError: the provider is unknown, not available, or cannot run this bundle.
         BundleError: ONNX Runtime cannot load the graph, or it is not the one of the manifest.
         InputError: less than one thread.
     """
 
-    def __init__(self, bundle: Path, manifest: Manifest, provider: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        provider: str = "cpu",
+        threads: int | None = None,
+        *,
+        shares: bool = False,
+    ) -> None:
         if threads is not None and threads < 1:
             raise InputError(f"threads is {threads}", fix="It must be 1 or more; leave it out for one per core.")
         self.manifest, self.device = manifest, provider
         with huge_pages() if provider == "cpu" else nullcontext():
-            self.session = _open(bundle, manifest, provider, threads or physical_cores())
+            self.session = _open(bundle, manifest, provider, threads or physical_cores(), shares)
         give_back_mapped(bundle / f"{MODEL}.data")
         self._path = bundle / MODEL
         _check_graph(self.session, self._path, manifest)
@@ -208,7 +218,7 @@ def _token_bytes(manifest: Manifest) -> int:
     return numbers * DTYPES[manifest.cache_dtype].size
 
 
-def _open(bundle: Path, manifest: Manifest, provider: str, threads: int) -> Any:
+def _open(bundle: Path, manifest: Manifest, provider: str, threads: int, shares: bool) -> Any:
     """The InferenceSession, running on that provider for certain; see OrtSession."""
     if provider not in PROVIDERS:
         raise ProviderError(f"provider {provider!r} is unknown", fix=f"headfold knows {', '.join(PROVIDERS)}.")
@@ -234,6 +244,8 @@ def _open(bundle: Path, manifest: Manifest, provider: str, threads: int) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = SILENT
+    if shares:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     if provider != "cpu":
         _prepare_cuda(options)
     try:

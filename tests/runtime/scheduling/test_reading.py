@@ -64,6 +64,11 @@ def test_the_prompt_is_the_reader_s_and_what_follows_the_bundle_s_own(pair, alon
         np.testing.assert_array_equal(step, own.decode(continued, np.array([token]), active))
 
 
+def test_threads_of_neither_wait_where_the_other_s_compute(pair) -> None:
+    for session in (pair.session, pair.backend._reader.session):
+        assert session.get_session_options().get_session_config_entry("session.force_spinning_stop") == "1"
+
+
 def test_logits_of_all_tokens_are_the_bundle_s_own(pair, alone) -> None:
     own, ids = alone[0], np.array(PROMPT[:5])
     found, expected = (
