@@ -61,9 +61,9 @@ class Model:
         `scheduling`: see Scheduler.
         """
         if prefill is not None:
-            read, reader, engine = prefill
-            check_reader(text.bundle, manifest, read.bundle, reader)
-            backend = ReadByAnother(backend, engine, manifest, read.bundle)
+            other, other_manifest, reader = prefill
+            check_reader(text.bundle, manifest, other.bundle, other_manifest)
+            backend = ReadByAnother(backend, reader, manifest, other.bundle)
         self.bundle, self.manifest, self.backend = text.bundle, manifest, backend
         self.session = backend.session
         self._text = text

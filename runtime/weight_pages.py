@@ -27,7 +27,7 @@ _MAPPINGS = Path("/proc/self/smaps")
 _PAGES = Path("/proc/self/pagemap")  # eight bytes for each small page
 _SMALL = _HUGE // mmap.PAGESIZE  # small pages in a huge one
 _FULL = _SMALL * 9 // 10  # so many of them must be in memory: collapsing an empty one would fill it
-_MOST = 1 << 36  # bytes: of a larger mapping, most likely a reserve, even what is to read is over 128 MiB
+_MOST = 1 << 15  # huge pages: of a larger mapping, most likely a reserve, even what is to read is over 128 MiB
 
 
 @contextmanager
@@ -91,22 +91,18 @@ def _in_use(least: int) -> NDArray[np.int64]:
     By pages, not by mappings: the kernel makes one mapping of neighbours, and one that was half in use may be full later.
     """
     found = [np.empty(0, np.int64)]
+    private = [x for x in _mappings() if x.permissions == "rw-p" and x.path in ("", "[heap]") and x.resident > 0]
     try:
         with _PAGES.open("rb") as pages:
-            for mapping in _mappings():
-                size = mapping.end - mapping.start
-                if (
-                    mapping.permissions == "rw-p"
-                    and mapping.path in ("", "[heap]")
-                    and mapping.resident > 0
-                    and size < _MOST
-                ):
-                    start = mapping.start // _HUGE * _HUGE
-                    count = -(-(mapping.end - start) // _HUGE)
-                    pages.seek(start // mmap.PAGESIZE * 8)
-                    entries = np.frombuffer(pages.read(count * _SMALL * 8), np.uint64).reshape(count, _SMALL)
-                    used = np.count_nonzero(entries >> np.uint64(63), axis=1)  # bit 63: the page is present
-                    found.append(start + _HUGE * np.flatnonzero(used >= least))
+            for mapping in private:
+                start = mapping.start // _HUGE * _HUGE
+                count = -(-(mapping.end - start) // _HUGE)
+                if count >= _MOST:
+                    continue
+                pages.seek(start // mmap.PAGESIZE * 8)
+                entries = np.frombuffer(pages.read(count * _SMALL * 8), np.uint64).reshape(count, _SMALL)
+                used = np.count_nonzero(entries >> np.uint64(63), axis=1)  # bit 63: the page is present
+                found.append(start + _HUGE * np.flatnonzero(used >= least))
     except OSError:  # sandboxes hide it
         return found[0]
     return np.unique(np.concatenate(found))

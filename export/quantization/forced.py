@@ -17,11 +17,11 @@ from headfold.export.graph.passes import split_layers
 from headfold.export.graph.weights import data_file, load_model, open_parts
 from headfold.plugins.dtypes import DTYPES
 from headfold.plugins.names import PARTS, cache_input, cache_output, hidden_state, is_cache_input, layer_input
+from headfold.runtime import load
 from headfold.runtime.backend import Backend, widened
 from headfold.runtime.cpu import physical_cores
 from headfold.runtime.errors import BundleError
-from headfold.runtime.manifest import MODEL, Manifest, check_files, read_manifest
-from headfold.runtime.scheduling.reading import ReadByAnother, check_reader
+from headfold.runtime.manifest import MODEL, Manifest
 from headfold.runtime.session import OrtCache, OrtSession
 from headfold.runtime.weight_pages import give_back_mapped
 
@@ -39,17 +39,14 @@ class Forced(Protocol):
 
 
 def open_forced(bundle: Path, manifest: Manifest, prefill: Path | None = None) -> Forced:
-    """Open a bundle, finished or staged; and another that reads its prompts, both in memory as a whole.
+    """Open a bundle, finished or staged; or a finished one with another that reads its prompts, both in memory as a whole.
 
     Raises:
-        BundleError: ONNX Runtime cannot load it, or the other one is altered.
+        BundleError: ONNX Runtime cannot load it, or one of two is altered.
         InputError: the other one is of another model.
     """
     if prefill is not None:
-        reader = read_manifest(prefill)
-        check_files(prefill, reader)
-        check_reader(bundle, manifest, prefill, reader)
-        return _Whole(ReadByAnother(OrtSession(bundle, manifest), OrtSession(prefill, reader), manifest, prefill))
+        return _Whole(load(bundle, prefill=prefill).backend)
     # Of float8 ONNX Runtime makes floats when it loads it
     times = 4 if manifest.weights is not None and manifest.weights.scheme == "fp8" else 1
     if times * data_file(bundle / MODEL).stat().st_size > LARGE:

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -168,10 +169,7 @@ def prepare(
     if options.scheme == "mixed" and calibrated:
         few = calibration[: max(SENSITIVITY // calibration.shape[1], 1)]
         joined = {groups[name] for name, width in bits.items() if width == 4}
-
-        def measure() -> dict[tuple[str, ...], dict[int, float]]:
-            return sensitivities(model, tensors, joined, turned, block, few, reporter)
-
+        measure = partial(sensitivities, model, tensors, joined, turned, block, few, reporter)
         of_these = json.dumps([sorted(joined), sorted(turned), block]).encode(), origin, few.numpy().tobytes()
         found = remembered(unfinished(), of_these, measure) if lies_there else measure()
         max_kl = options.max_kl if options.bits is None else None

@@ -63,10 +63,8 @@ class Shelf(Mapping[str, Rounded]):
         parts = {f"{name}{_VALUES}": rounding.values for name, rounding in rounded.items()}
         parts |= {f"{name}{_SCALES}": rounding.scales for name, rounding in rounded.items()}
         parts |= {f"{name}{_WIDE_ROWS}": torch.tensor(rounding.wide_rows) for name, rounding in rounded.items()}
-        half_made = self._file.with_suffix(".partial")
-        save_file({name: part.contiguous() for name, part in parts.items()}, half_made)
-        sync(half_made)
-        half_made.replace(self._file)
+        with _made(self._file) as half_made:
+            save_file({name: part.contiguous() for name, part in parts.items()}, half_made)
         self._files |= dict.fromkeys(rounded, self._file)
 
     @property
@@ -115,10 +113,9 @@ def remembered(directory: Path, made_from: Iterable[bytes], measure: Callable[[]
     """
     file = directory / f"{_key(made_from).hexdigest()}.json"
     if not file.is_file():
-        half_made = file.with_suffix(".partial")
-        half_made.write_text(json.dumps(list(measure().items())))
-        sync(half_made)
-        half_made.replace(file)
+        costs = measure()
+        with _made(file) as half_made:
+            half_made.write_text(json.dumps(list(costs.items())))
     try:
         return dict(_STORED.validate_json(file.read_bytes()))
     except ValidationError as error:
@@ -133,6 +130,15 @@ def digest_of(tensors: Tensors) -> bytes:
         digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
         digest.update(_bytes(weight))
     return digest.digest()
+
+
+@contextmanager
+def _made(file: Path) -> Iterator[Path]:
+    """What to write; it becomes the file at the end of the block."""
+    half_made = file.with_suffix(".partial")
+    yield half_made
+    sync(half_made)
+    half_made.replace(file)
 
 
 def _key(made_from: Iterable[bytes]) -> "hashlib._Hash":

@@ -58,6 +58,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     advise = weight_pages._advise
 
     def noted(found: Sequence[tuple[int, int]], advice: int) -> None:
+        assert advice == 25  # MADV_COLLAPSE
         ranges.extend(found)
         advise(found, advice)
 
@@ -100,8 +101,8 @@ def test_old_memory_stays_where_new_memory_lies_on_both_sides(old_part: float, a
             assert protect(numbers[side].ctypes.data, SIZE, mmap.PROT_READ | mmap.PROT_WRITE) == 0
             numbers[side] = side
     moved()
-    # If that half is empty, the kernel may have filled its last huge page with its neighbour
-    assert of(memory, asked, slice(third, 2 * third)) < HUGE
+    # If half of it is empty, the kernel may have filled its last huge page with its neighbour
+    assert of(memory, asked, slice(third, 2 * third)) < (1 if old_part == 1.0 else HUGE)
     assert of(memory, asked) >= 2 * SIZE - 4 * HUGE
     assert all((numbers[part] == part).all() for part in (0, 2))
     assert (numbers[1, : int(third * old_part)] == 1).all()

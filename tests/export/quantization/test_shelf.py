@@ -97,20 +97,8 @@ def test_an_export_that_was_killed_goes_on_with_its_layers(source, tokens, tmp_p
 def test_nor_is_what_was_measured_and_the_head(source, tokens, tmp_path, monkeypatch) -> None:
     """Killed in the first layer, the head behind it."""
     output = tmp_path / "bundle"
-    options = [
-        "--weights",
-        "mixed",
-        "--bits",
-        "4",
-        "--max-kl",
-        "100",
-        "--data",
-        tokens,
-        "--no-verify",
-        "--capacity",
-        "64",
-    ]
-    command = [sys.executable, "-c", _DYING, "3", "export", source, "-o", output, *options, "-q"]
+    options = ["--weights=mixed", "--bits=4", "--max-kl=100", "--data", tokens, "--no-verify", "--capacity=64", "-q"]
+    command = [sys.executable, "-c", _DYING, "3", "export", source, "-o", output, *options]
     assert subprocess.run(command, check=False).returncode == 137
     monkeypatch.setattr("headfold.export.exportables.foreign.widening.LARGE", 0)
     export(source, tmp_path / "whole", tokens, "mixed")
