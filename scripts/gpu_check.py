@@ -20,10 +20,12 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from gpu_kernels import time_kernels
+from gpu_types import TypeCheck, check_types
 
+from headfold.export.quantization.rounding import WeightRounding
 from headfold.plugins.dtypes import DType
 from headfold.runtime.backend import Backend
 from headfold.runtime.errors import HeadfoldError, ProviderError
@@ -33,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "bundles" / "gpu_check"
 GGUF = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 CAPACITY = 2048
+BATCHES = (1, 32)  # sequences that are decoded together, each after a prompt of its own
 PACKAGES = ("cuda-bindings", "headfold", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "torch", "triton")
 Open = Callable[[], Backend[Any]]
 
@@ -54,7 +57,9 @@ CASES = (
     ENGINES,
     Case("bfloat16"),
     Case("float32"),
-    Case("float16", weights="int4"),  # its own bits, where the file has four
+    *(
+        Case("float16", weights=scheme) for scheme in get_args(WeightsScheme) if scheme != "mixed"
+    ),  # of two others' kernels
 )
 
 
@@ -77,17 +82,30 @@ def main() -> int:
     for check in report["parity"]:
         verdict = "ok" if check["passed"] else "FAILED"
         print(f"{verdict:6} {check['backend']}, {check['name']}: {check['max_error']:.3g} of {check['limit']:.3g}")
-    report["timing"] = measure(found, options.prompt, options.new, options.rounds)
-    for name, times in report["timing"]["backends"].items():
-        print(
-            f"{name}: prefill {times['prefill_tokens_per_s']:.0f}, decode {times['decode_tokens_per_s']:.1f} tokens/s"
-        )
+    report["timing"] = [measure(found, batch, options.prompt, options.new, options.rounds) for batch in BATCHES]
+    for timing in report["timing"]:
+        for name, times in timing["backends"].items():
+            speeds = f"prefill {times['prefill_tokens_per_s']:.0f}, decode {times['decode_tokens_per_s']:.1f} tokens/s"
+            print(f"{name}, {timing['batch']} sequences: {speeds}", flush=True)
     report["kernels"] = [asdict(timing) for timing in time_kernels()]
+    report["types"] = []
+    for type_ in check_types():
+        report["types"].append(asdict(type_))
+        verdict = "none" if type_.missing else "ok" if type_.passed else "FAILED"
+        print(f"{verdict:6} {type_.model_type}: {type_.missing or shares(type_)}", flush=True)
     path = WORK / f"{machine['name']}-{machine['gpu'].replace(' ', '_')}.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
     print(f"wrote {path}")
-    passed = report["tests"]["failed"] == 0 and all(check["passed"] for check in report["parity"])
+    checks = report["parity"] + [check for type_ in report["types"] for check in type_["checks"]]
+    passed = report["tests"]["failed"] == 0 and all(check["passed"] for check in checks)
     return 0 if passed and report["parity"] else 1
+
+
+def shares(found: TypeCheck) -> str:
+    """How much of what is allowed each of a type's checks took, and near-ties."""
+    ties = sum(check.near_ties for check in found.checks)
+    words = [f"{check.name} {check.max_error / check.limit:.2f}" for check in found.checks]
+    return ", ".join(words + [f"{ties} near-ties"] * bool(ties))
 
 
 def describe() -> dict[str, Any]:
@@ -114,7 +132,8 @@ def run_tests() -> dict[str, Any]:
     """`pytest -m gpu`, with the names of what failed or was skipped."""
     WORK.mkdir(parents=True, exist_ok=True)
     results = WORK / "tests.xml"
-    subprocess.run(["pytest", "-m", "gpu", "-q", f"--junitxml={results}"], cwd=ROOT)
+    files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "pytest.mark.gpu" in path.read_text()]
+    subprocess.run([sys.executable, "-m", "pytest", "-m", "gpu", "-q", f"--junitxml={results}", *files], cwd=ROOT)
     cases = list(ElementTree.parse(results).getroot().iter("testcase"))
     failed = [case.get("name") for case in cases if case.find("failure") is not None or case.find("error") is not None]
     skipped = [case.get("name") for case in cases if case.find("skipped") is not None]
@@ -157,7 +176,6 @@ def export(case: Case) -> Path:
     from headfold.export.bundle.pipeline import ExportOptions, export_bundle
     from headfold.export.exportables.opening import open_exportable
     from headfold.export.progress import Reporter
-    from headfold.export.quantization.rounding import WeightRounding
 
     bundle = WORK / case.name
     options = ExportOptions(
@@ -165,10 +183,15 @@ def export(case: Case) -> Path:
         capacity=CAPACITY,
         verify=False,
         force=True,
-        weights=WeightRounding(scheme=case.weights, method="nearest", max_kl=10.0) if case.weights else None,
+        weights=rounding(case.weights) if case.weights else None,
     )
     export_bundle(open_exportable(GGUF), bundle, options, Reporter())
     return bundle
+
+
+def rounding(scheme: WeightsScheme) -> WeightRounding:
+    """What is quick, whatever it costs: a GPU is asked whether its kernels agree."""
+    return WeightRounding(scheme=scheme, method="nearest", max_kl=10.0, data=(str(ROOT / "README.md"),))
 
 
 def build(bundle: Path, capability: int, missing: dict[str, str]) -> dict[str, Open]:
@@ -201,8 +224,6 @@ def build(bundle: Path, capability: int, missing: dict[str, str]) -> dict[str, O
 
 def compare(found: dict[Case, dict[str, Open]]) -> list[dict[str, Any]]:
     """Every backend's logits against PyTorch on the CPU, through polygraphy's runners."""
-    import torch
-
     from headfold.export.exportables.opening import open_exportable
     from headfold.export.parity.backends import verify_backends
     from headfold.export.parity.probes import make_prompts
@@ -216,34 +237,35 @@ def compare(found: dict[Case, dict[str, Open]]) -> list[dict[str, Any]]:
         bundle = WORK / case.name
         manifest = read_manifest(bundle)
 
-        def oracle(bundle: Path = bundle, manifest: Any = manifest) -> Any:
-            return reference_of(bundle, source, manifest, torch.float32)
-
+        oracle = partial(reference_of, bundle, source, manifest)
         checks += verify_backends(oracle, backends, precision_of(manifest), prompts, decode_steps=32)
     return [vars(check) for check in checks]
 
 
-def measure(found: dict[Case, dict[str, Open]], prompt: int, new: int, rounds: int) -> dict[str, Any]:
-    """Tokens per second of one sequence, greedy: medians of interleaved rounds, after one that does not count."""
+def measure(found: dict[Case, dict[str, Open]], batch: int, prompt: int, new: int, rounds: int) -> dict[str, Any]:
+    """Tokens per second of a batch, greedy: medians of interleaved rounds, after one that does not count."""
     import numpy as np
 
-    ids = np.random.default_rng(0).integers(0, 49152, prompt)
+    ids = np.random.default_rng(0).integers(0, 49152, (batch, prompt))
     opened = {name: open_() for backends in found.values() for name, open_ in backends.items()}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in opened}
     for _ in range(rounds + 1):
         for name, backend in opened.items():
-            cache = backend.new_cache(1, prompt + new)
+            cache = backend.new_cache(batch, prompt + new)
             start = time.perf_counter()
-            token = backend.prefill(cache, 0, ids).argmax()
+            tokens = np.array([backend.prefill(cache, row, ids[row]).argmax() for row in range(batch)])
             middle = time.perf_counter()
             for _ in range(new - 1):
-                token = backend.decode(cache, np.array([token]), np.ones(1, np.bool_))[0].argmax()
+                tokens = backend.decode(cache, tokens, np.ones(batch, np.bool_)).argmax(axis=-1)
             seconds[name].append((middle - start, time.perf_counter() - middle))
     result = {}
     for name, times in seconds.items():
         prefill, decode = (statistics.median(column) for column in zip(*times[1:], strict=True))
-        result[name] = {"prefill_tokens_per_s": prompt / prefill, "decode_tokens_per_s": (new - 1) / decode}
-    return {"prompt": prompt, "new": new, "rounds": rounds, "batch": 1, "backends": result}
+        result[name] = {
+            "prefill_tokens_per_s": batch * prompt / prefill,
+            "decode_tokens_per_s": batch * (new - 1) / decode,
+        }
+    return {"prompt": prompt, "new": new, "rounds": rounds, "batch": batch, "backends": result}
 
 
 if __name__ == "__main__":

@@ -194,13 +194,13 @@ def as_array(x: Tensor) -> Array:
     return (x if x.dtype == torch.float64 else x.float()).numpy()
 
 
-def nudge(module: nn.Module, seed: int) -> None:
-    """Change each weight by less than float32 can tell: by a random part of eps of itself, 1.2e-7 at most, up or down.
+def nudge(module: nn.Module, seed: int, told_by: torch.dtype = torch.float32) -> None:
+    """Change each weight by less than a dtype can tell: by a random part of its eps, of the weight itself, up or down.
 
     In place, and only those in float64, which `widened` copied: a large model's layers have none but while they compute, and stay.
     """
     random = torch.Generator().manual_seed(seed)
-    eps = torch.finfo(torch.float32).eps
+    eps = torch.finfo(told_by).eps
     for parameter in module.parameters():
         if parameter.dtype == torch.float64:
             parameter.data = parameter.data.contiguous()

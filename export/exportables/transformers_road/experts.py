@@ -33,7 +33,7 @@ def learn_gates(model: nn.Module) -> None:
 
 
 def _attributes(name: str, module: Any) -> ExpertsAttributes:
-    if not module.has_gate or module.has_post_expert_norm:
+    if not module.has_gate or getattr(module, "has_post_expert_norm", False):  # older transformers have no such experts
         what = "a norm after its experts" if module.has_gate else "experts without a gate"
         raise ConfigError(f"has {what}", where=name, fix=_FIX)
     line = torch.linspace(-12, 12, 49, dtype=torch.float64, device="cpu")

@@ -57,9 +57,9 @@ def test_a_recipe_alternates_rows_and_transposes_the_last_axes() -> None:
 
 
 class Experts(nn.Module):
-    """As transformers' decorator leaves a class."""
+    """As the decorator of transformers 5.17 leaves a class; later ones add `has_post_expert_norm`."""
 
-    has_gate, has_post_expert_norm, is_concatenated = True, False, True
+    has_gate, is_concatenated = True, True
 
     def __init__(self, activation, **changes) -> None:
         super().__init__()
