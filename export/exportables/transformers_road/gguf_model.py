@@ -22,7 +22,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 from headfold.export.checkpoints.gguf.reading import GGUFFile, makes_sense
 from headfold.export.checkpoints.gguf.tokenizer import tokenizer_files
 from headfold.export.exportables.base import Tensors
-from headfold.export.exportables.transformers_road.loading import one_line, quiet
+from headfold.export.exportables.transformers_road.loading import InputsLast, one_line, quiet, with_linear
 from headfold.export.exportables.transformers_road.transformers_model import TransformersModel
 from headfold.export.model.numbers import check_numbers
 from headfold.runtime.errors import CheckpointError, ConfigError
@@ -116,6 +116,7 @@ class _Weights:
         model = self._empty(torch.float32)
         self._buffers: dict[str, Tensor] = dict(model.named_buffers())
         self._shapes = {name: tuple(x.shape) for name, x in model.named_parameters()}  # what is tied has its first name
+        self._turned = {f"{name}.weight" for name, x in model.named_modules() if isinstance(x, InputsLast)}
         processor = TENSOR_PROCESSORS.get(file.metadata["general.architecture"], TensorProcessor)
         self._processor = processor(config=config.get_text_config().to_dict())
         self._names: dict[str, str] = get_gguf_hf_weights_map(model, self._processor)
@@ -150,6 +151,7 @@ class _Weights:
             if result.name is not None:
                 made["tensors"][name] = torch.from_numpy(np.require(result.weights, requirements=["C", "W"]))
         tensor = made["tensors"].get(name)
+        tensor = tensor.mT if tensor is not None and name in self._turned else tensor
         if tensor is None or tuple(tensor.shape) != self._shapes[name]:
             found = None if tensor is None else list(tensor.shape)
             raise CheckpointError(
@@ -179,4 +181,4 @@ class _Weights:
                 fix=_FIX,
             ) from error
         model.tie_weights()
-        return cast(PreTrainedModel, model)
+        return with_linear(cast(PreTrainedModel, model))

@@ -35,7 +35,8 @@ def transformers_in_memory(
 
     check_numbers(model.config.to_dict(), name)
     exportable = TransformersModel(copy.deepcopy(model.config), load, Path(name), tokenizer or TokenizerFiles())
-    found, wanted = {name: tuple(x.shape) for name, x in model.named_parameters()}, exportable.shapes
+    loaded, wanted = exportable.load(torch.float32, values=False), exportable.shapes
+    found = {name: tuple(x.shape) for name, x in loaded.named_parameters()}
     different = [parameter for parameter in {**wanted, **found} if wanted.get(parameter) != found.get(parameter)]
     if different:
         raise ConfigError(

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from headfold.export.checkpoints.directories.directory import Directory
@@ -70,6 +71,23 @@ def load_model(
             f"transformers cannot load it: {one_line(error)}", where=directory.path, fix="Download it again."
         ) from error
     return model.eval().requires_grad_(False), found
+
+
+class InputsLast(nn.Linear):
+    """A Linear in place of a Conv1D, GPT-2's product with a weight [in, out]: the same numbers, seen as [out, in]."""
+
+    def __init__(self, conv: Conv1D) -> None:
+        super().__init__(conv.nx, conv.nf, device="meta")
+        self.weight, self.bias = nn.Parameter(conv.weight.detach().mT, requires_grad=False), conv.bias
+
+
+def with_linear(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself without Conv1D: all that rounds, proves and compiles products then knows one kind of weight."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, Conv1D):
+                setattr(parent, name, InputsLast(child))
+    return model
 
 
 def stored_dtype(directory: Directory) -> torch.dtype | None:

@@ -24,7 +24,7 @@ from headfold.export.exportables.foreign.widening import is_large, widened
 from headfold.export.exportables.oracle import Oracle
 from headfold.export.exportables.transformers_road import experts
 from headfold.export.exportables.transformers_road.attending import NAME, OpCache
-from headfold.export.exportables.transformers_road.loading import load_model, quiet, stored_dtype
+from headfold.export.exportables.transformers_road.loading import load_model, quiet, stored_dtype, with_linear
 from headfold.export.exportables.transformers_road.refusals import (
     BELONGS,
     ROAD,
@@ -80,10 +80,14 @@ class TransformersModel:
         directory: Directory | None = None,
     ) -> None:
         self.config, self.path, self.tokenizer, self.directory = config, path, tokenizer, directory
-        self.load, self._stored = load, stored_dtype(directory) if directory is not None else None
+        self._load, self._stored = load, stored_dtype(directory) if directory is not None else None
         model = on_meta(config, torch.float32, path)
         self.shapes = {name: tuple(x.shape) for name, x in model.named_parameters()}  # what is tied counts once
         self.facts = _facts(model, path)
+
+    def load(self, dtype: torch.dtype, values: bool = True) -> PreTrainedModel:
+        """See Load; as it is traced, with nothing but linear products."""
+        return with_linear(self._load(dtype, values))
 
     @property
     def titles(self) -> Mapping[str, str]:
@@ -220,7 +224,7 @@ def on_meta(config: PreTrainedConfig, dtype: torch.dtype, path: Path) -> PreTrai
         raise unmade(config, error, path) from error
     with _found_in(path):
         experts.learn_gates(model)
-    return cast(PreTrainedModel, model.eval().requires_grad_(False))
+    return with_linear(cast(PreTrainedModel, model.eval().requires_grad_(False)))
 
 
 def _facts(model: PreTrainedModel, path: Path) -> Facts:

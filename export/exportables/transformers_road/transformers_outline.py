@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from headfold.export.exportables.base import Exportable, Master, Tensors
 from headfold.export.exportables.facts import Facts, LayerFacts
 from headfold.export.exportables.foreign.traced import ModelTensors
-from headfold.export.exportables.transformers_road.loading import quiet
+from headfold.export.exportables.transformers_road.loading import quiet, with_linear
 from headfold.export.exportables.transformers_road.transformers_model import (
     TransformersMaster,
     TransformersModel,
@@ -37,7 +37,7 @@ class _Outline(TransformersModel):
             whole.tokenizer,
             whole.directory,
         )
-        self.load, self._all = whole.load, len(whole.facts.layers)
+        self._load, self._all = whole.load, len(whole.facts.layers)
         self.facts: Facts = replace(whole.facts, layers=whole.facts.layers[: self._count(whole.facts)])
 
     def master(self, dtype: torch.dtype, capacity: int, all_logits: bool, cache: Quantized | None = None) -> Master:
@@ -54,7 +54,7 @@ class _Outline(TransformersModel):
         with quiet(), init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
         model.tie_weights()
-        return _Zeros(self._shortened(model), self.path)
+        return _Zeros(self._shortened(with_linear(model)), self.path)
 
     def _shortened(self, model: PreTrainedModel) -> PreTrainedModel:
         del decoder_layers(model, self._all)[len(self.facts.layers) :]

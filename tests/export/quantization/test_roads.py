@@ -111,6 +111,26 @@ def test_a_model_in_memory_stays_as_it_is(tmp_path) -> None:
     assert_computes_what_transformers_does(tmp_path / "out", random_model("phi3"))
 
 
+def test_products_that_a_checkpoint_has_inputs_first_are_rounded_like_others(tmp_path) -> None:
+    """GPT-2's Conv1D: transformers multiplies with its own [in, out] weights, here with what the bundle has in few bits."""
+    model = random_model("gpt2", num_hidden_layers=2)
+    options = ExportOptions(weights=WeightRounding(scheme="int4", max_kl=9.0), decode_steps=4)
+    result = export_module(model, tmp_path / "out", options=options)
+    assert result.parity is not None
+    assert result.parity.passed
+    rounded_there = weights_in(tmp_path / "out")
+    assert len(rounded_there) == 2 + 2 * 4  # embeddings, of positions too, and each layer's products
+    for name, (matrix, start, _) in rounded_there.items():
+        weight = model.get_parameter(name)
+        assert start == 0  # none is joined with another
+        found = torch.from_numpy(matrix).float()
+        weight.data = found.T if ".h." in name else found
+    set_level_in_file(tmp_path / "out" / MODEL, 1)
+    opened = load(tmp_path / "out", check=False)
+    logits = opened.backend.prefill(opened.backend.new_cache(1, 32), 0, PROMPT)
+    np.testing.assert_allclose(logits, model(torch.tensor(PROMPT)[None]).logits[0, -1], atol=1e-4)
+
+
 def test_a_module_of_ones_own(tmp_path) -> None:
     model, facts = Plain(), ModuleFacts(max_position_embeddings=64)
     options = ExportOptions(weights=WeightRounding(scheme="int8", max_kl=9.0), decode_steps=4)
