@@ -1,6 +1,7 @@
 """A model object becomes a bundle: what was changed in memory is what is exported, and the object stays as it was."""
 
 import numpy as np
+import pytest
 import torch
 from random_transformers import random_model
 
@@ -10,6 +11,7 @@ from headfold.export.progress import Reporter
 from headfold.runtime import load
 
 
+@pytest.mark.slow
 def test_a_changed_model_is_exported_as_it_is(tmp_path) -> None:
     model = random_model("qwen2")
     with torch.no_grad():

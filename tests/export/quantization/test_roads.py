@@ -100,6 +100,7 @@ def test_other_schemes_of_a_model_of_transformers_are_proven(scheme, tmp_path) -
     assert layers == ({4, 8} if scheme == "mixed" else {7})
 
 
+@pytest.mark.slow
 def test_a_model_in_memory_stays_as_it_is(tmp_path) -> None:
     model = random_model("phi3")
     before = {name: x.clone() for name, x in model.named_parameters()}
@@ -114,10 +115,12 @@ def test_a_model_in_memory_stays_as_it_is(tmp_path) -> None:
 def test_products_that_a_checkpoint_has_inputs_first_are_rounded_like_others(tmp_path) -> None:
     """GPT-2's Conv1D: transformers multiplies with its own [in, out] weights, here with what the bundle has in few bits."""
     model = random_model("gpt2", num_hidden_layers=2)
+    before = {name: x.clone() for name, x in model.named_parameters()}
     options = ExportOptions(weights=WeightRounding(scheme="int4", max_kl=9.0), decode_steps=4)
     result = export_module(model, tmp_path / "out", options=options)
     assert result.parity is not None
     assert result.parity.passed
+    assert all(torch.equal(x, before[name]) for name, x in model.named_parameters())  # it stays as it is
     rounded_there = weights_in(tmp_path / "out")
     assert len(rounded_there) == 2 + 2 * 4  # embeddings, of positions too, and each layer's products
     for name, (matrix, start, _) in rounded_there.items():
