@@ -1,4 +1,4 @@
-"""Names of a graph's inputs and outputs, as the ecosystem spells them. Plain text; nothing here needs anything.
+"""Names of a graph's inputs and outputs, as the ecosystem spells them, and of cache scales. Plain text; nothing here needs anything.
 
 `input_ids`, `attention_mask`, `past_key_values.{i}.key|value` → `logits`, `present.{i}.key|value`, and `hidden_states` if asked for.
 """
@@ -36,6 +36,11 @@ def is_cache_output(name: str | None) -> bool:
 def input_of(output: str) -> str:
     """The cache input that a cache output is given to in the next step."""
     return _PAST + output.removeprefix(_PRESENT)
+
+
+def scale_name(layer: int, part: str) -> str:
+    """The initializer that holds a layer's cache scales; `part` is one of SCALES."""
+    return f"model.layers.{layer}.self_attn.{part}"
 
 
 def hidden_state(layer: int) -> str:

@@ -63,7 +63,7 @@ class Model:
         if prefill is not None:
             other, other_manifest, reader = prefill
             check_reader(text.bundle, manifest, other.bundle, other_manifest)
-            backend = ReadByAnother(backend, reader, manifest, other.bundle)
+            backend = ReadByAnother(backend, reader, manifest, text.bundle, other.bundle)
         self.bundle, self.manifest, self.backend = text.bundle, manifest, backend
         self.session = backend.session
         self._text = text

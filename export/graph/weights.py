@@ -16,6 +16,7 @@ from headfold.export.exportables.base import Tensors
 from headfold.export.graph.recipes import WeightRecipe, recipe_of
 from headfold.export.model.decoder import Scales
 from headfold.plugins.attention.schema import SCALES
+from headfold.plugins.names import scale_name
 from headfold.runtime.errors import BundleError, CheckpointError, ConfigError, HeadfoldError
 from headfold.runtime.session import SILENT, silenced
 
@@ -78,11 +79,6 @@ def open_parts(
             )
             for model in models
         ]
-
-
-def scale_name(layer: int, part: str) -> str:
-    """The initializer that holds a layer's cache scales; `part` is one of SCALES."""
-    return f"model.layers.{layer}.self_attn.{part}"
 
 
 def cache_scales_by_name(scales: Sequence[Scales]) -> dict[str, Tensor]:

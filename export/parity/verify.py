@@ -17,7 +17,7 @@ from headfold.export.graph.bodies import levels
 from headfold.export.graph.experts import experts_nodes
 from headfold.export.graph.recipes import lacks_recipes
 from headfold.export.graph.trace import export_graph
-from headfold.export.graph.weights import load_model, scale_name
+from headfold.export.graph.weights import load_model
 from headfold.export.parity.compare import Candidate, Subject, verify_graph
 from headfold.export.parity.exact.experts import prove_experts
 from headfold.export.parity.exact.rounding import StoredRoundings, prove_described, prove_kept, prove_rounding
@@ -35,6 +35,7 @@ from headfold.export.parity.report import CheckResult, ParityReport
 from headfold.export.parity.tolerances import Precision
 from headfold.export.progress import Reporter
 from headfold.plugins.attention.schema import SCALES, TABLES
+from headfold.plugins.names import scale_name
 from headfold.runtime.errors import BundleError
 from headfold.runtime.files.graph_file import check_capacity
 from headfold.runtime.manifest import MODEL, RECORD, Manifest, check_files, read_manifest

@@ -20,13 +20,13 @@ from headfold.export.exportables.facts import Facts, LayerFacts
 from headfold.export.exportables.oracle import Oracle, QuantizedCache
 from headfold.export.graph.passes import attention_nodes
 from headfold.export.graph.recipes import recipe_of
-from headfold.export.graph.weights import let_go, scale_name
+from headfold.export.graph.weights import let_go
 from headfold.export.model.config import ModelConfig
 from headfold.export.parity.exact.rotary import tables
 from headfold.export.parity.report import CheckResult, verdict
 from headfold.plugins.attention.schema import NORMS, SCALES, SINK, TABLES, AttentionInputs, Attributes
 from headfold.plugins.dtypes import QUANTIZED, Quantized
-from headfold.plugins.names import PARTS, cache_input, cache_output
+from headfold.plugins.names import PARTS, cache_input, cache_output, scale_name
 from headfold.runtime.errors import CheckpointError
 
 _CONSTANT = 16  # elements at most of what is no weight: shapes, axes, scalars

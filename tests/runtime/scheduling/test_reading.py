@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from click.testing import CliRunner
 
-from headfold.export.bundle.pipeline import ExportOptions, export_bundle
+from headfold.export.bundle.pipeline import CacheCalibration, ExportOptions, export_bundle
 from headfold.export.checkpoints.base import MemoryCheckpoint
 from headfold.export.checkpoints.hf_writer import save_hf
 from headfold.export.checkpoints.opening import open_checkpoint
@@ -16,8 +17,12 @@ from headfold.export.cli import main
 from headfold.export.exportables.opening import open_exportable
 from headfold.export.progress import Reporter
 from headfold.export.quantization.rounding import WeightRounding
+from headfold.plugins.attention.schema import SCALES
+from headfold.plugins.names import scale_name
 from headfold.runtime import InputError, load
-from headfold.runtime.manifest import QuantizationSpec, read_manifest
+from headfold.runtime.errors import BundleError
+from headfold.runtime.files.graph_file import cache_scales
+from headfold.runtime.manifest import MODEL, QuantizationSpec, read_manifest
 from headfold.runtime.scheduling.reading import check_reader
 
 PROMPT = [int(token) for token in np.random.default_rng(5).integers(0, 300, 24)]
@@ -62,6 +67,57 @@ def test_the_prompt_is_the_reader_s_and_what_follows_the_bundle_s_own(pair, alon
     for token in (3, 7):
         step = pair.backend.decode(cache, np.array([token]), active).copy()
         np.testing.assert_array_equal(step, own.decode(continued, np.array([token]), active))
+
+
+@pytest.fixture(scope="module")
+def narrow(toy_checkpoint, tmp_path_factory) -> Path:
+    """The toy's model with a cache of int8."""
+    return exported(
+        toy_checkpoint, tmp_path_factory.mktemp("narrow") / "narrow", cache=CacheCalibration("int8", tokens=256)
+    )
+
+
+def test_a_cache_of_int8_is_filled_from_one_of_floats(narrow, fast, toy) -> None:
+    """In two parts: the second one's past is what the first left, rounded."""
+    initializers = ir.load(narrow / MODEL).graph.initializers
+    scales = [initializers[scale_name(0, part)].const_value.numpy()[:, None, None] for part in SCALES]
+    with (
+        load(narrow, threads=1, prefill=toy.path) as model,
+        load(narrow, threads=1) as alone,
+        load(toy.path, threads=1) as floats,
+    ):
+        (cache, its_own, wide) = caches = [one.backend.new_cache(2, 30) for one in (model, alone, floats)]
+        for part in (PROMPT[:9], PROMPT[9:]):
+            first, expected, _ = (
+                one.backend.prefill(cache, 1, np.array(part))
+                for one, cache in zip((model, alone, floats), caches, strict=True)
+            )
+        assert list(cache.lengths) == [0, 24]
+        assert not any(part.any() for part in cache.host.read(0, 24))  # the other row
+        found = cache.host.read(1, 24)
+        for part, exact, scale in zip(found[:2], wide.host.read(1, 24)[:2], scales, strict=True):
+            np.testing.assert_array_equal(part, np.clip(np.rint(exact / scale), -128, 127))  # of the first layer
+        for one, other in zip(
+            found, its_own.host.read(1, 24), strict=True
+        ):  # where new keys are rounded before they are seen
+            assert one.dtype == np.int8
+            assert np.abs(one.astype(int) - other).max() <= 3
+        np.testing.assert_allclose(first, expected, atol=0.05)
+        answers = [one.generate(PROMPT, **OPTIONS).token_ids for one in (model, alone)]
+        assert answers[0] == answers[1]
+    with load(narrow, threads=1, prefill=fast) as model:  # several at a time, and kept ones
+        assert len(model.generate([PROMPT, PROMPT[:5]], reuse=True, **OPTIONS)) == 2
+        assert model.generate([*PROMPT, 4], reuse=True, **OPTIONS).cached_tokens > 20
+
+
+def test_scales_that_are_none_are_refused(narrow, toy, tmp_path) -> None:
+    for change, what in ((lambda x: x * np.nan, "no scale"), (lambda x: x[:1], "no scale"), (lambda x: -x, "no scale")):
+        model = ir.load(narrow / MODEL)
+        value = model.graph.initializers[scale_name(1, SCALES[0])]
+        value.const_value = ir.tensor(change(value.const_value.numpy()))
+        ir.save(model, tmp_path / MODEL)
+        with pytest.raises(BundleError, match=f"{what} for each of 2 heads"):
+            cache_scales(tmp_path / MODEL, [2] * toy.decoder.config.num_hidden_layers)
 
 
 def test_threads_of_neither_wait_where_the_other_s_compute(pair) -> None:
@@ -125,7 +181,7 @@ QUANTIZATION = QuantizationSpec(dtype="int8", calibration_tokens=1, kl=0.0, top1
         ({"road": "transformers"}, {}, "reader: its road is transformers"),
         ({}, {"head_dim": 8}, "reader: its head_dim is 8"),
         ({}, {"capacity": 32}, "reader: has a capacity of 32 tokens, less than the 64 of bundle"),
-        ({}, {"quantization": QUANTIZATION}, "reader: another bundle cannot write its quantized cache"),
+        ({}, {"quantization": QUANTIZATION}, "reader: reads prompts into a quantized cache, whose scales are its own"),
     ],
 )
 def test_what_manifests_tell(changes, of_cache, what, toy) -> None:
@@ -137,8 +193,7 @@ def test_what_manifests_tell(changes, of_cache, what, toy) -> None:
         check_reader(Path("bundle"), own, Path("reader"), other)
     assert error.value.exit_code == 2
     if "quantization" in of_cache:
-        with pytest.raises(InputError, match="bundle: another bundle cannot write its quantized cache"):
-            check_reader(Path("bundle"), other, Path("reader"), own)
+        check_reader(Path("bundle"), other, Path("reader"), own)
 
 
 @pytest.mark.parametrize("engine", [{"provider": "cuda"}, {"backend": "tensorrt"}])
