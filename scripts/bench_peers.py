@@ -38,7 +38,7 @@ EXPORTS = {  # options of headfold export, beside --max-kl
     "mixed4-128-kv8": ("--weights", "mixed", "--bits", "4", "--block-size", "128", "--kv-cache", "int8"),
     "w8a8": ("--weights", "w8a8"),
 }
-PAIRS = {f"w8a8+{name}": ("w8a8", name) for name in ("int4-128", "mixed4-128", "mixed4-128-kv8")}  # what reads prompts, and what decodes
+PAIRS = {f"w8a8+{name}": ("w8a8", name) for name in ("int4-128", "mixed4-128", "mixed4-128-kv8")}
 BATCH, SHORT = 8, 32  # sequences that are decoded at once, and the tokens of their prompts
 PREFIXES = 256  # of a text, whose next tokens' distributions are compared; of a random model some: its text is none
 Logits = NDArray[np.float32]
