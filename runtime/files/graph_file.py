@@ -1,4 +1,4 @@
-"""What an ONNX session does not tell of its graph: of the initializers, read from the file without the onnx package.
+"""What an ONNX session does not tell of its graph's initializers, read from the file without the onnx package.
 
 A file is nested protobuf messages (protobuf.dev/programming-guides/encoding): key, then a number or a length and so many bytes.
 Field numbers are onnx.proto's, which never change.
