@@ -57,9 +57,8 @@ CASES = (
     ENGINES,
     Case("bfloat16"),
     Case("float32"),
-    *(
-        Case("float16", weights=scheme) for scheme in get_args(WeightsScheme) if scheme != "mixed"
-    ),  # of two others' kernels
+    # mixed weights are of two others' kernels
+    *(Case("float16", weights=scheme) for scheme in get_args(WeightsScheme) if scheme != "mixed"),
 )
 
 

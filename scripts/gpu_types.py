@@ -28,6 +28,7 @@ from headfold.runtime.manifest import read_manifest
 from headfold.runtime.session import OrtSession
 
 PROMPT, NEW = 21, 12  # tokens; the windows that are tried are of 9
+NUDGES = 32  # of a type with experts
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,6 @@ def _check(name: str, directory: Path, export: "Future[None]", provider: str) ->
         prompts = make_prompts(source.facts.vocab_size, PROMPT, None)
         oracle = partial(reference_of, bundle, source, manifest)
         backends = {provider: partial(OrtSession, bundle, manifest, provider)}
-        return TypeCheck(name, tuple(verify_backends(oracle, backends, precision_of(manifest), prompts, NEW)))
+        return TypeCheck(name, tuple(verify_backends(oracle, backends, precision_of(manifest), prompts, NEW, NUDGES)))
     except Exception as error:  # one that another transformers lacks, or that a GPU cannot run, does not end the others
         return TypeCheck(name, missing=" ".join(f"{type(error).__name__}: {error}".split())[:300])

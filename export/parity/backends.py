@@ -2,7 +2,7 @@
 
 Polygraphy runs the oracle and the backends one after the other. This is what `scripts/gpu_check` compares on a GPU: ONNX Runtime's CUDA
 provider and TensorRT's engines; one on the CPU goes the same way. Where a router's scores nearly tie, 16 bits choose other experts:
-such a row passes if weights that the backend's dtype can hardly tell from the model's give the same.
+if asked to, such a row passes that weights give which the backend's dtype can hardly tell from the model's.
 """
 
 from collections import OrderedDict
@@ -27,7 +27,6 @@ from headfold.export.progress import quiet_polygraphy
 from headfold.runtime.backend import Backend
 
 Logits = Sequence[NDArray[np.float32]]  # of each step, [B, 1, V]
-_NUDGES = 32  # a near-tie falls the other way in a part of them
 
 
 @dataclass(frozen=True)
@@ -91,6 +90,7 @@ def verify_backends(
     precision: Precision,
     prompts: Sequence[NDArray[np.int64]],
     decode_steps: int,
+    nudges: int = 0,
 ) -> list[BackendCheck]:
     """Compare backends with an oracle.
 
@@ -100,12 +100,13 @@ def verify_backends(
         precision: how the backends compute: picks the tolerance.
         prompts: token ids; the first is also decoded and chunked, all of them make the ragged batch.
         decode_steps: tokens decoded, at least 1.
+        nudges: how many sets of such weights to try where a backend is out of tolerance; of a near-tie a part of them falls each way.
     """
     rows = make_rows(prompts, decode_steps, max(int(prompt.max()) for prompt in prompts) + 1)
     steps = list(make_steps(rows, prompts))
     feeds = [step.feed for step in steps]
     capacity = max(step.feed["attention_mask"].shape[1] for step in steps) + 1
-    tellings = _tellings(load, rows, steps, getattr(torch, precision.dtype))
+    tellings = _tellings(load, rows, steps, getattr(torch, precision.dtype), nudges)
     told = [next(tellings)]
     with quiet_polygraphy():
         runners = [BackendRunner(name, open_, capacity) for name, open_ in backends.items()]
@@ -122,7 +123,11 @@ def verify_backends(
 
 
 def _tellings(
-    load: Callable[[torch.dtype], Oracle], rows: Sequence[Tokens], steps: Sequence[Step], dtype: torch.dtype
+    load: Callable[[torch.dtype], Oracle],
+    rows: Sequence[Tokens],
+    steps: Sequence[Step],
+    dtype: torch.dtype,
+    nudges: int,
 ) -> Iterator[Logits]:
     """The oracle's logits of all steps; then, should anybody ask, those of weights that `dtype` can hardly tell from its own."""
 
@@ -131,7 +136,7 @@ def _tellings(
         return [expected_outputs(step, answers, all_logits=False)["logits"].astype(np.float32) for step in steps]
 
     yield tell(load(torch.float32))
-    for seed in range(_NUDGES):
+    for seed in range(nudges):
         oracle = load(torch.float64)
         nudge(oracle.module, seed, dtype)
         yield tell(oracle)

@@ -64,11 +64,15 @@ def with_weights_of(bundle: Path, model: nn.Module) -> nn.Module:
 
 def assert_computes_what_transformers_does(bundle: Path, model: PreTrainedModel) -> None:
     """With the weights that stand in its file, whatever the export says of them."""
+    assert_computes_as(bundle, with_weights_of(bundle, model))
+
+
+def assert_computes_as(bundle: Path, model: nn.Module) -> None:
+    """A model that has the bundle's weights."""
     set_level_in_file(bundle / MODEL, 1)
     opened = load(bundle, check=False)
     logits = opened.backend.prefill(opened.backend.new_cache(1, 32), 0, PROMPT)
-    expected = with_weights_of(bundle, model)(torch.tensor(PROMPT)[None]).logits[0, -1]
-    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    np.testing.assert_allclose(logits, model(torch.tensor(PROMPT)[None]).logits[0, -1], atol=1e-4)
 
 
 @pytest.mark.slow
@@ -128,10 +132,7 @@ def test_products_that_a_checkpoint_has_inputs_first_are_rounded_like_others(tmp
         assert start == 0  # none is joined with another
         found = torch.from_numpy(matrix).float()
         weight.data = found.T if ".h." in name else found
-    set_level_in_file(tmp_path / "out" / MODEL, 1)
-    opened = load(tmp_path / "out", check=False)
-    logits = opened.backend.prefill(opened.backend.new_cache(1, 32), 0, PROMPT)
-    np.testing.assert_allclose(logits, model(torch.tensor(PROMPT)[None]).logits[0, -1], atol=1e-4)
+    assert_computes_as(tmp_path / "out", model)
 
 
 def test_a_module_of_ones_own(tmp_path) -> None:
