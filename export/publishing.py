@@ -176,17 +176,16 @@ def _staging(target: Path) -> Iterator[Path]:
     """A staging directory of this process's own, empty."""
     recover(target)
     with ExitStack() as leaving:
-        staging, held = _take_staging(target)
-        leaving.callback(_close, staging)
-        leaving.enter_context(held)
+        staging = _take_staging(target, leaving)
         leaving.callback(_settle, staging, target)
         yield staging
 
 
-def _take_staging(target: Path) -> tuple[Path, ExitStack]:
-    """A new staging directory, and its lock."""
+def _take_staging(target: Path, leaving: ExitStack) -> Path:
+    """A new staging directory that is locked; `leaving` unlocks and removes it."""
     while True:
         staging = target.with_name(f"{_STAGING}{_key(target)}-{secrets.token_hex(8)}")
+        leaving.callback(_close, staging)  # before it is made, since an interrupt may come just after
         try:
             staging.mkdir()
         except FileNotFoundError as error:
@@ -195,9 +194,9 @@ def _take_staging(target: Path) -> tuple[Path, ExitStack]:
             raise PermissionError(
                 errno.EACCES, "no directory can be made there", target.parent
             ) from error  # as in /proc
-        with suppress(BlockingIOError, FileNotFoundError), ExitStack() as held:
-            held.enter_context(lock_file(staging / _LOCK))
-            return staging, held.pop_all()
+        with suppress(BlockingIOError, FileNotFoundError):
+            leaving.enter_context(lock_file(staging / _LOCK))
+            return staging
         # another process took it for a leftover in the moment before it was locked
 
 

@@ -6,11 +6,15 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
-from headfold.export import publishing
+from headfold.export import files, publishing
 from headfold.export.files import exchange, lock_file, rename_without_replacing
 from headfold.export.publishing import publish, publish_file, sweep
 
@@ -153,6 +157,40 @@ def test_an_interrupt_between_two_renames_puts_the_old_one_back(tmp_path, monkey
         (stage / "a").write_text("2")
     assert versions(target) == {"1"}
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_an_interrupt_at_any_line_before_the_end_leaves_nothing_but_the_old(replaces, tmp_path) -> None:
+    """A person's Ctrl-C comes between any two lines: just after a directory is made, too."""
+    target, step, at_work = tmp_path / "b", 0, True
+    if replaces:
+        first(target)
+
+    def interrupting(lines: Iterator[int]) -> Callable[[FrameType, str, object], object]:
+        def trace(frame: FrameType, event: str, _: object) -> object:
+            if frame.f_code.co_filename not in (publishing.__file__, files.__file__):
+                return None
+            if event == "line" and next(lines) == step:
+                raise KeyboardInterrupt
+            return trace
+
+        return trace
+
+    while at_work:
+        step += 1
+        before = sys.gettrace()
+        with suppress(KeyboardInterrupt):
+            sys.settrace(interrupting(count(1)))
+            try:
+                with publish(target, replace=lambda old: None):
+                    sys.settrace(before)
+                    at_work = False
+                    raise KeyboardInterrupt
+            finally:
+                sys.settrace(before)
+        assert [path.name for path in tmp_path.iterdir()] == ["b"][: int(replaces)], step
+    assert step > 10
+    assert not replaces or versions(target) == {"1"}
 
 
 def test_the_only_copy_stays_when_somebody_takes_its_place_between_two_renames(tmp_path, monkeypatch) -> None:
