@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import click
@@ -213,12 +212,11 @@ def test_a_reader_that_has_seen_enough_is_no_error(arguments, closed, toy_checkp
 def test_an_interrupt_is_130_and_leaves_nothing(toy_checkpoint, tmp_path) -> None:
     code = "import signal, time; from headfold.export import cli, publishing; "
     code += "signal.signal(signal.SIGINT, signal.default_int_handler); "  # a shell's background jobs ignore it
-    code += "publishing.sync_tree = lambda new: time.sleep(600); cli.main()"  # it stays just before the publication
+    code += "publishing.sync_tree = lambda new: (print('made', flush=True), time.sleep(600)); cli.main()"
     command = [sys.executable, "-c", code, "export", toy_checkpoint, "-o", tmp_path / "b", "-q"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not list(tmp_path.glob(".headfold-stage-*")):
-        assert process.poll() is None
-        time.sleep(0.01)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "made\n"  # and not yet published
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate()
     assert process.returncode == 130
