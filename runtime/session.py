@@ -88,7 +88,7 @@ class OrtSession:
         self.manifest, self.device = manifest, provider
         with huge_pages() if provider == "cpu" else nullcontext():
             self.session = _open(bundle, manifest, provider, threads or physical_cores(), shares)
-        give_back_mapped(bundle / f"{MODEL}.data")
+            give_back_mapped(bundle / f"{MODEL}.data")  # before pages move, which would keep it waiting
         self._path = bundle / MODEL
         _check_graph(self.session, self._path, manifest)
         self._dtype, self._cache_type = DTYPES[manifest.dtype], DTYPES[manifest.cache_dtype].onnx

@@ -11,7 +11,7 @@ import mmap
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +23,9 @@ _HUGE = 2 << 20  # bytes; where huge pages are larger, the kernel declines
 _MMAP_THRESHOLD = -3  # glibc's name of a parameter
 _LARGE_BLOCK = 4 << 20  # bytes: such blocks go back to the system when they are freed
 _COLLAPSE, _DONTNEED = 25, 4  # MADV_COLLAPSE: at once, and even where huge pages are only for those who ask ("madvise")
-_MAPPINGS = Path("/proc/self/smaps")
+_MAPPINGS = Path("/proc/self/maps")  # not smaps, which counts every page of the process: 20 to 90 ms
 _PAGES = Path("/proc/self/pagemap")  # eight bytes for each small page
+_PRESENT, _SWAPPED, _FILES = (np.uint64(1 << bit) for bit in (63, 62, 61))  # of such an entry
 _SMALL = _HUGE // mmap.PAGESIZE  # small pages in a huge one
 _FULL = _SMALL * 9 // 10  # so many of them must be in memory: collapsing an empty one would fill it
 _MOST = 1 << 15  # huge pages: of a larger mapping, most likely a reserve, even what is to read is over 128 MiB
@@ -41,7 +42,7 @@ def huge_pages() -> Iterator[None]:
         return
     before = _in_use(1)
     yield
-    new = np.setdiff1d(_in_use(_FULL), before)
+    new = np.array(sorted(_in_use(_FULL) - before), np.int64)
     pieces = np.split(new, np.flatnonzero(np.diff(new) != _HUGE) + 1)  # neighbours together: each call has its own cost
     ranges = [(int(piece[0]), int(piece[-1]) + _HUGE) for piece in pieces if piece.size]
     threading.Thread(target=_advise, args=(ranges, _COLLAPSE), name=MOVER, daemon=True).start()
@@ -79,33 +80,26 @@ def _advise(ranges: Sequence[tuple[int, int]], advice: int) -> None:
 def _mapped(path: Path) -> Iterator[tuple[int, int]]:
     """Where the file is mapped, and nothing there is other than in the file."""
     wanted = str(path.resolve())
-    for mapping in _mappings():
-        if mapping.path == wanted and mapping.anonymous == 0:
+    own = [mapping for mapping in _mappings() if mapping.path == wanted]
+    for mapping, entries in _entries(own):
+        changed = (entries & _SWAPPED != 0) | (entries & (_PRESENT | _FILES) == _PRESENT)
+        if not changed.any():
             yield mapping.start, mapping.end
 
 
-def _in_use(least: int) -> NDArray[np.int64]:
+def _in_use(least: int) -> set[int]:
     """Addresses of the huge pages of which at least so many small ones are in memory, in this process's writable private memory that no
-    file backs; ascending.
+    file backs.
 
     By pages, not by mappings: the kernel makes one mapping of neighbours, and one that was half in use may be full later.
     """
-    found = [np.empty(0, np.int64)]
-    private = [x for x in _mappings() if x.permissions == "rw-p" and x.path in ("", "[heap]") and x.resident > 0]
-    try:
-        with _PAGES.open("rb") as pages:
-            for mapping in private:
-                start = mapping.start // _HUGE * _HUGE
-                count = -(-(mapping.end - start) // _HUGE)
-                if count >= _MOST:
-                    continue
-                pages.seek(start // mmap.PAGESIZE * 8)
-                entries = np.frombuffer(pages.read(count * _SMALL * 8), np.uint64).reshape(count, _SMALL)
-                used = np.count_nonzero(entries >> np.uint64(63), axis=1)  # bit 63: the page is present
-                found.append(start + _HUGE * np.flatnonzero(used >= least))
-    except OSError:  # sandboxes hide it
-        return found[0]
-    return np.unique(np.concatenate(found))
+    private = [x for x in _mappings() if x.permissions == "rw-p" and x.path in ("", "[heap]")]
+    whole = [_Mapping(x.start // _HUGE * _HUGE, -(-x.end // _HUGE) * _HUGE) for x in private]
+    found = set[int]()
+    for mapping, entries in _entries([x for x in whole if x.end - x.start < _MOST * _HUGE]):
+        used = np.count_nonzero(entries.reshape(-1, _SMALL) & _PRESENT, axis=1)
+        found.update((mapping.start + _HUGE * np.flatnonzero(used >= least)).tolist())
+    return found
 
 
 @dataclass
@@ -114,10 +108,8 @@ class _Mapping:
 
     start: int
     end: int
-    permissions: str
-    path: str  # or a name in brackets, or nothing
-    resident: int = 0  # bytes of it in memory
-    anonymous: int = 0  # bytes of those that are not a file's
+    permissions: str = ""
+    path: str = ""  # or a name in brackets
 
 
 def _mappings() -> list[_Mapping]:
@@ -125,14 +117,20 @@ def _mappings() -> list[_Mapping]:
         lines = _MAPPINGS.read_text().splitlines()
     except OSError:  # sandboxes hide it
         return []
-    found: list[_Mapping] = []
-    for line in lines:
-        first, *fields = line.split(maxsplit=5)
-        if not first.endswith(":"):  # address, permissions, offset, device, inode, path
-            low, _, high = first.partition("-")
-            found.append(_Mapping(int(low, 16), int(high, 16), fields[0], "".join(fields[4:])))
-        elif first == "Rss:":
-            found[-1].resident = int(fields[0]) << 10
-        elif first == "Anonymous:":
-            found[-1].anonymous = int(fields[0]) << 10
+    found = list[_Mapping]()
+    for line in lines:  # address, permissions, offset, device, inode, path
+        addresses, permissions, _, _, _, *path = line.split(maxsplit=5)
+        low, _, high = addresses.partition("-")
+        found.append(_Mapping(int(low, 16), int(high, 16), permissions, "".join(path)))
     return found
+
+
+def _entries(mappings: Sequence[_Mapping]) -> Iterator[tuple[_Mapping, NDArray[np.uint64]]]:
+    """What the system says of each small page of these; nothing where sandboxes hide it."""
+    with suppress(OSError), _PAGES.open("rb", buffering=0) as pages:
+        for mapping in mappings:
+            pages.seek(mapping.start // mmap.PAGESIZE * 8)
+            count = (mapping.end - mapping.start) // mmap.PAGESIZE
+            entries = np.frombuffer(pages.read(count * 8), np.uint64)
+            if len(entries) == count:
+                yield mapping, entries
