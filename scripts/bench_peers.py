@@ -40,6 +40,7 @@ EXPORTS = {  # options of headfold export, beside --max-kl
 }
 PAIRS = {f"w8a8+{name}": ("w8a8", name) for name in ("int4-128", "mixed4-128", "mixed4-128-kv8")}
 BATCH, SHORT = 8, 32  # sequences that are decoded at once, and the tokens of their prompts
+_SETTLE = 0.3  # seconds: threads of the engine before still wait for work in a loop, and took a short prompt 15 ms
 PREFIXES = 256  # of a text, whose next tokens' distributions are compared; of a random model some: its text is none
 Logits = NDArray[np.float32]
 Timed = tuple[float, float]  # seconds of the prompts, up to the first tokens, and of all tokens behind them
@@ -300,6 +301,7 @@ def peers(
             rows = random.integers(100, 40000, (count, length)).tolist()  # new ones: some engines remember prompts
             everyone = itertools.islice(itertools.cycle(contenders.values()), number, number + len(contenders))
             for contender in everyone:
+                time.sleep(_SETTLE)
                 contender.run(rows, new, keep=number > 0)
     texts = prefixes(paths["headfold float32"][0])[: 16 if subject == "random-1b" else None]
     costs = distances(contenders, texts, folder)

@@ -226,8 +226,9 @@ def best_scales(
     """Scales [N] of blocks [N, block] with the least squared error, as graphs have them; `power` [block] weighs its columns."""
     largest = block_scales(blocks, bits, dtype, unit)
     best, least = largest, torch.full_like(largest, torch.inf)
+    signs = (1,) if bits == "float4" else (1, -1)  # of float4 there are as many numbers on either side
     for factor in _TRIED:
-        for sign in (1, -1):
+        for sign in signs:
             scales = held_scales(sign * factor * largest, bits, dtype, unit)
             scales = torch.where(scales == 0, largest, scales)
             wrong = blocks - nearest(blocks, scales[:, None], bits) * scales[:, None]
