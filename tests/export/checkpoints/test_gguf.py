@@ -68,6 +68,7 @@ def test_a_truncated_file_is_refused(keep, config, memory_checkpoint, tmp_path) 
         open_checkpoint(path)
 
 
+@pytest.mark.slow  # the proof in test_smollm2 has transformers for its oracle, too
 @pytest.mark.real
 @torch.inference_mode()
 def test_smollm2_equals_transformers(smollm2) -> None:

@@ -56,7 +56,7 @@ def test_a_family_with_a_table_can_have_all(toy_checkpoint) -> None:
             "as gemma2",
             marks=pytest.mark.slow,
         ),
-        ("gemma3_text", {"native": "", "plugin": ""}, "as gemma3_text"),
+        pytest.param("gemma3_text", {"native": "", "plugin": ""}, "as gemma3_text", marks=pytest.mark.slow),
         ("qwen3_moe", dict.fromkeys(("native", "plugin"), "the model has a mixture of experts"), "as llama"),
         pytest.param(
             "gpt_oss",

@@ -94,6 +94,7 @@ def test_an_export_that_was_killed_goes_on_with_its_layers(source, tokens, tmp_p
         assert (output / file).read_bytes() == (tmp_path / "out" / "whole" / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_nor_is_what_was_measured_and_the_head(source, tokens, tmp_path, monkeypatch) -> None:
     """Killed in the first layer, the head behind it."""
     output = tmp_path / "bundle"
