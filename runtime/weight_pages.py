@@ -80,11 +80,11 @@ def _advise(ranges: Sequence[tuple[int, int]], advice: int) -> None:
 def _mapped(path: Path) -> Iterator[tuple[int, int]]:
     """Where the file is mapped, and nothing there is other than in the file."""
     wanted = str(path.resolve())
-    own = [mapping for mapping in _mappings() if mapping.path == wanted]
-    for mapping, entries in _entries(own):
+    own = [(x.start, x.end) for x in _mappings() if x.path == wanted]
+    for start, end, entries in _entries(own):
         changed = (entries & _SWAPPED != 0) | (entries & (_PRESENT | _FILES) == _PRESENT)
         if not changed.any():
-            yield mapping.start, mapping.end
+            yield start, end
 
 
 def _in_use(least: int) -> set[int]:
@@ -94,11 +94,11 @@ def _in_use(least: int) -> set[int]:
     By pages, not by mappings: the kernel makes one mapping of neighbours, and one that was half in use may be full later.
     """
     private = [x for x in _mappings() if x.permissions == "rw-p" and x.path in ("", "[heap]")]
-    whole = [_Mapping(x.start // _HUGE * _HUGE, -(-x.end // _HUGE) * _HUGE) for x in private]
+    whole = [(x.start // _HUGE * _HUGE, -(-x.end // _HUGE) * _HUGE) for x in private]
     found = set[int]()
-    for mapping, entries in _entries([x for x in whole if x.end - x.start < _MOST * _HUGE]):
+    for first, _, entries in _entries([(start, end) for start, end in whole if end - start < _MOST * _HUGE]):
         used = np.count_nonzero(entries.reshape(-1, _SMALL) & _PRESENT, axis=1)
-        found.update((mapping.start + _HUGE * np.flatnonzero(used >= least)).tolist())
+        found.update((first + _HUGE * np.flatnonzero(used >= least)).tolist())
     return found
 
 
@@ -108,8 +108,8 @@ class _Mapping:
 
     start: int
     end: int
-    permissions: str = ""
-    path: str = ""  # or a name in brackets
+    permissions: str
+    path: str  # or a name in brackets, or nothing
 
 
 def _mappings() -> list[_Mapping]:
@@ -125,12 +125,12 @@ def _mappings() -> list[_Mapping]:
     return found
 
 
-def _entries(mappings: Sequence[_Mapping]) -> Iterator[tuple[_Mapping, NDArray[np.uint64]]]:
-    """What the system says of each small page of these; nothing where sandboxes hide it."""
+def _entries(ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, NDArray[np.uint64]]]:
+    """Each range, and what the system says of its small pages; nothing where sandboxes hide it."""
     with suppress(OSError), _PAGES.open("rb", buffering=0) as pages:
-        for mapping in mappings:
-            pages.seek(mapping.start // mmap.PAGESIZE * 8)
-            count = (mapping.end - mapping.start) // mmap.PAGESIZE
+        for start, end in ranges:
+            pages.seek(start // mmap.PAGESIZE * 8)
+            count = (end - start) // mmap.PAGESIZE
             entries = np.frombuffer(pages.read(count * 8), np.uint64)
             if len(entries) == count:
-                yield mapping, entries
+                yield start, end, entries

@@ -131,6 +131,7 @@ def test_an_error_in_the_block_comes_through() -> None:
         raise ValueError("inside")
 
 
+@told
 @pytest.mark.parametrize("access", [mmap.ACCESS_READ, mmap.ACCESS_COPY])
 def test_a_files_pages_are_given_back_where_nothing_is_lost(access: int, tmp_path: Path) -> None:
     path = tmp_path / "weights"
