@@ -1,22 +1,32 @@
 """AWQ as AutoAWQ's "gemm" version stores it: 4 bits, eight outputs in a word in an order of their own, per group of inputs."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel
+from pydantic import AliasChoices, BaseModel, BeforeValidator, Field
 from torch import Tensor
 
-from headfold.export.checkpoints.quantized.parts import FLOAT_KINDS, Dequantized, GroupSize, Parts, groups_of
+from headfold.export.checkpoints.quantized.parts import (
+    FLOAT_KINDS,
+    Dequantized,
+    GroupSize,
+    Parts,
+    groups_of,
+    in_lower_case,
+)
 from headfold.export.checkpoints.quantized.tensor import QuantizedTensor, unpacked
 
 _PLACES = [0, 4, 1, 5, 2, 6, 3, 7]  # the place in a word, from the lowest bits, of each of its eight outputs
+
+Version = Annotated[Literal["gemm"], BeforeValidator(in_lower_case)]
 
 
 class AWQ(BaseModel, frozen=True):
     """See Format; the fields are those of `quantization_config`."""
 
-    bits: Literal[4] = 4
-    group_size: GroupSize = 128
-    version: Literal["gemm", "GEMM"] = "gemm"
+    bits: Literal[4] = Field(4, validation_alias=AliasChoices("bits", "w_bit"))  # the second ones are older tools'
+    group_size: GroupSize = Field(128, validation_alias=AliasChoices("group_size", "q_group_size"))
+    version: Version = "gemm"
+    format: Version = "gemm"  # what newer tools call it
     zero_point: Literal[True] = True
 
     values: ClassVar[tuple[str, ...]] = (".qweight",)

@@ -5,10 +5,10 @@ schemes fit, it is refused. How activations are to be quantized is left aside.
 """
 
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, field_validator
+from pydantic import BaseModel, BeforeValidator, field_validator
 
 from headfold.export.checkpoints.directories.stored import OTHERS
 from headfold.export.checkpoints.quantized.parts import (
@@ -18,6 +18,7 @@ from headfold.export.checkpoints.quantized.parts import (
     GroupSize,
     Parts,
     column_groups,
+    in_lower_case,
 )
 from headfold.export.checkpoints.quantized.tensor import QuantizedTensor, unpacked
 from headfold.runtime.errors import CheckpointError
@@ -29,12 +30,22 @@ class Weights(BaseModel, frozen=True):
     """How a scheme stores weights."""
 
     num_bits: Literal[4, 8] = 8
-    type: Literal["int", "float"] = "int"
+    type: Annotated[Literal["int", "float"], BeforeValidator(in_lower_case)] = "int"
     symmetric: bool = True
-    strategy: Literal["tensor", "channel", "group", "block"] | None = None
+    strategy: Annotated[Literal["tensor", "channel", "group", "block"] | None, BeforeValidator(in_lower_case)] = None
     group_size: GroupSize | None = None
     block_structure: tuple[BlockSize, BlockSize] | None = None
-    actorder: str | bool | None = None
+    actorder: Annotated[str | bool | None, BeforeValidator(in_lower_case)] = None
+
+    @field_validator("block_structure", mode="before")
+    @classmethod
+    def _in_one_text(cls, value: object) -> object:
+        return value.split("x") if isinstance(value, str) else value  # "128x128", as older versions have it
+
+    @property
+    def by_tensor(self) -> bool:
+        """Whether there is one scale, where nothing else says how many."""
+        return self.strategy == "tensor" or (self.strategy is None and self.group_size is None)
 
     @property
     def ordered(self) -> bool:
@@ -49,7 +60,7 @@ class Weights(BaseModel, frozen=True):
         elif self.group_size and self.group_size > 0:
             how = f"groups of {self.group_size}"
         else:
-            how = "a scale per tensor" if self.strategy in {"tensor", None} else "a scale per row"
+            how = "a scale per tensor" if self.by_tensor else "a scale per row"
         return f"{self.type}{self.num_bits}, {how}"
 
     def block(self, rows: int, columns: int) -> tuple[int, int]:
@@ -58,7 +69,7 @@ class Weights(BaseModel, frozen=True):
             return self.block_structure
         if self.group_size and self.group_size > 0:
             return 1, self.group_size
-        return (rows if self.strategy in {"tensor", None} else 1), columns
+        return (rows if self.by_tensor else 1), columns
 
 
 class Scheme(BaseModel, frozen=True):

@@ -13,7 +13,7 @@ from headfold.export.checkpoints.quantized.fp8 import FP8
 from headfold.export.checkpoints.quantized.gptq import GPTQ
 from headfold.export.checkpoints.quantized.mxfp4 import MXFP4
 from headfold.export.checkpoints.quantized.parts import Format, Parts
-from headfold.runtime.errors import ConfigError
+from headfold.runtime.errors import CheckpointError, ConfigError
 
 FORMATS: dict[str, type[GPTQ] | type[AWQ] | type[CompressedTensors] | type[FP8] | type[MXFP4]] = {  # by quant_method
     "gptq": GPTQ,
@@ -22,7 +22,9 @@ FORMATS: dict[str, type[GPTQ] | type[AWQ] | type[CompressedTensors] | type[FP8] 
     "fp8": FP8,
     "mxfp4": MXFP4,
 }
-_OF_ACTIVATIONS = re.compile(r"\.(input|output)_(scale|zero_point)$|\.activation_scale$|(^|\.)[qkv]_scale$")
+_OF_ACTIVATIONS = re.compile(
+    r"\.(input|output)_(scale|zero_point)$|\.activation_scale$|(^|\.)[qkv]_(scale|zero_point)$"
+)
 
 
 def format_of(settings: object, where: object) -> Format:
@@ -81,6 +83,12 @@ def dequantized(format_: Format, stored: Mapping[str, Stored]) -> tuple[dict[str
             parts = parts_of(base)
             if any(suffix in parts for suffix in format_.values):
                 source = format_.source(parts)
+                if parts.name in stored and format_.target not in parts:
+                    raise CheckpointError(
+                        f"has tensor {parts.name} twice, quantized and as it is",
+                        where=stored[parts.name].file,
+                        fix="Delete the one that is not meant.",
+                    )
                 for suffix in parts.stored:
                     tensors.pop(base + suffix, None)
                 tensors[parts.name] = source

@@ -3,9 +3,9 @@
 The first version stores zero points less one, `gptq_v2` as they are. With act-order `g_idx` says whose group a column is.
 """
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator, ValidationInfo, field_validator
 
 from headfold.export.checkpoints.quantized.parts import (
     FLOAT_KINDS,
@@ -14,8 +14,11 @@ from headfold.export.checkpoints.quantized.parts import (
     Parts,
     column_groups,
     groups_of,
+    in_lower_case,
 )
 from headfold.export.checkpoints.quantized.tensor import QuantizedTensor, unpacked
+
+Layout = Annotated[Literal["gptq", "gptq_v2"] | None, BeforeValidator(in_lower_case)]
 
 
 class GPTQ(BaseModel, frozen=True):
@@ -23,7 +26,8 @@ class GPTQ(BaseModel, frozen=True):
 
     bits: Literal[2, 4, 8]
     group_size: GroupSize = 128
-    checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq"
+    checkpoint_format: Layout = None  # the first version, if neither this says another nor
+    format: Layout = None  # what newer tools call it
     desc_act: bool | None = False  # act-order
     pack_dtype: Literal["int32"] = "int32"
     is_marlin_format: Literal[False] | None = False
@@ -33,6 +37,14 @@ class GPTQ(BaseModel, frozen=True):
     scales: ClassVar[tuple[str, ...]] = (".scales",)
     others: ClassVar[tuple[str, ...]] = (".qzeros", ".g_idx")
     target: ClassVar[str] = ".weight"
+
+    @field_validator("format")
+    @classmethod
+    def _one_layout(cls, value: str | None, others: ValidationInfo) -> str | None:
+        older = others.data.get("checkpoint_format")
+        if value is not None and older is not None and value != older:
+            raise ValueError(f"checkpoint_format is {older!r}")
+        return value
 
     @property
     def title(self) -> str:
@@ -55,7 +67,7 @@ class GPTQ(BaseModel, frozen=True):
 
         def make() -> QuantizedTensor:
             points = unpacked(zeros.read(), self.bits)[:, :rows]
-            if self.checkpoint_format == "gptq":
+            if "gptq_v2" not in {self.checkpoint_format, self.format}:
                 points = (points + 1) & (2**self.bits - 1)  # a zero point of 0 was stored as the largest number
             return QuantizedTensor(
                 values=unpacked(words.read().T, self.bits),

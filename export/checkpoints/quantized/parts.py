@@ -20,6 +20,11 @@ def _group_size(value: int) -> int:
     return value
 
 
+def in_lower_case(value: object) -> object:
+    """A setting that tools write in either case."""
+    return value.lower() if isinstance(value, str) else value
+
+
 GroupSize = Annotated[int, AfterValidator(_group_size)]  # in columns; -1: one group
 BlockSize = Annotated[int, Field(gt=0, lt=1 << 31)]  # in rows or columns
 

@@ -20,6 +20,8 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from headfold.export.bundle.inspection import inspect_checkpoint, inspect_path
 from headfold.export.checkpoints.directories.stored import stored_tensors
 from headfold.export.checkpoints.opening import open_checkpoint
+from headfold.export.checkpoints.quantized.awq import AWQ
+from headfold.export.checkpoints.quantized.compressed_tensors import Weights
 from headfold.export.checkpoints.quantized.mxfp4 import MXFP4
 from headfold.export.checkpoints.quantized.parts import Parts
 from headfold.export.checkpoints.quantized.tensor import QuantizedTensor
@@ -176,6 +178,37 @@ def test_a_left_over_configuration_is_of_no_tensor(method, via, toy_checkpoint, 
     assert "quantization" not in inspect_checkpoint(open_exportable(tmp_path / "q", via))
 
 
+@pytest.mark.parametrize("settings", [{"format": "gptq_v2"}, {"format": "GPTQ_V2", "checkpoint_format": "gptq_v2"}])
+def test_newer_settings_name_the_second_version_otherwise(settings, toy_checkpoint, tmp_path) -> None:
+    """Its zero points are stored as they are; those of the first version less one."""
+    settings |= {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": False}
+    floats = quantize(toy_checkpoint, tmp_path / "q", settings, gptq(4, 16, False, 2, False))
+    read = open_checkpoint(tmp_path / "q")
+    for name, expected in floats.items():
+        assert torch.equal(read.read(name), expected)
+
+
+def test_older_settings_of_awq() -> None:
+    named = AWQ.model_validate({"quant_method": "awq", "w_bit": 4, "q_group_size": 64, "version": "GEMM"})
+    assert named == AWQ(bits=4, group_size=64)
+
+
+def test_spellings_of_compressed_tensors_own_package() -> None:
+    blocks = Weights.model_validate({"strategy": "BLOCK", "type": "FLOAT", "block_structure": "128x64"})
+    assert blocks.block(256, 256) == (128, 64)
+    assert Weights.model_validate({"num_bits": 4, "strategy": None, "group_size": -1}).block(80, 48) == (1, 48)
+    assert Weights.model_validate({"strategy": None}).block(80, 48) == (80, 48)
+    assert Weights.model_validate({"actorder": "GROUP", "group_size": 32}).ordered
+
+
+def test_scales_and_zero_points_of_a_cache_are_left_aside(toy_checkpoint, tmp_path) -> None:
+    quantize(toy_checkpoint, tmp_path / "q", *FORMATS["GPTQ 4 bits, groups of 8"])
+    file = tmp_path / "q" / "model.safetensors"
+    names = [f"model.layers.0.self_attn.{x}_{part}" for x in "kv" for part in ("scale", "zero_point")]
+    save_file(load_file(file) | {name: torch.ones(1, dtype=torch.int8) for name in names}, file, {"format": "pt"})
+    assert set(open_checkpoint(tmp_path / "q").ignored) == set(names)
+
+
 METHODS = ["bitsandbytes", "hqq", "aqlm", "exl2", "quanto", "eetq", "torchao", "vptq", "bitnet", "nvfp4", "auto-round"]
 CHANNEL = {"num_bits": 8, "type": "int", "strategy": "channel"}
 UNREAD: dict[str, tuple[Any, str]] = {
@@ -185,6 +218,15 @@ UNREAD: dict[str, tuple[Any, str]] = {
     "3 bits": ({"quant_method": "gptq", "bits": 3}, "(gptq) with bits 3"),
     "no bits": ({"quant_method": "gptq"}, "(gptq) with bits: Field required"),
     "marlin": ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
+    "marlin in newer settings": (
+        {"quant_method": "gptq", "bits": 4, "format": "marlin"},
+        "(gptq) with format 'marlin'",
+    ),
+    "two layouts": (
+        {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq", "format": "gptq_v2"},
+        "(gptq) with format 'gptq_v2': Value error, checkpoint_format is 'gptq'",
+    ),
+    "gemv in newer settings": ({"quant_method": "awq", "format": "gemv"}, "(awq) with format 'gemv'"),
     "groups of 0": ({"quant_method": "gptq", "bits": 4, "group_size": 0}, "(gptq) with group_size 0: "),
     "groups that no integer holds": ({"quant_method": "awq", "bits": 4, "group_size": 10**20}, "group_size 1000"),
     "blocks that no integer holds": (
@@ -260,6 +302,11 @@ DAMAGED: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
         "GPTQ 4 bits, groups of 8",
         changed(".g_idx", lambda x: x - 1),
         "groups -1 to 4, of 6",
+    ),
+    "there as it is, too": (
+        "GPTQ 4 bits, groups of 8",
+        lambda t: t.update({f"{UP}.weight": torch.ones(80, 48)}),
+        f"has tensor {UP}.weight twice, quantized and as it is",
     ),
     "awq: fewer zero points": ("AWQ 4 bits, groups of 16", changed(".qzeros", lambda x: x[:, 1:]), "qzeros is I32"),
     "float8: other blocks": (
