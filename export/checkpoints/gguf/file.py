@@ -3,7 +3,7 @@
 Names and metadata keys are those of the GGUF specification (ggml/docs/gguf.md).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,24 @@ _LAYER = {  # GGUF name inside `blk.{i}.`: the decoder's name inside `model.laye
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+}
+# Metadata that changes what a model computes, which nothing here reads, and what it is where it changes nothing
+_UNREAD: Mapping[str, Collection[float]] = {
+    "attention.causal": {1},
+    "attention.clamp_kqv": {0},
+    "attention.max_alibi_bias": {0},
+    "attention.scale": {0},
+    "attn_logit_softcapping": {0},
+    "embedding_scale": {0, 1},
+    "final_logit_softcapping": {0},
+    "logit_scale": {0, 1},
+    "residual_scale": {0, 1},
+    "rope.scaling.attn_factor": {1},
+    "rope.scaling.yarn_attn_factor": {1},
+    "rope.scaling.yarn_beta_fast": {32},
+    "rope.scaling.yarn_beta_slow": {1},
+    "rope.scaling.yarn_ext_factor": {-1, 1},
+    "rope.scaling.yarn_log_multiplier": {0},
 }
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
@@ -151,6 +169,13 @@ def _config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any])
         )
     if get("expert_count", 0):
         raise ConfigError("it is a mixture of experts", where=path, fix="headfold exports dense models.")
+    for name, neutral in _UNREAD.items():
+        if (value := metadata.get(f"{architecture}.{name}")) is not None and value not in neutral:
+            raise ConfigError(
+                f"its metadata {architecture}.{name} is {value}, which headfold does not read",
+                where=path,
+                fix="Export from the Hugging Face directory of the model.",
+            )
     hidden, heads = int(get("embedding_length")), int(get("attention.head_count"))
     head_dim = int(get("attention.key_length", hidden // max(heads, 1)))
     if int(get("attention.value_length", head_dim)) != head_dim:
@@ -189,7 +214,9 @@ def _config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any])
 
 
 def _rope(path: Path, get: Any, head_dim: int) -> RopeConfig:
-    kind = get("rope.scaling.type", "none")
+    # Both as llama.cpp has them: an older name of the factor, and what kind it is of where nothing says so
+    factor = _decimal(get("rope.scaling.factor", get("rope.scale_linear", 0.0)))
+    kind = get("rope.scaling.type", "linear" if factor not in {0.0, 1.0} else "none")
     if kind not in {"none", "linear", "yarn"}:
         raise ConfigError(
             f"rope scaling {kind!r} is not implemented", where=path, fix="headfold knows linear and yarn in GGUF."
@@ -198,12 +225,12 @@ def _rope(path: Path, get: Any, head_dim: int) -> RopeConfig:
     theta = _decimal(get("rope.freq_base", 10000.0))
     if kind == "none":
         return RopeConfig(theta, partial_rotary_factor=rotated / head_dim)
-    original = int(get("rope.scaling.original_context_length", 0)) if kind == "yarn" else 0
+    original = int(get("rope.scaling.original_context_length")) if kind == "yarn" else 0
     return RopeConfig(
         theta,
         kind,
         rotated / head_dim,
-        factor=_decimal(get("rope.scaling.factor")),
+        factor=factor or 1.0,
         original_max_position_embeddings=original,
     )
 

@@ -3,16 +3,21 @@
 Layout: ggml/docs/gguf.md, versions 2 and 3, little-endian.
 """
 
+import math
 import struct
 from pathlib import Path
 from typing import BinaryIO
+
+from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT
 
 from headfold.export.checkpoints.side_files import refuse_pointer
 from headfold.runtime.errors import CheckpointError
 
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of the scalar types
 _STRING, _ARRAY = 8, 9
-_ARCHITECTURE = b"general.architecture"
+_UINT32 = 4
+_ARCHITECTURE, _ALIGNMENT = b"general.architecture", b"general.alignment"
+_LAYOUTS = {int(kind): layout for kind, layout in GGML_QUANT_SIZES.items()}  # numbers of a block, and its bytes
 _MOST_ELEMENTS, _MOST_FIELDS, _MOST_TENSORS, _MOST_DIMENSIONS = 1 << 21, 1 << 16, 1 << 16, 4
 _MOST_STRING = 1 << 24  # bytes; a chat template has some thousands
 
@@ -23,7 +28,7 @@ def check_header(path: Path) -> str | None:
     Raises:
         CheckpointError: it is no GGUF file, a pointer of Git LFS, or its lengths are more than it has or than any model needs.
     """
-    architecture = None
+    architecture, alignment = None, GGUF_DEFAULT_ALIGNMENT
     refuse_pointer(path)
     with path.open("rb") as file:
         walk = _Walk(file, path.stat().st_size, path)
@@ -40,12 +45,23 @@ def check_header(path: Path) -> str | None:
             name, kind = walk.text(), walk.number("<I")
             if name == _ARCHITECTURE and kind == _STRING:
                 architecture = walk.text().decode(errors="replace")
+            elif name == _ALIGNMENT and kind == _UINT32:
+                alignment = walk.number("<I")
             else:
                 walk.value(kind)
+        end = 0  # of the tensor before; they follow one another, or one would be read as another
         for _ in range(tensors):
-            walk.string()
-            walk.skip(8 * walk.count("<I", _MOST_DIMENSIONS, "dimensions"))
-            walk.skip(12)  # type and offset
+            name = walk.text()
+            shape = [walk.number("<Q") for _ in range(walk.count("<I", _MOST_DIMENSIONS, "dimensions"))]
+            kind, offset = walk.number("<I"), walk.number("<Q")
+            if kind not in _LAYOUTS or not alignment:
+                break  # the package refuses it by name
+            if offset != end:
+                raise walk.error(
+                    f"has tensor {name.decode(errors='replace')} at {offset}, not at {end}, where it is next"
+                )
+            numbers, size = _LAYOUTS[kind]
+            end += -(-math.prod(shape) // numbers * size // alignment) * alignment
     return architecture
 
 

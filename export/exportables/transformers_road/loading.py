@@ -59,7 +59,9 @@ def load_model(
                 )
             else:
                 with torch.device("meta"):
-                    kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+                    kind = type(
+                        AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+                    )
                 tensors = {name: _Unread(source, values) for name, source in directory.tensors.items()}
                 model, found = kind.from_pretrained(
                     None, state_dict=tensors, device_map=None if values else "meta", **options

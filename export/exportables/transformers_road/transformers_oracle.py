@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from headfold.export.checkpoints.base import Checkpoint
 from headfold.export.checkpoints.directories.directory import Directory
+from headfold.export.checkpoints.families import config_to_json
 from headfold.export.checkpoints.gguf.file import GGUFCheckpoint
 from headfold.export.checkpoints.hf import HuggingFaceCheckpoint
 from headfold.export.exportables.foreign.widening import is_large, widened
@@ -31,7 +32,7 @@ _OPTIONS: dict[str, Any] = {"attn_implementation": "eager", "dtype": torch.float
 def oracle_of(checkpoint: Checkpoint, stored: torch.dtype) -> "TransformersOracle | None":
     """Transformers' model of a checkpoint of ours, rounded to the dtype `stored` and computing in float32.
 
-    None where it knows neither the kind of file nor the model.
+    None where it does not know the kind of file, or the model, or takes it for one of other sizes.
     """
     if not isinstance(checkpoint, GGUFCheckpoint | HuggingFaceCheckpoint):
         return None
@@ -45,10 +46,13 @@ def oracle_of(checkpoint: Checkpoint, stored: torch.dtype) -> "TransformersOracl
             config = AutoConfig.from_pretrained(**place, local_files_only=True, trust_remote_code=False)
         except (ValueError, KeyError, OSError, StrictDataclassError):  # what it does not know: a model, a GGUF's, sizes
             return None
+        except (AttributeError, IndexError, TypeError):  # a dtype that is none, which is not looked at here
+            return None
         if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             return None
         if isinstance(checkpoint, GGUFCheckpoint):
-            return TransformersOracle(_from_gguf(checkpoint, config), stored)
+            model = _from_gguf(checkpoint, config)
+            return TransformersOracle(model, stored) if model is not None else None
     return TransformersOracle(_from_directory(checkpoint.directory, config), stored, checkpoint.directory.made)
 
 
@@ -68,10 +72,18 @@ def _from_directory(directory: Directory, config: Any) -> PreTrainedModel:
     return model
 
 
-def _from_gguf(checkpoint: Checkpoint, config: Any) -> PreTrainedModel:
-    """Its reading of the metadata, our reading of the tensors: its own takes four times as long, with the same package."""
+def _from_gguf(checkpoint: GGUFCheckpoint, config: Any) -> PreTrainedModel | None:
+    """Its reading of the metadata, our reading of the tensors: its own takes four times as long, with the same package.
+
+    None where the tensors are not of the sizes that it reads: of some architectures it takes the heads' for given, say.
+    """
+    if checkpoint.config.rope.rope_type != "default":  # which it does not read there
+        config.rope_parameters = config_to_json(checkpoint.config).get("rope_parameters", config.rope_parameters)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, **_OPTIONS)
+    shapes = {name: tuple(x.shape) for name, x in model.named_parameters(remove_duplicate=False)}
+    if any(shapes.get(name) != shape for name, shape in checkpoint.shapes().items()):
+        return None
     for name in checkpoint:
         model.load_state_dict({name: checkpoint.read(name).float()}, strict=False, assign=True)
     model.tie_weights()

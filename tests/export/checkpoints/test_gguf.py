@@ -1,14 +1,17 @@
 """GGUF files: written here with the gguf package's writer, and the real SmolLM2 against transformers' own GGUF reader."""
 
+import struct
 from dataclasses import replace
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from gguf_of_decoder import write
 
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
+from headfold.export.exportables.transformers_road.transformers_oracle import oracle_of
 from headfold.export.model.config import ModelConfig, RopeConfig
 from headfold.runtime import CheckpointError, ConfigError
 
@@ -57,6 +60,55 @@ def test_another_architecture_is_refused(config, memory_checkpoint, tmp_path) ->
 def test_a_mixture_of_experts_is_refused(config, memory_checkpoint, tmp_path) -> None:
     path = write(tmp_path / "m.gguf", memory_checkpoint(config), "llama", expert_count=8)
     with pytest.raises(ConfigError, match="mixture of experts"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+@torch.inference_mode()
+def test_transformers_computes_with_a_rope_that_it_does_not_read_there(
+    kind, config, memory_checkpoint, tmp_path
+) -> None:
+    original = 16 if kind == "yarn" else 0
+    rope = RopeConfig(500.0, kind, factor=4.0, original_max_position_embeddings=original)
+    sizes = {"vocab_size": config.vocab_size, "rope.dimension_count": config.head_dim}
+    model = memory_checkpoint(replace(config, rope=rope))
+    checkpoint = open_checkpoint(write(tmp_path / "m.gguf", model, "llama", **sizes))
+    oracle, tokens = oracle_of(checkpoint, torch.float32), np.arange(3, 35)
+    assert oracle is not None
+    right = torch.from_numpy(oracle.answer(tokens).logits)
+    logits = load_decoder(checkpoint)(torch.from_numpy(tokens)[None]).logits[0]
+    torch.testing.assert_close(logits, right, atol=1e-4, rtol=0)  # float32: of another RoPE they are off by 0.1
+
+
+def test_a_model_that_transformers_takes_for_one_of_other_sizes_has_no_oracle_there(
+    config, memory_checkpoint, tmp_path
+) -> None:
+    """Its qwen3 does not read heads' size, and takes 128."""
+    small = memory_checkpoint(replace(config, model_type="qwen3", qk_norm=True))
+    assert oracle_of(open_checkpoint(write(tmp_path / "m.gguf", small, "qwen3")), torch.float32) is None
+
+
+def test_an_older_name_of_a_linear_rope(config, memory_checkpoint, tmp_path) -> None:
+    """As llama.cpp's load_hparams reads it."""
+    path = write(tmp_path / "m.gguf", memory_checkpoint(config), "llama", **{"rope.scale_linear": 4})
+    assert open_checkpoint(path).config.rope == replace(config.rope, rope_type="linear", factor=4.0)
+
+
+@pytest.mark.parametrize("name", ["attention.scale", "logit_scale", "rope.scaling.yarn_beta_fast"])
+def test_metadata_that_changes_what_a_model_computes_is_refused(name, config, memory_checkpoint, tmp_path) -> None:
+    path = write(tmp_path / "m.gguf", memory_checkpoint(config), "llama", **{name: 12})
+    with pytest.raises(ConfigError, match=f"its metadata llama.{name} is 12, which headfold does not read"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 2**64 - 32])
+def test_a_tensor_that_is_not_behind_the_one_before_is_refused(offset, config, memory_checkpoint, tmp_path) -> None:
+    path = write(tmp_path / "m.gguf", memory_checkpoint(config), "llama")
+    content, name = bytearray(path.read_bytes()), b"blk.1.ffn_up.weight"
+    at = content.index(name) + len(name) + 4 + 2 * 8 + 4  # behind its dimensions and type
+    content[at : at + 8] = struct.pack("<Q", offset)
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"it has tensor blk.1.ffn_up.weight at {offset}, not at "):
         open_checkpoint(path)
 
 

@@ -3,11 +3,14 @@
 A sample of both; all of it is `scripts/prove --all`.
 """
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from hub_cache import hub_snapshot
@@ -34,8 +37,9 @@ from headfold.export.exportables.transformers_road.transformers_oracle import or
 from headfold.export.model.config import RopeConfig
 from headfold.export.model.rope import rope_tables
 from headfold.export.parity.exact.rotary import tables
+from headfold.export.parity.exact.weights import prove_tables
 from headfold.export.parity.verify import verify_bundle
-from headfold.runtime.manifest import read_manifest
+from headfold.runtime.manifest import MODEL, read_manifest
 
 SAMPLE = [  # each family and each format
     ("llama", "float32"),
@@ -115,6 +119,27 @@ def test_what_we_misread_is_seen_by_transformers(family, honest: Make, tmp_path)
     report = verify_bundle(tmp_path / "misread", OwnModel(checkpoint), manifest, 4, QUIET)
     assert {check.name for check in report.checks if not check.passed} >= {"prefill", "decode"}
     assert report.first_bad_layer == 0
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "nonsense", ["float16"]])
+def test_a_dtype_that_no_weight_has_is_not_asked_of_transformers(dtype, honest: Make, tmp_path) -> None:
+    shutil.copytree(honest("llama", "float32").source, tmp_path / "source")
+    path = tmp_path / "source" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": dtype}))
+    oracle = oracle_of(open_checkpoint(tmp_path / "source"), torch.float32)
+    assert (oracle is not None) == (dtype in ("int8", "float8_e4m3fn"))  # of the others it makes no configuration
+
+
+@pytest.mark.parametrize("name", ["cos_cache", "sin_cache"])
+def test_the_table_that_is_damaged_is_named(name, honest: Make) -> None:
+    model, config = ir.load(honest("llama", "float32").path / MODEL), FAMILIES["llama"]
+    value = model.graph.initializers[name]
+    table = value.const_value.numpy().copy()
+    table[3, 1] = np.nan
+    value.const_value = ir.tensor(table)
+    check = prove_tables(model, config, len(table), torch.float32)
+    assert not check.passed
+    assert check.worst == f"{name} at position 3"
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
