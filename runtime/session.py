@@ -32,6 +32,7 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _HEAVY = {"Attention", "Einsum", "Gemm", "MatMul", "RMSNormalization", "Softmax"}
 SILENT, _WARNING = 4, 2  # severities of ONNX Runtime's logger; its errors come as exceptions, too
 _AGAIN = "Export it again."
+_MOST_THREADS = 1024  # ONNX Runtime takes any number, and makes them
 _CPU_CHUNK = 256  # on CPUs attention gets slower with more queries at a time: 4.2 ms for 512 at once, 3.3 for two halves (measured)
 
 
@@ -83,8 +84,9 @@ class OrtSession:
         *,
         shares: bool = False,
     ) -> None:
-        if threads is not None and threads < 1:
-            raise InputError(f"threads is {threads}", fix="It must be 1 or more; leave it out for one per core.")
+        if threads is not None and not 1 <= threads <= _MOST_THREADS:
+            fix = f"It must be 1 to {_MOST_THREADS}; leave it out for one per core."
+            raise InputError(f"threads is {threads}", fix=fix)
         self.manifest, self.device = manifest, provider
         with huge_pages() if provider == "cpu" else nullcontext():
             self.session = _open(bundle, manifest, provider, threads or physical_cores(), shares)

@@ -56,18 +56,28 @@ def check_output(output: Path, force: bool) -> None:
     with one_line(BundleError, output, "Choose another place with -o."):
         recover(output)
         if output.exists():
-            if not force:
-                raise BundleError(
-                    "already exists", where=output, fix="Choose another place, or replace it with --force."
-                )
             if os.path.ismount(output):
                 raise BundleError(
                     "is a mount point, so nothing takes its place", where=output, fix="Choose a name in it."
                 )
             check_ours(output)
+            if not force:
+                raise BundleError(
+                    "already exists", where=output, fix="Choose another place, or replace it with --force."
+                )
         parent = output.resolve().parent
+        for above in (parent, *parent.parents):
+            if _is_bundle(above):  # which holds nothing but what its manifest lists
+                raise BundleError("is in a bundle", where=output, fix=f"Choose a place that is not in {above}.")
         if not parent.is_dir():
             raise BundleError("is no directory", where=parent, fix="Create it first.")
+
+
+def _is_bundle(directory: Path) -> bool:
+    try:
+        return (directory / MANIFEST).is_file() and bool(read_manifest(directory))
+    except BundleError:
+        return False
 
 
 def check_ours(output: Path) -> None:

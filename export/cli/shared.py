@@ -129,12 +129,21 @@ def write_file(path: Path, content: object) -> None:
     """Write JSON to a file, which may be there, whole or not at all. Raises InputError: the disk is full or may not be written."""
     from headfold.export.publishing import one_line, publish_file
 
-    text = json.dumps(content, indent=2, default=str) + "\n"
+    text = json.dumps(_plain(content), indent=2, default=str) + "\n"
     with one_line(InputError, path, "Free some space, or choose another place."):
         publish_file(path, lambda stage: stage.write_text(text))
 
 
 def print_json(content: object) -> None:
     """One JSON object on standard output; what a terminal would obey instead of show is escaped, for it may come from strangers."""
-    text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
+    text = json.dumps(_plain(content), indent=2, ensure_ascii=False, default=str)
     click.echo("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
+
+
+def _plain(content: object) -> object:
+    """JSON has no numbers that are not finite; they become null."""
+    if isinstance(content, dict):
+        return {key: _plain(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_plain(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -75,7 +75,7 @@ def calibration_tokens(
         text = tokenize(data, tokenizer, decoder.config, reporter)
         if not text.windows(length):
             raise DataError(
-                f"{len(text)} tokens are less than a sequence of {length} to calibrate on",
+                f"{len(text)} tokens are less than a sequence of {length}, and one behind it, to calibrate on",
                 where=", ".join(data),
                 fix="Give more text, or take shorter sequences: a smaller --capacity, of convert --calibration-length.",
             )
@@ -109,19 +109,22 @@ def write_tokens(tokens: Tensor) -> bytes:
     return json.dumps({"token_ids": tokens.tolist()}).encode()
 
 
-def read_tokens(path: Path, vocab_size: int) -> Tensor:
+def read_tokens(path: Path, vocab_size: int, capacity: int) -> Tensor:
     """Token ids [N, S] as `write_tokens` wrote them.
 
     Raises:
-        BundleError: there are none, or they are not the model's.
+        BundleError: there are none, or they are not the model's, or more in a row than its capacity.
     """
     fix = "Export the bundle again."
     if not path.is_file() or path.stat().st_size > _LARGEST:
         raise BundleError("has no tokens that its cache's scales could be from", where=path, fix=fix)
     try:
-        tokens = torch.tensor(json.loads(path.read_bytes())["token_ids"], dtype=torch.long)
+        tokens = torch.tensor(json.loads(path.read_bytes())["token_ids"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BundleError(f"has no token ids: {error}", where=path, fix=fix) from error
-    if tokens.ndim != 2 or not tokens.numel() or tokens.min() < 0 or tokens.max() >= vocab_size:
+    whole = tokens.dtype == torch.long and tokens.ndim == 2 and bool(tokens.numel())
+    if not whole or tokens.min() < 0 or tokens.max() >= vocab_size:
         raise BundleError(f"its token ids are not of a vocabulary of {vocab_size}", where=path, fix=fix)
+    if tokens.shape[1] > capacity:
+        raise BundleError(f"has rows of {tokens.shape[1]} tokens, and a capacity of {capacity}", where=path, fix=fix)
     return tokens

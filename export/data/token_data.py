@@ -123,6 +123,8 @@ def tokenize(
         raise DataError("no data", fix="Name files, directories or a data set with --data.")
     if len(sources) == 1 and sources[0].endswith(".npy"):
         return _ready_made(Path(sources[0]), config.vocab_size)
+    if made := next((source for source in sources if source.endswith(".npy")), None):
+        raise DataError("has tokens already, so nothing comes with it", where=made, fix="Name it alone with --data.")
     if tokenizer is None:
         raise DataError("the checkpoint has no tokenizer.json", fix="Add it, or give --data a .npy file of token ids.")
     key = hashlib.sha256()
@@ -146,7 +148,7 @@ def tokenize(
 def _ready_made(path: Path, vocab_size: int) -> TokenData:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise DataError(f"is no array of numpy: {error}", where=path, fix="Save one with numpy.save.") from error
     try:
         data = TokenData.from_ids(array)

@@ -18,7 +18,7 @@ from torch import Tensor
 from headfold.export.engine.build import lowered_network
 from headfold.export.engine.network_layers import run_layer, torch_dtype, unknown
 from headfold.export.engine.network_report import ParsedNetwork, kind, open_flavour, report
-from headfold.export.engine.options import BuildOptions
+from headfold.export.engine.options import BuildOptions, check_cache
 from headfold.export.parity.compare import Candidate
 from headfold.export.parity.runners import CachedRunner
 from headfold.export.parity.verify import precision_of
@@ -177,6 +177,8 @@ def _check(what: str, tensor: Any, value: Tensor) -> None:
 def network_candidate(bundle: Path, manifest: Manifest, options: BuildOptions) -> Candidate:
     """The network that an engine with these options would be built from."""
     layers = manifest.cache.num_hidden_layers
+    if manifest.cache.quantization is not None:
+        check_cache(options, manifest.cache_dtype)
     trt = open_flavour(options.target)
 
     def start(capacity: int) -> CachedRunner:

@@ -116,10 +116,12 @@ def read_record(path: Path, shapes: Mapping[str, tuple[int, ...]], config: Model
         records = {name: WeightRecord(**record) for name, record in content["tensors"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"is no record of rounded weights: {error}", where=path, fix=fix) from error
+    if not records:
+        raise BundleError("names no rounded weight", where=path, fix=fix)
     for name, record in records.items():
         kept, block, shape = record.method == "kept", record.block_size, shapes.get(name, ())
         known = record.bits in get_args(Width) and (record.method in get_args(Method) or kept)
-        known = known and isinstance(record.relative_squared_error, float)
+        known = known and isinstance(record.relative_squared_error, float) and type(block) is int
         if known and len(shape) == 3:
             known = record.method == "nearest" and record.form == Form(record.bits, transposed=record.transposed)
             known = known and not record.form.by_output and shape[1] % block == shape[2] % block == 0

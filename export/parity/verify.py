@@ -131,7 +131,9 @@ def verify_bundle(
     def also(oracle: Oracle) -> Iterator[CheckResult]:
         yield from checks
         if cache is not None:
-            yield prove_scales(oracle, read_tokens(directory / CALIBRATION, facts.vocab_size), cache, manifest.dtype)
+            yield prove_scales(
+                oracle, read_tokens(directory / CALIBRATION, facts.vocab_size, capacity), cache, manifest.dtype
+            )
 
     subject = Subject(
         path=directory / MODEL,

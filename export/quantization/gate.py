@@ -23,7 +23,7 @@ _HELPS: dict[WeightsScheme, str] = {
     "int8": "Leave --weights out",
     "w8a8": "Use --weights int8",
     "fp8": "Use --weights int8",
-    "nvfp4": "Use --weights fp8",
+    "nvfp4": "Use --weights int8",
 }
 # Of w8a8 and fp8, the head's. The last is a last resort: by float32 inputs ONNX Runtime multiplies a matrix of eight bits that it makes
 # wide at every call (32,000 outputs of 2,048 inputs: 280 ms instead of 8; of four bits 16 instead of 2).

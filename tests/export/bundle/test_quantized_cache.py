@@ -1,5 +1,6 @@
 """A bundle with an int8 or float8 KV cache: calibrated, proven against PyTorch with the same cache, run, and built for TensorRT."""
 
+import json
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,11 +14,12 @@ from click.testing import CliRunner
 from headfold.export.bundle.cache_scales import cache_scales, quantization_cost
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
 from headfold.export.cli import main
+from headfold.export.data.calibration import read_tokens
 from headfold.export.exportables.opening import open_exportable
 from headfold.export.parity.exact.weights import stored_cache
 from headfold.export.parity.verify import verify_bundle
 from headfold.export.progress import Reporter
-from headfold.runtime import load
+from headfold.runtime import BundleError, load
 from headfold.runtime.manifest import read_manifest
 
 CAPACITY = 32
@@ -110,6 +112,21 @@ def test_float8_is_proven_here_and_runs_elsewhere(toys, tmp_path) -> None:
     assert "ONNX Runtime has no float8 cache on CPUs. Export with --kv-cache int8" in output
 
 
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([[5] * 9], "has rows of 9 tokens, and a capacity of 8"),
+        ([[1.5]], "its token ids are not of a vocabulary of 10"),
+        ([[True]], "its token ids are not of a vocabulary of 10"),
+        ([[10]], "its token ids are not of a vocabulary of 10"),
+    ],
+)
+def test_tokens_that_no_scales_can_be_from_are_one_line(tokens, message, tmp_path) -> None:
+    (tmp_path / "calibration.json").write_text(json.dumps({"token_ids": tokens}))
+    with pytest.raises(BundleError, match=message):
+        read_tokens(tmp_path / "calibration.json", 10, 8)
+
+
 def test_text_without_a_quantized_cache_is_refused(toys, tmp_path) -> None:
     code, output = run("export", toys / "student", "-o", tmp_path / "no", "--data", toys / "text.txt")
     assert code == 2
@@ -137,7 +154,10 @@ def test_the_plugin_takes_it_and_native_attention_refuses(kind, toys, tmp_path) 
     assert {spec.dtype for spec in engine.outputs if spec.name.startswith("present.")} == {kind}
     assert engine.layers == {"PLUGIN_V3": 2}
     assert len(engine.aliases) == 4
-    verify = ("--backend", "tensorrt-network", "--attention", "plugin", "--decode-steps", 4, "-q")
-    code, output = run("verify", path, "--against", toys / "student", *verify)
+    verify = ("verify", path, "--against", toys / "student", "--backend", "tensorrt-network", "--decode-steps", 4, "-q")
+    code, output = run(*verify, "--attention", "plugin")
     assert code == 0, output
+    code, output = run(*verify)
+    assert code == 2
+    assert f"TensorRT's own attention has no {kind} cache. Use --attention plugin" in output
     shutil.rmtree(path)

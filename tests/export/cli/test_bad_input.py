@@ -228,9 +228,12 @@ def test_outputs(checkpoint, bundle, tmp_path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in bundle.iterdir()}
     fails(["export", str(checkpoint), "-o", str(bundle), "-q"], "already exists", "--force")
     assert {path.name: path.stat().st_mtime_ns for path in bundle.iterdir()} == before
+    fails(["export", str(checkpoint), "-o", str(bundle / "in"), "-q"], "is in a bundle. Choose a place that is not in")
+    assert {path.name: path.stat().st_mtime_ns for path in bundle.iterdir()} == before
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_text("dear")
-    fails(["export", str(checkpoint), "-o", str(tmp_path / "home"), "--force", "-q"], "is no bundle")
+    for force in ((), ("--force",)):  # which would be no help
+        fails(["export", str(checkpoint), "-o", str(tmp_path / "home"), *force, "-q"], "is no bundle")
     assert (tmp_path / "home" / "letter.txt").read_text() == "dear"
     fails(["export", str(checkpoint), "-o", str(tmp_path / "no" / "where"), "-q"], "is no directory")
     fails(["export", str(tmp_path / "nothing"), "-o", str(tmp_path / "b"), "-q"], "no such file or directory")

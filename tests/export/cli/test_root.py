@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -195,6 +196,11 @@ def test_a_report_is_replaced_whole_and_refused_before_the_work_where_it_cannot_
     assert convert(report).exit_code == 0
     assert json.loads(report.read_text())["kv_heads"] == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "report.json"]
+
+
+def test_a_number_that_json_has_not_is_null(tmp_path) -> None:
+    write_file(tmp_path / "report.json", {"kl": math.nan, "of": [math.inf, 1.5], "name": "x"})
+    assert json.loads((tmp_path / "report.json").read_text()) == {"kl": None, "of": [None, 1.5], "name": "x"}
 
 
 def full(_: int) -> None:

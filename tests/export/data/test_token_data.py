@@ -136,6 +136,7 @@ BAD = {
     "no name": (lambda d: Path(" "), "the name of the data: is empty"),
     "no parquet": (lambda d: write(d / "a.parquet", b"PAR1"), "is no parquet file"),
     "empty directory": (lambda d: d, "has no .txt"),
+    "nothing of an array": (lambda d: write(d / "a.npy", b""), "is no array"),
     "pickled array": (lambda d: write(d / "a.npy", b"\x80\x04K\x01."), "is no array"),
     "floats": (lambda d: save(d / "a.npy", np.ones(9)), "must be one row of integers"),
     "id over the vocabulary": (lambda d: save(d / "a.npy", np.array([1, 999])), "token 999 is not in"),

@@ -90,6 +90,7 @@ def test_a_wrong_scale_is_seen_by_the_proof_and_by_the_gate(name, bundle, source
         ),
         (0.2, "float32", {"scheme": "mixed", "bits": 8.0}, "Leave --weights out, or allow it with --max-kl"),
         (0.2, "float32", {"scheme": "fp8", "bits": 8.0}, "Use --weights int8, or allow it with --max-kl"),
+        (0.2, "float32", {"scheme": "nvfp4", "bits": 4.0}, "Use --weights int8, or allow it with --max-kl"),
         (np.nan, "float16", {"scheme": "int8", "bits": 8.0}, "It computes NaN: use --dtype float32. No"),
         (np.nan, "float32", {"scheme": "int4", "bits": 4.0}, "It computes NaN: leave --weights out. No"),
     ],
@@ -366,6 +367,8 @@ def test_verify_measures_what_a_bundle_costs_behind_prompts_that_another_reads(b
     [
         (lambda tensors: tensors.update(more={}), "is no record of rounded weights"),
         (lambda tensors: tensors["lm_head.weight"].update(bits=5), "lm_head.weight cannot have been rounded so"),
+        (lambda tensors: tensors["lm_head.weight"].update(block_size=[32]), "lm_head.weight cannot have been rounded"),
+        (lambda tensors: tensors.clear(), "names no rounded weight"),
     ],
 )
 def test_a_record_that_is_wrong_is_one_line(damage, message, tmp_path) -> None:
