@@ -120,7 +120,7 @@ def read_tokens(path: Path, vocab_size: int, capacity: int) -> Tensor:
         raise BundleError("has no tokens that its cache's scales could be from", where=path, fix=fix)
     try:
         tokens = torch.tensor(json.loads(path.read_bytes())["token_ids"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:  # the last of PyTorch, and of what is nested
         raise BundleError(f"has no token ids: {error}", where=path, fix=fix) from error
     whole = tokens.dtype == torch.long and tokens.ndim == 2 and bool(tokens.numel())
     if not whole or tokens.min() < 0 or tokens.max() >= vocab_size:

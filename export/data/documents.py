@@ -48,8 +48,16 @@ def fingerprint(source: str) -> bytes:
     """A hash of everything that `pieces` would read.
 
     Raises:
-        DataError: there is no such source.
+        DataError: there is no such source, or it cannot be read.
     """
+    try:
+        return _fingerprint(source)
+    except OSError as error:  # or it would be taken for one of where something is written
+        reason = error.strerror or str(error)
+        raise DataError(f"cannot be read: {reason}", where=source, fix="Name text that can be.") from error
+
+
+def _fingerprint(source: str) -> bytes:
     path, digest = _place(source), hashlib.sha256()
     if path.is_dir() and not _is_saved_data_set(path):
         files = _files(path)

@@ -118,6 +118,7 @@ def test_float8_is_proven_here_and_runs_elsewhere(toys, tmp_path) -> None:
         ([[5] * 9], "has rows of 9 tokens, and a capacity of 8"),
         ([[1.5]], "its token ids are not of a vocabulary of 10"),
         ([[True]], "its token ids are not of a vocabulary of 10"),
+        ([{}], "has no token ids"),
         ([[10]], "its token ids are not of a vocabulary of 10"),
     ],
 )

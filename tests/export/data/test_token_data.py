@@ -133,6 +133,7 @@ BAD = {
     ),
     "half a pair": (lambda d: write(d / "a.jsonl", b'{"text": "a\\ud800"}'), "line 1: holds half of a surrogate pair"),
     "nested without end": (lambda d: write(d / "a.jsonl", b"[" * 100_000), "line 1: is not JSON"),
+    "a name too long": (lambda d: d / ("x" * 5000 + ".txt"), "cannot be read: File name too long. Name text that can"),
     "no name": (lambda d: Path(" "), "the name of the data: is empty"),
     "no parquet": (lambda d: write(d / "a.parquet", b"PAR1"), "is no parquet file"),
     "empty directory": (lambda d: d, "has no .txt"),
