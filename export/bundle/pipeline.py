@@ -26,7 +26,7 @@ from headfold.export.bundle.writer import (
     write_json,
 )
 from headfold.export.checkpoints.opening import load_decoder
-from headfold.export.data.calibration import CALIBRATION, calibration_tokens, write_tokens
+from headfold.export.data.calibration import CALIBRATION, MOST_TOKENS, calibration_tokens, write_tokens
 from headfold.export.data.calibration import TOKENS as CALIBRATION_TOKENS
 from headfold.export.data.token_data import tokenize
 from headfold.export.exportables.base import Exportable, Tensors, no_quantized_cache
@@ -77,6 +77,12 @@ class CacheCalibration:
     dtype: Quantized
     data: tuple[str, ...] = ()  # sources of text; the model writes its own if there is none
     tokens: int = CALIBRATION_TOKENS
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.tokens <= MOST_TOKENS:
+            raise ConfigError(
+                f"is {self.tokens}", where="--calibration-tokens", fix=f"It must be 1 to {MOST_TOKENS:,}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     multiple=True,
     help="Text to find the cache's scales, or the cost of --weights on. [default: the model writes its own]",
 )
-@click.option("--calibration-tokens", type=click.IntRange(1, 1 << 20), help="How much for the cache. [default: 8192]")
+@click.option("--calibration-tokens", type=click.IntRange(min=1), help="How much for the cache. [default: 8192]")
 @click.option(
     "--capacity",
     type=int,

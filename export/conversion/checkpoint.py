@@ -19,7 +19,7 @@ from headfold.export.conversion.layers import ConvertOptions, Tensors, attention
 from headfold.export.conversion.refit import refit
 from headfold.export.conversion.statistics import moments
 from headfold.export.conversion.streams import Streams
-from headfold.export.data.calibration import LENGTH, TOKENS, calibration_tokens
+from headfold.export.data.calibration import LENGTH, MOST_TOKENS, TOKENS, calibration_tokens
 from headfold.export.model.config import ModelConfig
 from headfold.export.model.decoder import Attention, Decoder
 from headfold.export.progress import Reporter
@@ -39,8 +39,9 @@ class Calibration:
 
     def __post_init__(self) -> None:
         for name, least in (("tokens", 1), ("length", 2)):
-            if getattr(self, name) < least:
-                raise InputError(f"calibration {name} is {getattr(self, name)}", fix=f"It must be {least} or more.")
+            if not least <= getattr(self, name) <= MOST_TOKENS:
+                fix = f"It must be {least} to {MOST_TOKENS:,}."
+                raise InputError(f"calibration {name} is {getattr(self, name)}", fix=fix)
 
 
 @dataclass(frozen=True)

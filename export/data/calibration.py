@@ -16,6 +16,7 @@ from headfold.export.progress import Reporter
 from headfold.runtime.errors import BundleError, DataError
 
 TOKENS, LENGTH = 8192, 256  # by default: tokens in all, and of each sequence
+MOST_TOKENS = 1 << 20  # that may be asked for: the model writes them all at once
 CALIBRATION = (
     "calibration.json"  # of a bundle: the tokens that its scales are from, so that a proof can find them again
 )

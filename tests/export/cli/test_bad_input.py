@@ -280,6 +280,13 @@ def test_finite_weights_that_overflow_are_no_model(dtype, checkpoint, tmp_path) 
     assert result.exit_code == 0, result.output
 
 
+def test_more_to_calibrate_on_than_anybody_writes(checkpoint, tmp_path) -> None:
+    arguments = ["export", str(checkpoint), "-o", str(tmp_path / "b"), "--kv-cache", "int8", "-q"]
+    fails(
+        [*arguments, "--calibration-tokens", "10000000000000"], "--calibration-tokens: is 10000000000000.", "1,048,576"
+    )
+
+
 @pytest.mark.parametrize("data", [[], ["--data", "DATA"]])
 def test_a_quantized_cache_of_nan_is_refused(data, checkpoint, tmp_path) -> None:
     tensors(lambda t: t["model.embed_tokens.weight"][:, 3].fill_(float("nan")))(checkpoint)

@@ -222,6 +222,7 @@ def test_the_command_prints_each_layers_error(source: Path, run: Callable[..., A
         ),
         ((), "nothing to convert. Give --kv-heads, --ffn, or both."),
         (("--kv-heads", 2, "--calibration-tokens", 0), "calibration tokens is 0"),
+        (("--kv-heads", 2, "--calibration-tokens", 10**13), "calibration tokens is 10000000000000"),
         (("--kv-heads", 2, "--calibration-length", 1), "calibration length is 1"),
         (("--kv-heads", 2, "--data", __file__), "the checkpoint has no tokenizer.json"),
         (("--kv-heads", 2, "--report", "nowhere/report.json"), "is no directory"),
