@@ -53,6 +53,7 @@ _UNREAD: Mapping[str, Collection[float]] = {
     "rope.scaling.yarn_ext_factor": {-1, 1},
     "rope.scaling.yarn_log_multiplier": {0},
 }
+_ELSEWHERE = "Export from the Hugging Face directory of the model."
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
@@ -165,7 +166,7 @@ def _config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any])
         raise ConfigError(
             "rope_freqs.weight: the scaled RoPE of this file cannot be read from GGUF",
             where=path,
-            fix="Export from the Hugging Face directory of the model.",
+            fix=_ELSEWHERE,
         )
     if get("expert_count", 0):
         raise ConfigError("it is a mixture of experts", where=path, fix="headfold exports dense models.")
@@ -174,7 +175,7 @@ def _config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any])
             raise ConfigError(
                 f"its metadata {architecture}.{name} is {value}, which headfold does not read",
                 where=path,
-                fix="Export from the Hugging Face directory of the model.",
+                fix=_ELSEWHERE,
             )
     hidden, heads = int(get("embedding_length")), int(get("attention.head_count"))
     head_dim = int(get("attention.key_length", hidden // max(heads, 1)))

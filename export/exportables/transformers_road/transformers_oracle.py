@@ -26,6 +26,8 @@ from headfold.export.exportables.transformers_road.loading import load_model, qu
 from headfold.plugins.attention.torch_op import dequantize, quantize
 from headfold.runtime.errors import ConfigError, VerificationError
 
+# What it raises of what it does not know: a model, a GGUF file's, sizes; the last three of a dtype that is none
+_UNKNOWN = (ValueError, KeyError, OSError, StrictDataclassError, AttributeError, IndexError, TypeError)
 _OPTIONS: dict[str, Any] = {"attn_implementation": "eager", "dtype": torch.float32}
 
 
@@ -44,9 +46,7 @@ def oracle_of(checkpoint: Checkpoint, stored: torch.dtype) -> "TransformersOracl
     with quiet():
         try:
             config = AutoConfig.from_pretrained(**place, local_files_only=True, trust_remote_code=False)
-        except (ValueError, KeyError, OSError, StrictDataclassError):  # what it does not know: a model, a GGUF's, sizes
-            return None
-        except (AttributeError, IndexError, TypeError):  # a dtype that is none, which is not looked at here
+        except _UNKNOWN:
             return None
         if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             return None
