@@ -126,6 +126,8 @@ def _open(
 
     if backend not in ("onnxruntime", "tensorrt"):
         raise InputError(f"backend {backend!r} is unknown", fix="headfold knows onnxruntime, tensorrt.")
+    if attention is not None and backend != "tensorrt":
+        raise InputError("attention chooses a TensorRT engine", fix='Leave it out, or give backend="tensorrt".')
     manifest = read_manifest(bundle)
     if check:
         with known_files(bundle) as digest:

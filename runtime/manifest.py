@@ -53,6 +53,8 @@ BlockSize = Literal[32, 64, 128]  # powers of two, which TensorRT has, too
 WeightsScheme = Literal["int8", "int4", "mixed", "w8a8", "fp8", "nvfp4"]
 Size = Annotated[int, Field(ge=1)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Nats = Annotated[float, Field(allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
 FileName = Annotated[str, AfterValidator(_inside)]  # relative to the bundle, with slashes
 
 
@@ -80,8 +82,8 @@ class QuantizationSpec(_Strict):
 
     dtype: Quantized
     calibration_tokens: int = Field(ge=1)
-    kl: float  # mean KL of the next token's distribution, without || with quantization, nats
-    top1: float  # share of positions whose likeliest token is the same
+    kl: Nats  # mean KL of the next token's distribution, without || with quantization
+    top1: Share  # of positions whose likeliest token is the same
 
 
 class WeightsCost(_Strict):
@@ -90,7 +92,7 @@ class WeightsCost(_Strict):
     tokens: int = Field(ge=1)
     kl: float  # mean KL of the next token's distribution, without || with rounding, nats
     kl_99: float  # its 99th percentile over the tokens
-    top1: float  # share of positions whose likeliest token is the same
+    top1: Share  # of positions whose likeliest token is the same
     perplexity_before: float  # of the text, without rounding and with it
     perplexity: float
     greedy_tokens: int  # length of the greedy answers compared

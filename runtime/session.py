@@ -84,9 +84,9 @@ class OrtSession:
         *,
         shares: bool = False,
     ) -> None:
-        if threads is not None and not 1 <= threads <= _MOST_THREADS:
-            fix = f"It must be 1 to {_MOST_THREADS}; leave it out for one per core."
-            raise InputError(f"threads is {threads}", fix=fix)
+        if threads is not None and not (isinstance(threads, int) and 1 <= threads <= _MOST_THREADS):
+            fix = f"It must be a whole number, 1 to {_MOST_THREADS}; leave it out for one per core."
+            raise InputError(f"threads is {threads!r}", fix=fix)
         self.manifest, self.device = manifest, provider
         with huge_pages() if provider == "cpu" else nullcontext():
             self.session = _open(bundle, manifest, provider, threads or physical_cores(), shares)
@@ -222,7 +222,7 @@ def _token_bytes(manifest: Manifest) -> int:
 
 def _open(bundle: Path, manifest: Manifest, provider: str, threads: int, shares: bool) -> Any:
     """The InferenceSession, running on that provider for certain; see OrtSession."""
-    if provider not in PROVIDERS:
+    if provider not in [*PROVIDERS]:
         raise ProviderError(f"provider {provider!r} is unknown", fix=f"headfold knows {', '.join(PROVIDERS)}.")
     name = PROVIDERS[provider]
     if name not in ort.get_available_providers():

@@ -39,7 +39,7 @@ from headfold.export.model.decoder import Scales
 from headfold.export.parity.report import ParityReport
 from headfold.export.parity.verify import verify_bundle
 from headfold.export.progress import Reporter
-from headfold.export.quantization.gate import pass_gate
+from headfold.export.quantization.gate import MAX_KL, check_max_kl, pass_gate
 from headfold.export.quantization.products import round_weights
 from headfold.export.quantization.rounding import Prepared, WeightRounding, prepare
 from headfold.plugins.dtypes import DType, Quantized
@@ -77,8 +77,10 @@ class CacheCalibration:
     dtype: Quantized
     data: tuple[str, ...] = ()  # sources of text; the model writes its own if there is none
     tokens: int = CALIBRATION_TOKENS
+    max_kl: float = MAX_KL  # nats; beside rounded weights theirs, which is of both
 
     def __post_init__(self) -> None:
+        check_max_kl(self.max_kl)
         if not 1 <= self.tokens <= MOST_TOKENS:
             raise ConfigError(
                 f"is {self.tokens}", where="--calibration-tokens", fix=f"It must be 1 to {MOST_TOKENS:,}."
@@ -134,7 +136,7 @@ def export_bundle(source: Exportable, output: Path, options: ExportOptions, repo
 
     Raises:
         HeadfoldError: see the errors of `staged`, `export_graph` and `attach_weights`.
-        VerificationError: parity failed, or rounded weights cost too much; no bundle is published.
+        VerificationError: parity failed, or rounded weights or a quantized cache cost too much; no bundle is published.
     """
     check_output(output, options.force)
     if options.cache is not None and not isinstance(source, OwnModel):
@@ -262,6 +264,12 @@ def _calibrate(
     reporter.note(
         f"{options.dtype} cache on {tokens.numel():,} tokens: KL {cost.kl:.2g} nats, same likeliest token {cost.top1:.1%}"
     )
+    if weights is None and not cost.kl <= options.max_kl:  # NaN is not
+        raise VerificationError(
+            f"the {options.dtype} cache costs {cost.kl:.3g} nats, more than {options.max_kl:g}",
+            where=source.path,
+            fix="Leave --kv-cache out, or allow it with --max-kl. No bundle was written.",
+        )
     return scales, QuantizationSpec(dtype=options.dtype, calibration_tokens=tokens.numel(), kl=cost.kl, top1=cost.top1)
 
 

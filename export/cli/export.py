@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 @click.option(
     "--max-kl",
     type=Range(min=0, min_open=True),
-    help="Most that --weights may cost: mean KL to the model without it, in nats. [default: 0.1]",
+    help="Most that --weights and --kv-cache may cost: mean KL to the model without them, in nats. [default: 0.1]",
 )
 @click.option(
     "--data",
@@ -152,7 +152,12 @@ def export(
         why="is for calibrating a quantized cache or rounded weights",
         fix="Add --kv-cache int8, or --weights int8.",
     )
-    refuse_idle(weights is None, "max_kl", why="is for rounded weights", fix="Add --weights int8.")
+    refuse_idle(
+        kv_cache is None and weights is None,
+        "max_kl",
+        why="is for rounded weights or a quantized cache",
+        fix="Add --weights int8, or --kv-cache int8.",
+    )
     refuse_idle(weights != "mixed", "bits", why="is for weights of either width", fix="Add --weights mixed.")
     refuse_idle(
         weights not in {"int4", "mixed", "nvfp4"},
@@ -172,7 +177,7 @@ def export(
     refuse_idle(not verify, "decode_steps", why="is of the comparison", fix="Leave out --no-verify, or leave it out.")
     calibration = None
     if kv_cache is not None:
-        calibration = CacheCalibration(kv_cache, data, calibration_tokens or TOKENS)
+        calibration = CacheCalibration(kv_cache, data, calibration_tokens or TOKENS, max_kl or MAX_KL)
     rounded = None
     if weights is not None:
         how = rounding or "gptq"

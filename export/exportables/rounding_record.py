@@ -1,6 +1,7 @@
 """`weights.json` of a bundle: what was done to each rounded weight. A proof finds the weights again by it."""
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -121,7 +122,8 @@ def read_record(path: Path, shapes: Mapping[str, tuple[int, ...]], config: Model
     for name, record in records.items():
         kept, block, shape = record.method == "kept", record.block_size, shapes.get(name, ())
         known = record.bits in get_args(Width) and (record.method in get_args(Method) or kept)
-        known = known and isinstance(record.relative_squared_error, float) and type(block) is int
+        lost = record.relative_squared_error
+        known = known and isinstance(lost, float) and 0 <= lost < math.inf and type(block) is int
         if known and len(shape) == 3:
             known = record.method == "nearest" and record.form == Form(record.bits, transposed=record.transposed)
             known = known and not record.form.by_output and shape[1] % block == shape[2] % block == 0

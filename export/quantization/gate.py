@@ -8,7 +8,7 @@ from headfold.export.progress import Reporter
 from headfold.export.quantization.cost import Reference, weights_cost
 from headfold.export.quantization.products import set_level_in_file
 from headfold.plugins.quantized.schema import Level
-from headfold.runtime.errors import VerificationError
+from headfold.runtime.errors import ConfigError, VerificationError
 from headfold.runtime.manifest import MODEL, Manifest, WeightsCost, WeightsScheme, WeightsSpec
 
 # On text that a model itself wrote, the mean KL is what its loss rises by in expectation. A model of a billion parameters is 0.094 nats
@@ -29,6 +29,12 @@ _HELPS: dict[WeightsScheme, str] = {
 # wide at every call (32,000 outputs of 2,048 inputs: 280 ms instead of 8; of four bits 16 instead of 2).
 _EIGHT, _FLOATS_BY_FOUR = "inputs in eight bits", "inputs in float32 where weights have four bits"
 _FLOATS = "inputs in float32, which decodes slowly"
+
+
+def check_max_kl(value: float) -> None:
+    """Raise ConfigError for what is no bound."""
+    if not 0 < value < math.inf:
+        raise ConfigError(f"is {value:g}", where="--max-kl", fix="It must be positive and finite, in nats.")
 
 
 def pass_gate(

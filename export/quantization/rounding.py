@@ -38,7 +38,7 @@ from headfold.export.model.rounding import (
 )
 from headfold.export.progress import Reporter
 from headfold.export.quantization.cost import Reference, reference
-from headfold.export.quantization.gate import MAX_KL
+from headfold.export.quantization.gate import MAX_KL, check_max_kl
 from headfold.export.quantization.gptq import gptq_head, gptq_layers
 from headfold.export.quantization.products import roundable, transposed
 from headfold.export.quantization.running import Running
@@ -82,8 +82,7 @@ class WeightRounding:
                 )
         if isinstance(self.data, str):
             raise ConfigError("is one text", where="data", fix='Give a tuple of sources: ("corpus.txt",).')
-        if not 0 < self.max_kl < math.inf:
-            raise ConfigError(f"is {self.max_kl:g}", where="--max-kl", fix="It must be positive and finite, in nats.")
+        check_max_kl(self.max_kl)
         if self.bits is not None and self.scheme != "mixed":
             raise ConfigError("is for weights of either width", where="--bits", fix="Add --weights mixed.")
         if self.bits is not None and not 4 <= self.bits <= 8:

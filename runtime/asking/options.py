@@ -1,6 +1,6 @@
 """The options of a call, as a caller gives them; see `Calls` for what becomes of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, TypedDict
 
@@ -60,7 +60,7 @@ def seconds(name: str, value: Any) -> float:
 
 def texts(name: str, value: str | Sequence[str]) -> list[str]:
     """One text or several, none of them empty."""
-    found = [value] if isinstance(value, str) else list(value)
+    found: list[str] = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
     if not all(isinstance(text, str) and text for text in found):
         raise InputError(f"a {name} is empty, or no text", fix="Give texts of at least one character.")
     return found

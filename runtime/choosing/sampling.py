@@ -96,6 +96,8 @@ class Sampler:
         form: Form | None = None,
     ) -> None:
         self.parameters, self._form = parameters, form
+        if processor is not None and not callable(processor):
+            raise InputError(f"logits_processor is a {type(processor).__name__}", fix="Give a function.")
         self._processor, self._answer = processor, list[int]()
         self._counts: NDArray[np.float32] | None = None
         if parameters.presence_penalty or parameters.frequency_penalty:
@@ -162,6 +164,10 @@ class Sampler:
 
 def _biases(bias: Mapping[int, float], vocab_size: int) -> NDArray[np.float32]:
     """What is added to the logits [V]."""
+    if not isinstance(bias, Mapping):
+        raise InputError(
+            f"logit_bias is a {type(bias).__name__}", fix="Give a number for each token id, as {50: -100}."
+        )
     result = np.zeros(vocab_size, np.float32)
     for token, value in bias.items():
         if not isinstance(token, Integral) or not 0 <= token < vocab_size:

@@ -61,8 +61,8 @@ class Scheduler:
         draft: Draft | None = None,
     ) -> None:
         for name, value, least in (("slots", slots, 1), ("waiting", waiting, 1), ("keep_bytes", keep_bytes, 0)):
-            if value < least:
-                raise InputError(f"{name} is {value}", fix=f"It must be {least} or more.")
+            if not isinstance(value, int) or value < least:
+                raise InputError(f"{name} is {value!r}", fix=f"It must be a whole number, {least} or more.")
         self._backend, self._keep_bytes = backend, keep_bytes
         self._rows, self.capacity = backend.largest_cache(slots)
         self._lock = threading.Lock()  # of the queues, the thread, `_closed`

@@ -62,6 +62,13 @@ class ChatTemplate:
             InputError: messages or tools are malformed, or the template refuses them.
             BundleError: the template breaks a bound.
         """
+        if not isinstance(messages, Sequence):
+            raise InputError(f"messages cannot be a {type(messages).__name__}", fix="Give a list of them.")
+        if not isinstance(tools, Sequence | None):
+            raise InputError(f"tools cannot be a {type(tools).__name__}", fix="Give a list of functions.")
+        if not isinstance(variables, Mapping):
+            fix = 'Give a value for each name, as {"enable_thinking": False}.'
+            raise InputError(f"template_variables cannot be a {type(variables).__name__}", fix=fix)
         given = {
             "documents": None,  # as transformers passes them
             **self._special,

@@ -225,7 +225,7 @@ def test_a_cache_that_does_not_fit_the_memory(toy) -> None:
 
 
 def test_threads(toy) -> None:
-    for threads in (0, 10**9):  # so many would be made
+    for threads in (0, "2", 10**9):  # so many would be made
         assert isinstance(raised(toy.path, threads=threads), InputError)
     assert load(toy.path, threads=1).session.get_session_options().intra_op_num_threads == 1
     assert load(toy.path).session.get_session_options().intra_op_num_threads == physical_cores()

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from headfold.export.bundle.cache_scales import cache_scales, quantization_cost
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
@@ -110,6 +111,38 @@ def test_float8_is_proven_here_and_runs_elsewhere(toys, tmp_path) -> None:
     code, output = run("generate", path, "the cat", "-n", "2")
     assert code == 2
     assert "ONNX Runtime has no float8 cache on CPUs. Export with --kv-cache int8" in output
+
+
+def test_a_cache_that_costs_too_much_is_not_published(toys, tmp_path) -> None:
+    """Values of one channel that are a thousand times as large take the range of all others; what the head makes of it undoes that."""
+    planted = shutil.copytree(toys / "student", tmp_path / "planted")
+    size = json.loads((planted / "config.json").read_text())["head_dim"]
+    weights = load_file(planted / "model.safetensors")
+    for name, weight in weights.items():
+        if "v_proj.weight" in name:
+            weight[::size] *= 1024
+        if "o_proj.weight" in name:
+            weight[:, ::size] /= 1024
+    save_file(weights, planted / "model.safetensors")
+    options = ("--kv-cache", "int8", "--data", toys / "text.txt", "--calibration-tokens", 256, "--capacity", CAPACITY)
+    bound = ("--max-kl", "0.0001")  # a toy's attention does little
+    assert run("export", toys / "student", "-o", tmp_path / "sound", *options, *bound, "-q")[0] == 0
+    code, output = run("export", planted, "-o", tmp_path / "no", *options, *bound, "-q")
+    assert code == 1
+    assert "the int8 cache costs " in output
+    assert "Leave --kv-cache out, or allow it with --max-kl. No bundle was written." in output
+    assert not (tmp_path / "no").exists()
+    assert run("export", planted, "-o", tmp_path / "allowed", *options, "--max-kl", "10", "-q")[0] == 0
+
+
+@pytest.mark.parametrize("found", [{"kl": float("nan")}, {"top1": 7.0}])
+def test_costs_that_nobody_measures_are_refused(found, bundle, tmp_path) -> None:
+    other = shutil.copytree(bundle, tmp_path / "other")
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["cache"]["quantization"] |= found
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=f"cache.quantization.{next(iter(found))}: Input should be"):
+        read_manifest(other)
 
 
 @pytest.mark.parametrize(

@@ -256,7 +256,7 @@ def test_weights_that_are_cut_short_or_missing_are_one_line(length, bundle, tmp_
         (("--weights", "int4", "--capacity", "1"), "--capacity 1: is too short to measure rounded weights on"),
         (("--weights", "int8", "--bits", "5"), "--bits: is for weights of either width. Add --weights mixed."),
         (("--weights", "int8", "--rounding", "gptq"), "--rounding: is for weights of four bits."),
-        (("--max-kl", "0.2"), "--max-kl: is for rounded weights. Add --weights int8."),
+        (("--max-kl", "0.2"), "--max-kl: is for rounded weights or a quantized cache. Add --weights int8, or"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(options, message, source, tmp_path) -> None:

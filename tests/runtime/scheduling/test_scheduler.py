@@ -260,7 +260,7 @@ def test_the_thread_and_the_cache_are_there_only_while_there_is_work() -> None:
     assert scheduler._slots is not None
 
 
-@pytest.mark.parametrize("options", [{"slots": 0}, {"waiting": 0}, {"keep_bytes": -1}])
+@pytest.mark.parametrize("options", [{"slots": 0}, {"slots": 1.5}, {"waiting": "2"}, {"keep_bytes": -1}])
 def test_numbers_that_make_no_scheduler(options) -> None:
     with pytest.raises(InputError, match="or more"):
         Scheduler(TokenEngine(), **options)
