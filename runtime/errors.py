@@ -4,6 +4,9 @@ A command line prints them without a traceback and exits with `exit_code`: 2 for
 verification. They quote files that nobody vouches for, so a line has a bounded length and no terminal escapes.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 _LONGEST = 600  # characters of each of the three parts
 
 
@@ -26,6 +29,17 @@ class HeadfoldError(Exception):
         self.what, self.where, self.fix = what, where, fix
         line = printable(what) if where is None else f"{printable(str(where))}: {printable(what)}"
         super().__init__(f"{line}. {printable(fix)}" if fix else line)
+
+
+@contextmanager
+def located(where: object) -> Iterator[None]:
+    """An error inside the block that does not say where is of `where`."""
+    try:
+        yield
+    except HeadfoldError as error:
+        if error.where is not None:
+            raise
+        raise type(error)(error.what, where=where, fix=error.fix) from error
 
 
 class ConfigError(HeadfoldError):

@@ -12,7 +12,7 @@ from headfold.export.quantization.cost import reference, weights_cost
 from headfold.export.quantization.gate import describe, what_helps
 from headfold.export.quantization.rounding import HELD_OUT
 from headfold.export.quantization.running import Running
-from headfold.runtime.errors import VerificationError
+from headfold.runtime.errors import VerificationError, located
 from headfold.runtime.manifest import Manifest, WeightsCost
 
 
@@ -42,7 +42,7 @@ def cost_on_text(
     with reporter.step("read the checkpoint"):
         model = Running(source, source.tensors(getattr(torch, manifest.dtype)), manifest.cache.capacity)
     tokens = calibration_tokens(source.tokenizer.definition, model, data, HELD_OUT, LENGTH, reporter=reporter)
-    with reporter.step("run PyTorch on the text"):
+    with reporter.step("run PyTorch on the text"), located(source.path):
         before = reference(model, tokens)
     del model
     with reporter.step("run the bundle on it"):

@@ -44,7 +44,7 @@ from headfold.export.quantization.products import round_weights
 from headfold.export.quantization.rounding import Prepared, WeightRounding, prepare
 from headfold.plugins.dtypes import DType, Quantized
 from headfold.runtime.choosing.generation_settings import read_generation_settings
-from headfold.runtime.errors import BundleError, CheckpointError, ConfigError, VerificationError
+from headfold.runtime.errors import BundleError, CheckpointError, ConfigError, VerificationError, located
 from headfold.runtime.manifest import (
     FLOAT4_VERSION,
     FLOAT8_VERSION,
@@ -258,7 +258,7 @@ def _calibrate(
     else:
         tokens = text[:: -(-text.numel() // options.tokens)]
     write_file(stage / CALIBRATION, write_tokens(tokens))
-    with reporter.step(f"calibrate the {options.dtype} cache"):
+    with reporter.step(f"calibrate the {options.dtype} cache"), located(source.path):
         scales = cache_scales(decoder, tokens, stored)
         cost = quantization_cost(decoder, tokens, stored, scales)
     reporter.note(

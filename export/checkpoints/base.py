@@ -127,18 +127,18 @@ def check_tensors(path: Path, expected: Mapping[str, tuple[int, ...]], actual: M
         raise CheckpointError(
             _count("missing", missing),
             where=path,
-            fix="The checkpoint is incomplete, or config.json is another model's.",
+            fix="The checkpoint is incomplete, or its configuration is another model's.",
         )
     if extra:
         raise CheckpointError(
             _count("that this model does not have", extra),
             where=path,
-            fix="config.json is another model's, or a feature is not implemented.",
+            fix="Its configuration is another model's, or a feature is not implemented.",
         )
     if wrong:
         shapes = [f"{n} {list(actual[n])} instead of {list(expected[n])}" for n in wrong]
         raise CheckpointError(
-            _count("of the wrong shape", shapes), where=path, fix="config.json does not belong to these weights."
+            _count("of the wrong shape", shapes), where=path, fix="Its configuration does not belong to these weights."
         )
 
 

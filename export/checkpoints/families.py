@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from headfold.export.model.config import MOST_LAYERS, Activation, ModelConfig, RopeConfig
-from headfold.runtime.errors import ConfigError
+from headfold.runtime.errors import ConfigError, located
 
 Json = Mapping[str, Any]
 T = TypeVar("T")
@@ -124,10 +124,8 @@ def config_from_json(content: Json, where: object) -> ModelConfig:
         NotInTable: it is for transformers.
         ConfigError: a field is of the wrong type, or asks for something headfold does not implement.
     """
-    try:
+    with located(where):
         return _config_from_json(content)
-    except ConfigError as error:
-        raise type(error)(error.what, where=error.where or where, fix=error.fix) from error
 
 
 class _Fields:

@@ -102,6 +102,11 @@ def verify(
     def opened(manifest: "Manifest") -> "Exportable":
         return open_exportable(Path(source), manifest.road, trust_remote_code, reporter, base)
 
+    if data:  # first: what is wrong with it is known before the work is done
+        from headfold.export.data.token_data import tokenize
+
+        model = opened(own)
+        tokenize(data, model.tokenizer.definition, model.facts, reporter)
     report = verify_against(bundle, opened, decode_steps, reporter, candidate)
     cost = None
     if data:

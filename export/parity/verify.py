@@ -165,7 +165,7 @@ def _rounded(
         {name: weight.form for name, weight in record.tensors.items() if weight.method == method}
         for method in ("gptq", "nearest", "kept")
     )
-    forms, found = by_rule | by_gptq, StoredRoundings(model, by_gptq, weights.shapes())
+    forms, found = by_rule | by_gptq, StoredRoundings(model, by_gptq, weights.shapes(), directory / MODEL)
     if own is not None:
         return RoundedCheckpoint(record.smoothed(own), forms, found, kept, stored), record
     if kept:

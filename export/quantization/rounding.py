@@ -47,7 +47,7 @@ from headfold.export.quantization.sensitivity import by_loss_of_inputs, choose_b
 from headfold.export.quantization.shelf import InMemory, Shelf, digest_of, remembered
 from headfold.export.quantization.smoothing import find_smoothing
 from headfold.plugins.quantized.schema import BLOCK
-from headfold.runtime.errors import ConfigError
+from headfold.runtime.errors import ConfigError, located
 from headfold.runtime.manifest import BlockSize, WeightsScheme, WeightsSpec
 
 # A model whose weights come and go with each pass is given shorter sequences: each token that is decoded is a pass
@@ -163,7 +163,7 @@ def prepare(
     held_out, calibration = _text(source, model, options, max(CALIBRATION if calibrated else 0, more), reporter)
     lies_there = model.streams and calibrated and not smoothed  # what is made of it, if an export was killed
     origin = _origin(tensors, graph, source.tables(dtype, capacity), capacity, reporter) if lies_there else b""
-    with reporter.step("run PyTorch on held-out text"):
+    with reporter.step("run PyTorch on held-out text"), located(source.path):
         before = reference(model, held_out)
     if options.scheme == "mixed" and calibrated:
         few = calibration[: max(SENSITIVITY // calibration.shape[1], 1)]

@@ -20,7 +20,7 @@ from headfold.export.checkpoints.gguf.vocabulary import SpecialTokens
 from headfold.export.checkpoints.quantized.tensor import QuantizedTensor
 from headfold.export.checkpoints.shapes import expected_shapes
 from headfold.export.model.config import ModelConfig, RopeConfig
-from headfold.runtime.errors import ConfigError
+from headfold.runtime.errors import ConfigError, located
 
 _LAYER = {  # GGUF name inside `blk.{i}.`: the decoder's name inside `model.layers.{i}.`
     "attn_norm": "input_layernorm",
@@ -184,7 +184,7 @@ def _config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any])
     window = int(get("attention.sliding_window", 0)) or None
     layers = int(get("block_count"))
     special = SpecialTokens.read(metadata)
-    try:
+    with located(path):
         return ModelConfig(
             model_type=families[architecture],
             vocab_size=int(tensors["token_embd.weight"].shape[1])
@@ -210,8 +210,6 @@ def _config(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Any])
             eos_token_id=special.ends,
             pad_token_id=special.pad,
         )
-    except ConfigError as error:
-        raise ConfigError(error.what, where=error.where or path, fix=error.fix) from error
 
 
 def _rope(path: Path, get: Any, head_dim: int) -> RopeConfig:

@@ -5,6 +5,7 @@ Others are found again from the checkpoint by their rule, and compared bit for b
 
 import math
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 
 import onnx_ir as ir
 import torch
@@ -54,8 +55,10 @@ class StoredRoundings(Mapping[str, Rounded]):
         model: ir.Model,
         forms: Mapping[str, Form],
         shapes: Mapping[str, tuple[int, ...]],
+        path: Path,
     ) -> None:
-        self._forms, self._shapes = forms, shapes
+        """`path`: the graph's, for messages."""
+        self._forms, self._shapes, self._path = forms, shapes, path
         self._values = dict[str, tuple[ir.Value, int]]()  # of each part the initializer, and its first row there
         for value in model.graph.initializers.values():
             row = 0
@@ -80,11 +83,12 @@ class StoredRoundings(Mapping[str, Rounded]):
     def _read(self, part: str, shape: tuple[int, ...]) -> torch.Tensor:
         value, row = self._values.get(part, (None, 0))
         if value is None or value.const_value is None:
-            raise BundleError(f"the graph has no {part}", fix="Export the bundle again.")
+            raise BundleError(f"has no {part}", where=self._path, fix="Export the bundle again.")
         found = torch.from_numpy(value.const_value.numpy()[row : row + shape[0]].copy())
         let_go(value)
         if tuple(found.shape) != shape:
-            raise BundleError(f"the graph's {part} is {list(found.shape)}, not {list(shape)}", fix="Export it again.")
+            wrong = f"its {part} is {list(found.shape)}, not {list(shape)}"
+            raise BundleError(wrong, where=self._path, fix="Export the bundle again.")
         return found
 
 

@@ -119,7 +119,8 @@ def test_tensorrt_is_given_the_same_weights_in_four_bits(bundle, source) -> None
     packed = next(x for name, x in values.items() if name.startswith(f"{UP}.float4") and name.endswith(".packed"))
     assert packed.dtype == ir.DataType.FLOAT4E2M1
     form = rounded(checkpoint.read(UP), "float4", torch.float16).form
-    exact = restored(StoredRoundings(master, {UP: replace(form, narrow=True)}, checkpoint.shapes())[UP])
+    stored = StoredRoundings(master, {UP: replace(form, narrow=True)}, checkpoint.shapes(), bundle / MODEL)
+    exact = restored(stored[UP])
     dequantize = next(node for node, _ in packed.uses())
     float8, unit = dequantize.inputs[1].producer().inputs
     steps = float8.const_value.numpy().astype(np.float32) * unit.const_value.numpy()
