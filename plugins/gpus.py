@@ -23,5 +23,6 @@ GPUS = {  # in the order of the bits in an engine file's header
 }
 RTX_CAPABILITIES = tuple(capability for capability, gpu in GPUS.items() if gpu.rtx)
 BFLOAT16_SINCE = 80  # Turing has no bfloat16 arithmetic
+RTX_FLOAT32_SINCE = RTX_INT4_SINCE = 80  # TensorRT-RTX 1.7 has no products of these for Turing
 FLOAT8_SINCE = 89  # Ada is the first that converts from and to e4m3fn
 FLOAT4_SINCE = 100  # Blackwell is the first with e2m1

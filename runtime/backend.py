@@ -115,18 +115,20 @@ class Chunk:
 
 
 def prefill_chunks(cache: Cache, row: int, ids: NDArray[np.int64], size: int) -> Iterator[Chunk]:
-    """The steps that append `ids` [S] to a row, equal parts of at most `size`; after each of them, the row has its tokens.
+    """The steps that append `ids` [S] to a row, about equal parts of at most `size`; after each of them, the row has its tokens.
 
-    Equal, for a last token alone would be rounded unlike others where products round their inputs.
+    Equal and even, but for the last one, if `size` allows it: see `headfold.runtime.scheduling.slots.next_part`.
 
     Raises:
         CapacityError: the tokens do not fit the cache.
     """
     start = int(cache.lengths[row])
     check_room(cache, start + len(ids))
-    count = -(-len(ids) // size)
+    unit = min(size, 2)
+    units = -(-len(ids) // unit)
+    count = -(-units // (size // unit))
     for number in range(count):
-        begin, end = (len(ids) * edge // count for edge in (number, number + 1))
+        begin, end = (min(units * edge // count * unit, len(ids)) for edge in (number, number + 1))
         yield Chunk(begin, end, np.ascontiguousarray(ids[None, begin:end]), np.ones((1, start + end), np.int64))
         cache.lengths[row] = start + end
 

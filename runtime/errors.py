@@ -74,6 +74,10 @@ class InputError(HeadfoldError):
     """A prompt, message list or sampling parameter that cannot be used."""
 
 
+class ClosedError(InputError):
+    """A model that was closed, before it was asked or before it had answered."""
+
+
 class BusyError(HeadfoldError):
     """Too many prompts wait for this model already."""
 

@@ -235,8 +235,8 @@ class Model:
             CapacityError: more tokens than the cache holds.
         """
         row = self._calls.prompts.checked(ids)
-        if not 1 <= start < len(row):
-            raise InputError(f"there is no token to score from {start} of {len(row)} on", fix="Give more tokens.")
+        if not isinstance(start, int) or not 1 <= start < len(row):
+            raise InputError(f"there is no token to score from {start!r} of {len(row)} on", fix="Give more tokens.")
         self._check_fits(len(row) - 1)
         parts = self._logits(row[:-1], start - 1)
         return TokenScores.joined(TokenScores.of(logits, row[at + 1 : at + 1 + len(logits)]) for at, logits in parts)

@@ -33,6 +33,8 @@ NEWEST_VERSION = FLOAT4_VERSION
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 RECORD = "weights.json"  # of rounded weights
+PARITY = "parity.json"  # the report of the proof
+CONFIG = "config.json"  # of a checkpoint: no bundle has one
 _CHUNK = 1 << 22  # bytes hashed at a time
 _HUB = frozenset(
     {".cache", ".git", ".gitattributes", ".gitignore", "README.md"}
@@ -256,6 +258,9 @@ def read_manifest(bundle: Path) -> Manifest:
         BundleError: no such bundle, not JSON, a newer format, a field that is missing or wrong, or fields that contradict each other.
     """
     path = bundle / MANIFEST
+    if not path.exists() and (bundle.is_file() or (bundle / CONFIG).exists()):
+        fix = f"Export it first: `headfold export {bundle} -o BUNDLE`."
+        raise BundleError("is a checkpoint, not a bundle", where=bundle, fix=fix)
     if not bundle.is_dir():
         raise BundleError(
             "no such bundle directory", where=bundle, fix="Make one: `headfold export CHECKPOINT -o BUNDLE`."

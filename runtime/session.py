@@ -22,7 +22,7 @@ from headfold.plugins.names import HIDDEN_STATES
 from headfold.runtime.backend import CHUNK, decode_window, prefill_chunks, widened
 from headfold.runtime.cpu import physical_cores
 from headfold.runtime.errors import BundleError, CapacityError, InputError, ProviderError
-from headfold.runtime.files.graph_file import check_capacity
+from headfold.runtime.files.graph_check import check_graph
 from headfold.runtime.manifest import MODEL, Manifest
 from headfold.runtime.scheduling.host_rows import HostRows, lazy_zeros
 from headfold.runtime.weight_pages import give_back_mapped, huge_pages
@@ -92,7 +92,7 @@ class OrtSession:
             self.session = _open(bundle, manifest, provider, threads or physical_cores(), shares)
             give_back_mapped(bundle / f"{MODEL}.data")  # before pages move, which would keep it waiting
         self._path = bundle / MODEL
-        _check_graph(self.session, self._path, manifest)
+        check_graph(self.session.get_inputs(), self.session.get_outputs(), self._path, manifest)
         self._dtype, self._cache_type = DTYPES[manifest.dtype], DTYPES[manifest.cache_dtype].onnx
         self._all = manifest.logits == "all"
         self._chunk = _CPU_CHUNK if provider == "cpu" else CHUNK
@@ -306,32 +306,3 @@ def _check_kernels(session: Any, bundle: Path, manifest: Manifest) -> None:
             where=bundle,
             fix="Export with --dtype float16 or bfloat16, or use provider 'cpu'.",
         )
-
-
-def _check_graph(session: Any, path: Path, manifest: Manifest) -> None:
-    """Hold what the manifest says of the graph to the graph itself, before any memory is taken by it. Raises BundleError."""
-    inputs, outputs = session.get_inputs(), session.get_outputs()
-    for kind, values in (("inputs", inputs), ("outputs", outputs)):
-        if [value.name for value in values] != [spec.name for spec in getattr(manifest, kind)]:
-            raise BundleError(f"its {kind} are not those of the manifest", where=path, fix=_AGAIN)
-    cache = manifest.cache
-    facts = {"logits": (manifest.dtype, {2: manifest.vocab_size})} | {
-        name: (manifest.cache_dtype, {1: heads, 3: head_dim})
-        for names, (heads, head_dim) in cache.tensors.items()
-        for name in names
-    }
-    if manifest.hidden_size is not None:
-        facts[HIDDEN_STATES] = (manifest.dtype, {2: manifest.hidden_size})
-    graph = {value.name: value for value in (*inputs, *outputs)}
-    for name, (dtype, sizes) in facts.items():
-        value = graph.get(name)
-        kind = f"tensor({DTYPES[dtype].onnxruntime})"
-        if value is None or value.type != kind or any(value.shape[axis : axis + 1] != [n] for axis, n in sizes.items()):
-            found = "there is none" if value is None else f"it is a {value.type} {value.shape}"
-            wanted = ", ".join(f"{size} on axis {axis}" for axis, size in sizes.items())
-            raise BundleError(f"{name} is not the manifest's {kind} with {wanted}: {found}", where=path, fix=_AGAIN)
-    if (graph["logits"].shape[1] == 1) != (manifest.logits == "last"):
-        raise BundleError(
-            f"its logits are not those of {manifest.logits} tokens, as its manifest says", where=path, fix=_AGAIN
-        )
-    check_capacity(path, cache.capacity)

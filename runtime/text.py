@@ -131,6 +131,12 @@ class Text:
         return {name: token for name, token in tokens.items() if isinstance(token, str) and name.endswith("_token")}
 
 
+def begun(mark: str, text: str) -> int:
+    """How many of a text's last characters may be the beginning of a mark, which is not all there."""
+    sizes = range(min(len(mark) - 1, len(text)), 0, -1)
+    return next((size for size in sizes if text.endswith(mark[:size])), 0)
+
+
 class Detokenizer:
     """Turns one sequence's tokens into text as they come: never half a character, never the beginning of a stop string.
 
@@ -164,8 +170,8 @@ class Detokenizer:
             self.stopped, end = True, min(found)
         elif token is not None:
             end = len(whole.rstrip(_UNFINISHED))
-            held = (n for stop in self._stop for n in range(len(stop) - 1, 0, -1) if whole.endswith(stop[:n], 0, end))
-            end -= max(held, default=0)
+            # What was returned begins no stop string: it was held back otherwise
+            end -= max((begun(stop, whole[self._sent : end]) for stop in self._stop), default=0)
         new = whole[self._sent : end]
         self._sent += len(new)
         return new

@@ -9,7 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 import psutil
 import torch
 from torch import Tensor
@@ -36,6 +35,7 @@ from headfold.export.exportables.rounding_record import record_of, record_to_jso
 from headfold.export.graph.trace import export_graph
 from headfold.export.graph.weights import attach_weights, cache_scales_by_name, save_model
 from headfold.export.model.decoder import Scales
+from headfold.export.parity.exact.manifest import report_of_weights, tensor_spec
 from headfold.export.parity.report import ParityReport
 from headfold.export.parity.verify import verify_bundle
 from headfold.export.progress import Reporter
@@ -51,6 +51,7 @@ from headfold.runtime.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     MODEL,
+    PARITY,
     QUANTIZED_VERSION,
     RECORD,
     ROADS_VERSION,
@@ -58,14 +59,12 @@ from headfold.runtime.manifest import (
     ROUNDED_VERSION,
     Manifest,
     QuantizationSpec,
-    TensorSpec,
     WeightsScheme,
     cache_spec,
 )
 from headfold.runtime.text import Text
 from headfold.runtime.weight_pages import give_back_freed
 
-PARITY = "parity.json"
 _STATUS = Path("/proc/self/status")  # of Linux
 _TOOLS = ("headfold", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime-gpu", "onnxruntime", "polygraphy")
 
@@ -181,7 +180,7 @@ def export_bundle(source: Exportable, output: Path, options: ExportOptions, repo
         parameters = sum(math.prod(shape) for shape in tensors.shapes().values())
         with reporter.step(f"write {weight_bytes / 2**20:,.0f} MiB of weights", weight_bytes) as advance:
             save_model(model, stage / MODEL, lambda _, size: advance(size))
-        inputs, outputs = [_spec(v) for v in model.graph.inputs], [_spec(v) for v in model.graph.outputs]
+        inputs, outputs = ([tensor_spec(v) for v in values] for values in (model.graph.inputs, model.graph.outputs))
         del model, tensors, stored_tensors
         peak = max(traced - before, _peak_memory() - before, 0)
         reporter.note(f"peak memory of the export: {peak / 2**20:,.0f} MiB, {peak / weight_bytes:.2f} x the weights")
@@ -223,7 +222,7 @@ def export_bundle(source: Exportable, output: Path, options: ExportOptions, repo
                 raise VerificationError(
                     report.failure(), where=source.path, fix="No bundle was written; --no-verify publishes it anyway."
                 )
-            write_json(stage / PARITY, report.to_json() | _weights_of(manifest))
+            write_json(stage / PARITY, report.to_json() | report_of_weights(manifest))
             files = manifest.files | {PARITY: file_entry(stage / PARITY)}
             manifest = manifest.model_copy(update={"files": files, "parity": report.summary()})
         write_json(stage / MANIFEST, manifest.model_dump())
@@ -285,11 +284,6 @@ def _capacity(asked: int | None, trained: int) -> int:
     return asked
 
 
-def _weights_of(manifest: Manifest) -> dict[str, Any]:
-    """What rounded weights cost, beside parity's comparisons, which are with the rounded ones."""
-    return {"weights": manifest.weights.model_dump()} if manifest.weights is not None else {}
-
-
 def _format_version(source: Exportable, quantization: QuantizationSpec | None, rounding: WeightRounding | None) -> int:
     """The oldest one that says what is there, so that old readers open what they can."""
     if rounding is not None:
@@ -325,14 +319,6 @@ def _write_side_files(stage: Path, source: Exportable, capacity: int) -> None:
         ) from error
     if genai_refusal(facts) is None:
         write_json(stage / "genai_config.json", genai_config(facts, capacity, settings))
-
-
-def _spec(value: ir.Value) -> TensorSpec:
-    assert value.name is not None
-    assert value.dtype is not None
-    assert value.shape is not None
-    shape = [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape]
-    return TensorSpec(name=value.name, dtype=value.dtype.numpy().name, shape=shape)
 
 
 def _tools() -> dict[str, str]:

@@ -10,16 +10,25 @@ from pathlib import Path
 import torch
 
 from headfold.plugins.attention.schema import Attention
-from headfold.plugins.gpus import BFLOAT16_SINCE, FLOAT4_SINCE, FLOAT8_SINCE, RTX_CAPABILITIES
+from headfold.plugins.gpus import (
+    BFLOAT16_SINCE,
+    FLOAT4_SINCE,
+    FLOAT8_SINCE,
+    RTX_CAPABILITIES,
+    RTX_FLOAT32_SINCE,
+    RTX_INT4_SINCE,
+)
 from headfold.plugins.tensorrt_library import Flavour
 from headfold.runtime.errors import BuildError
 from headfold.runtime.manifest import EngineProfile, Manifest, ShapeRange, WeightsScheme
 
 _MAX_INPUT = 512
 # Since which GPU there are such numbers, and what to use before
-_FLOATS: dict[WeightsScheme, tuple[int, str, WeightsScheme]] = {
+_SINCE: dict[WeightsScheme, tuple[int, str, WeightsScheme]] = {
     "fp8": (FLOAT8_SINCE, "float8", "int8"),
     "nvfp4": (FLOAT4_SINCE, "float4", "int4"),
+    "int4": (RTX_INT4_SINCE, "int4 in TensorRT-RTX", "int8"),
+    "mixed": (RTX_INT4_SINCE, "int4 in TensorRT-RTX", "int8"),
 }
 _ORT = "Run it with ONNX Runtime."
 
@@ -138,9 +147,11 @@ def _check_capabilities(options: BuildOptions, dtype: str) -> None:
             )
         if asked.count(sm) > 1:
             raise BuildError(f"{sm} is named twice", where="--sm", fix="Name each once.")
-        if sm < BFLOAT16_SINCE and dtype == "bfloat16":
+        if sm < {"bfloat16": BFLOAT16_SINCE, "float32": RTX_FLOAT32_SINCE}.get(dtype, sm):
             raise BuildError(
-                f"SM {sm} has no bfloat16 arithmetic", where="--sm", fix="Export the bundle with --dtype float16."
+                f"SM {sm} has no {dtype} arithmetic in TensorRT-RTX",
+                where="--sm",
+                fix="Export the bundle with --dtype float16.",
             )
 
 
@@ -153,10 +164,10 @@ def check_weights(options: BuildOptions, scheme: WeightsScheme) -> None:
             fix="Export the bundle with --weights int8.",
         )
     for sm in options.compute_capabilities:
-        since, floats, instead = _FLOATS.get(scheme, (sm, "", scheme))
+        since, numbers, instead = _SINCE.get(scheme, (sm, "", scheme))
         if sm < since:
             fix = f"Export the bundle with --weights {instead}."
-            raise BuildError(f"SM {sm} has no {floats}", where="--sm", fix=fix)
+            raise BuildError(f"SM {sm} has no {numbers}", where="--sm", fix=fix)
 
 
 def check_cache(options: BuildOptions, cache_dtype: str) -> None:

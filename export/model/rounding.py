@@ -163,10 +163,22 @@ def forms_of(
     return forms
 
 
+_LEAST_NARROW, _MOST_NARROW = (
+    2.0**-18,
+    2.0**10,
+)  # float16's step there is 2^-24; those of four bits are 16 times as large
+
+
 def suits_narrow_scales(weight: Tensor) -> bool:
-    """Whether float16 holds the scales of a weight well: none is too large, and where it has few bits for small ones, what is lost is
-    less than a thousandth of the largest one."""
-    return 2**-8 <= weight.abs().max().item() <= 2**17
+    """Whether float16 holds the scales of a weight [N, K] well, for four bits or eight: each within a 128th of itself, a step of eight.
+
+    Small blocks count as much as large ones: what comes of them may be multiplied by anything.
+    """
+    for rows in torch.split(weight, _at_a_time(weight)):
+        least = block_scales(rows.float().reshape(len(rows), -1, math.gcd(weight.shape[1], BLOCK)), 8)
+        if least.min() < _LEAST_NARROW or least.max() > _MOST_NARROW:
+            return False
+    return True
 
 
 def rounded(
@@ -184,8 +196,8 @@ def rounded(
 
     In eight bits the scale is the block's largest magnitude over 127; in four its extreme, with its sign, over -8, so that all 16
     numbers are used (both as in ggml's reference quantization); in seven an output's largest magnitude over 63, in float8 over 448; in
-    float4 a block's over 6. A block of zeros has scale 1. `scales` is the dtype that holds these: a graph's. `unit` is the weight's, if
-    these are only some of its rows: see `unit_of`.
+    float4 a block's over 6. A block of zeros has scale 1. `scales` is the dtype that holds these, a graph's, whose smallest number is
+    the least scale. `unit` is the weight's, if these are only some of its rows: see `unit_of`.
     """
     if wide_rows:
         widths = zip(torch.tensor_split(weight, [wide_rows]), (8, bits), strict=True)
@@ -265,8 +277,10 @@ def block_scales(blocks: Tensor, bits: Width, dtype: torch.dtype = torch.float32
     """The scales [...] of blocks [..., block]; see `rounded`, and `unit_of`."""
     largest = blocks.abs().amax(-1) if bits != 4 else blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))[..., 0]
     most = {8: 127, 7: 63, 4: -8, "float8": _LARGEST_FLOAT8, "float4": _LARGEST_FLOAT4}[bits]
-    scales = held_scales(largest / most, bits, dtype, unit)
-    return torch.where(scales == 0, 1.0, scales)
+    exact = largest / most
+    scales = held_scales(exact, bits, dtype, unit)
+    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # of a block that is not all zeros
+    return torch.where(scales != 0, scales, torch.where(exact == 0, 1.0, torch.full_like(exact, least).copysign(exact)))
 
 
 def held_scales(scales: Tensor, bits: Width, dtype: torch.dtype, unit: float) -> Tensor:

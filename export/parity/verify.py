@@ -20,7 +20,14 @@ from headfold.export.graph.trace import export_graph
 from headfold.export.graph.weights import load_model
 from headfold.export.parity.compare import Candidate, Subject, verify_graph
 from headfold.export.parity.exact.experts import prove_experts
-from headfold.export.parity.exact.rounding import StoredRoundings, prove_described, prove_kept, prove_rounding
+from headfold.export.parity.exact.manifest import check_against_graph, check_parameters
+from headfold.export.parity.exact.rounding import (
+    StoredRoundings,
+    prove_described,
+    prove_kept,
+    prove_recorded,
+    prove_rounding,
+)
 from headfold.export.parity.exact.weights import (
     prove_attributes,
     prove_rotations,
@@ -37,7 +44,6 @@ from headfold.export.progress import Reporter
 from headfold.plugins.attention.schema import SCALES, TABLES
 from headfold.plugins.names import scale_name
 from headfold.runtime.errors import BundleError
-from headfold.runtime.files.graph_file import check_capacity
 from headfold.runtime.manifest import MODEL, RECORD, Manifest, check_files, read_manifest
 
 _TEXT = (
@@ -67,13 +73,15 @@ def verify(
     manifest = read_manifest(bundle)
     with reporter.step("check the bundle's files"):
         check_files(bundle, manifest)
-        check_capacity(bundle / MODEL, manifest.cache.capacity)
-        if lacks_recipes(load_model(bundle / MODEL)):
+        model = load_model(bundle / MODEL)
+        if lacks_recipes(model):
             raise BundleError(
                 "was exported by an older headfold, whose file does not say how its weights were made",
                 where=bundle,
                 fix="Export it again.",
             )
+        check_against_graph(bundle, manifest, model)
+        del model
     exportable = open_(manifest)
     found = exportable.describe()
     if found != manifest.config:
@@ -83,6 +91,7 @@ def verify(
             where=bundle,
             fix="Name its checkpoint.",
         )
+    check_parameters(bundle, manifest, exportable.tensors(getattr(torch, manifest.dtype)).shapes())
     chosen = candidate(manifest) if candidate is not None else None
     return verify_bundle(bundle, exportable, manifest, decode_steps, reporter, chosen)
 
@@ -125,6 +134,7 @@ def verify_bundle(
         if spec is not None and rounded is not None:
             checks.append(prove_described(spec, rounded, levels(model)))
             checks.append(prove_rounding(rounded, record.tensors))
+            checks.append(prove_recorded(rounded, record.tensors))
             checks += [prove_kept(rounded)] if isinstance(rounded, RoundedCheckpoint) and rounded.kept else []
     del model
 

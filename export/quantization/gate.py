@@ -19,16 +19,17 @@ _LEVEL_KL = 0.01  # what rounding the inputs may add, for products that are fast
 _SHARES = (1 / 16, 1 / 4)  # of the products whose inputs lose most, tried in turn
 _HELPS: dict[WeightsScheme, str] = {
     "int4": "Use --weights mixed or int8",
-    "mixed": "Use --weights int8, or more --bits",
+    "mixed": "Use --weights int8, or --bits over {bits:.3g}",
     "int8": "Leave --weights out",
     "w8a8": "Use --weights int8",
     "fp8": "Use --weights int8",
     "nvfp4": "Use --weights int8",
 }
-# Of w8a8 and fp8, the head's. The last is a last resort: by float32 inputs ONNX Runtime multiplies a matrix of eight bits that it makes
-# wide at every call (32,000 outputs of 2,048 inputs: 280 ms instead of 8; of four bits 16 instead of 2).
+# The last is a last resort: by float32 inputs ONNX Runtime multiplies a matrix of eight bits that it makes wide at every call (32,000
+# outputs of 2,048 inputs: 280 ms instead of 8; of four bits 16 instead of 2).
 _EIGHT, _FLOATS_BY_FOUR = "inputs in eight bits", "inputs in float32 where weights have four bits"
 _FLOATS = "inputs in float32, which decodes slowly"
+_OF_THE_HEAD: set[WeightsScheme] = {"w8a8", "fp8", "nvfp4"}  # other products have ways of their own
 
 
 def check_max_kl(value: float) -> None:
@@ -59,8 +60,10 @@ def pass_gate(
     assert manifest.weights is not None
     spec, scheme, max_kl = manifest.weights, manifest.weights.scheme, manifest.weights.max_kl
 
+    whose = "the head's " if scheme in _OF_THE_HEAD else ""
+
     def measure(inputs: str) -> WeightsCost:
-        with reporter.step(f"measure what {scheme} weights cost, {inputs}"):
+        with reporter.step(f"measure what {scheme} weights cost, {whose}{inputs}"):
             return weights_cost(stage, manifest, before)
 
     set_level_in_file(stage / MODEL, 4)
@@ -84,7 +87,7 @@ def pass_gate(
             where=manifest.source,
             fix=f"{what_helps(manifest, cost)}. No bundle was written.",
         )
-    reporter.note(f"{scheme} weights, {inputs}: {describe(cost)}")
+    reporter.note(f"{scheme} weights, {whose}{inputs}: {describe(cost)}")
     return spec.model_copy(update={"accuracy_level": chosen, "cost": cost})
 
 
@@ -109,7 +112,10 @@ def what_helps(manifest: Manifest, cost: WeightsCost) -> str:
     if math.isnan(cost.kl):  # which no --max-kl allows
         return "It computes NaN: " + ("leave --weights out" if manifest.dtype == "float32" else "use --dtype float32")
     scheme = "int8" if spec.scheme == "mixed" and spec.bits == 8 else spec.scheme
-    helps = f"{_HELPS[scheme]}, or allow it with --max-kl"
+    helps = _HELPS[scheme].format(bits=spec.bits)
+    if scheme == "int8" and manifest.dtype == "float16":  # whose scales have few bits where weights are small
+        helps = "Use --dtype float32, or leave --weights out"
+    helps = f"{helps}, or allow it with --max-kl"
     if cache is None or cache.kl <= min(cost.kl / 2, spec.max_kl):
         return helps
     alone = f"Leave --kv-cache out, which alone cost {cache.kl:.3g} nats on the text that it was calibrated on"

@@ -137,8 +137,10 @@ def prepare(
         CheckpointError: see `Running`.
     """
     if capacity < 2:
-        where = f"--capacity {capacity}"
-        raise ConfigError("is too short to measure rounded weights on", where=where, fix="Choose 2 or more.")
+        alone = source.facts.capacity < 2  # what the model was made for
+        where, fix = (source.path, "Leave --weights out.") if alone else (f"--capacity {capacity}", "Choose 2 or more.")
+        what = "is for one token, too few" if alone else "is too short"
+        raise ConfigError(f"{what} to measure rounded weights on", where=where, fix=fix)
     groups, turned = roundable(graph), transposed(graph)
     with reporter.step("read the checkpoint"):
         model = Running(source, tensors, capacity, dict.fromkeys(groups, dtype), unfinished)
@@ -309,9 +311,9 @@ def widths_of(
     """
     bits = bits_of(shapes, scheme, wide)
     if not bits:
-        raise ConfigError(
-            "no weight has blocks of 32 inputs, so none can be rounded", where=path, fix="Leave --weights out."
-        )
+        others = "Use --weights w8a8 or fp8, which need none, or leave --weights out." if bits_of(shapes, "fp8") else ""
+        fix = others or "Leave --weights out."
+        raise ConfigError("no weight has blocks of 32 inputs, so none can be rounded", where=path, fix=fix)
     return bits
 
 

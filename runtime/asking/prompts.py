@@ -23,7 +23,7 @@ class Prompts:
         """Token ids of each prompt, and whether there was only one, not in a list."""
         if _is_one(prompt):
             return [self.encode(prompt, tools, variables)], True
-        if not isinstance(prompt, Sequence | np.ndarray):
+        if not isinstance(prompt, Sequence | np.ndarray) or (isinstance(prompt, np.ndarray) and prompt.ndim == 0):
             raise InputError(f"a prompt cannot be a {type(prompt).__name__}", fix=_NO_PROMPT)
         if not len(prompt):
             raise InputError("the prompt is empty", fix=_NO_PROMPT)

@@ -86,11 +86,14 @@ class Grammars:
             name, source = "grammar", _as_text(grammar)
         if len(source) > _LONGEST:
             raise InputError(f"{name} has over {_LONGEST:,} characters", fix="Give a shorter one.")
-        compiled = (
-            self._matcher.grammar_from_json_schema(source, defaults=_JSON)
-            if json_schema is not None
-            else self._matcher.grammar_from_lark(source)
-        )
+        try:
+            compiled = (
+                self._matcher.grammar_from_json_schema(source, defaults=_JSON)
+                if json_schema is not None
+                else self._matcher.grammar_from_lark(source)
+            )
+        except ValueError as error:  # too deep
+            raise InputError(f"{name} cannot be followed: {error}", fix=_FIX) from error
         matcher = self._matcher(self._tokens, compiled, log_level=0)
         if matcher.is_error():
             raise InputError(f"{name} cannot be followed: {matcher.get_error()}", fix=_FIX)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headfold.runtime.backend import CHUNK, Backend
-from headfold.runtime.errors import CapacityError, InputError
+from headfold.runtime.errors import CapacityError, ClosedError, InputError
 from headfold.runtime.scheduling.drafting import Draft
 from headfold.runtime.scheduling.lookup import Timing
 from headfold.runtime.scheduling.request import Ids, Request
@@ -152,7 +152,7 @@ class Scheduler:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise InputError("the model is closed", fix="Load it again.")
+            raise ClosedError("the model is closed", fix="Load it again.")
 
     def _start(self) -> None:
         if self._thread is None:
@@ -292,7 +292,7 @@ class Scheduler:
 
     def _stop(self) -> None:
         """End everything; the lock is held."""
-        error = InputError("the model was closed before the answer was complete", fix="Close it later.")
+        error = ClosedError("the model was closed before the answer was complete", fix="Close it later.")
         self._waiting.fail(error)
         for slot in self._slots.live if self._slots is not None else ():
             if slot.request is not None:

@@ -21,13 +21,16 @@ _NOTHING = np.empty(0, np.int64)
 
 
 def next_part(pending: int, most: int) -> int:
-    """Tokens of a prompt to compute next: at most `most`, which is 3 or more, and neither they nor what is left are one alone.
+    """Tokens of a prompt to compute next: at most `most`, which is 3 or more.
 
-    Kernels for one row round otherwise than those for several: with weights of four or eight bits, by tenths of a nat. As no token of
-    a prompt is computed alone, what was cached, and in which parts the rest comes, moves an answer much less.
+    Kernels for one row round otherwise than those for several: with weights of four or eight bits, by tenths of a nat. In blocks of
+    128 they take rows two by two, and what is left of an odd number alone. So parts are even, but for a prompt's last, which has two
+    tokens at least: what was cached, and in which parts the rest comes, moves an answer much less.
     """
-    count = min(most, pending)
-    return count - (pending - count == 1)
+    if pending <= most:
+        return pending
+    count = most - most % 2
+    return count - 2 * (pending - count == 1)
 
 
 @dataclass
@@ -189,11 +192,11 @@ class Slots:
         return min(free, key=preference)
 
     def _shared(self, slot: Slot, request: Request) -> int:
-        """Tokens of the prompt that the slot has, as far as they need not be computed.
+        """Tokens of the prompt that the slot has, as far as they need not be computed: an even number, see `next_part`.
 
         Not a full row's last token either, which a window may have overwritten: a prompt is shorter than a row.
         """
-        return alike(self._tokens[slot.row, : self._length(slot)], _reusable(request))
+        return alike(self._tokens[slot.row, : self._length(slot)], _reusable(request)) // 2 * 2
 
     def _soon(self, request: Request) -> int:
         """Tokens of the prompt that another slot will have once its own prompt is computed."""

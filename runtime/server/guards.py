@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 from prometheus_client import Counter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from headfold.runtime.server.protocol.refusals import Refused
+from headfold.runtime.server.protocol.refusals import Refused, refusal_of
 from headfold.runtime.server.settings import Settings
 
 _OPEN = ("/healthz", "/readyz", "/", "/docs", "/openapi.json")  # of nobody's data; what is below /static/, too
@@ -21,26 +21,28 @@ class Guards:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
-        if scope["type"] == "http":
-            send = self._counting(scope, send)
-            try:
-                self._check(scope)
-                receive = await self._read(scope, receive)
-            except Refused as refused:
-                await refused.response()(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = False
 
-    def _counting(self, scope: Scope, send: Send) -> Send:
         async def counted(message: Message) -> None:
+            nonlocal began
             if message["type"] == "http.response.start":
+                began = True
                 route = getattr(
                     scope.get("route"), "path", "none"
                 )  # nobody makes series by asking for what is not there
                 self._requests.labels(route, message["status"]).inc()
             await send(message)
 
-        return counted
+        try:
+            self._check(scope)
+            await self._app(scope, await self._read(scope, receive), counted)
+        except Exception as error:  # what no route refuses is a bug of ours, and counted, too
+            if began:
+                raise
+            await refusal_of(error).response()(scope, receive, counted)
 
     def _check(self, scope: Scope) -> None:
         hosts, key = self._settings.hosts, self._settings.key

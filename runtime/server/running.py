@@ -1,5 +1,6 @@
 """The server as a process: it listens, says so, and on SIGTERM or SIGINT answers what it has before it ends."""
 
+import asyncio
 import logging
 import signal
 import socket
@@ -14,13 +15,15 @@ from fastapi import FastAPI
 
 from headfold.runtime.errors import InputError
 
+_LAST_WORDS = 5  # seconds for clients to be told that their answer ends
+
 
 class _Server(uvicorn.Server):
-    """Ends well after a signal: uvicorn's own would send itself the signal once more, and be killed by it."""
+    """Ends well after a signal: uvicorn's own would send itself the signal once more, and be killed by it; and it cuts streams off."""
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
+    def __init__(self, config: uvicorn.Config, app: FastAPI, drain_seconds: int, close: Callable[[], None]) -> None:
         super().__init__(config)
-        self._app = app
+        self._app, self._drain_seconds, self._close = app, drain_seconds, close
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -37,6 +40,16 @@ class _Server(uvicorn.Server):
         self._app.state.draining = True
         self.force_exit = self.should_exit
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn.Server. An answer that is not complete in time ends with an error, which its client is told."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.call_later(self._drain_seconds, loop.run_in_executor, None, self._close)
+        await super().shutdown(sockets)
+        deadline.cancel()
+        if self.force_exit and (tasks := set(self.server_state.tasks)):
+            await loop.run_in_executor(None, self._close)
+            await asyncio.wait(tasks, timeout=_LAST_WORDS)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -59,8 +72,13 @@ def listen(host: str, port: int) -> socket.socket:
     return opened
 
 
-def run(app: FastAPI, opened: socket.socket, drain_seconds: int, started: Callable[[], Any]) -> None:
-    """Serve until a signal; then at most so many seconds for the answers that are on their way. `started` is called once it listens."""
+def run(
+    app: FastAPI, opened: socket.socket, drain_seconds: int, started: Callable[[], Any], close: Callable[[], None]
+) -> None:
+    """Serve until a signal; then at most so many seconds for the answers that are on their way, and `close` ends them.
+
+    `started` is called once it listens.
+    """
     config = uvicorn.Config(
         app,
         http="h11",  # whatever else is installed: what was tested is what runs
@@ -68,10 +86,10 @@ def run(app: FastAPI, opened: socket.socket, drain_seconds: int, started: Callab
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=drain_seconds,
+        timeout_graceful_shutdown=drain_seconds + _LAST_WORDS,
         lifespan="off",
     )
     logging.basicConfig(stream=sys.stderr, format="headfold: %(message)s")
     opened.listen(config.backlog)
     started()
-    _Server(config, app).run(sockets=[opened])
+    _Server(config, app, drain_seconds, close).run(sockets=[opened])

@@ -28,6 +28,7 @@ _ANSWER_BYTES = (
     12 * template_worker.OUTPUT_CHARACTERS + 1024
 )  # JSON escapes an emoji in 12; and a little around the text
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # one thing, by the names of different servers
+_GIVEN = {"messages", "tools", "add_generation_prompt"}  # not as variables of the template's own
 _FIX = "Give a plain prompt, or export with another template."
 
 
@@ -69,6 +70,8 @@ class ChatTemplate:
         if not isinstance(variables, Mapping):
             fix = 'Give a value for each name, as {"enable_thinking": False}.'
             raise InputError(f"template_variables cannot be a {type(variables).__name__}", fix=fix)
+        if taken := sorted(_GIVEN & variables.keys()):
+            raise InputError(f"template_variables names {taken[0]}, which is given otherwise", fix="Leave it out.")
         given = {
             "documents": None,  # as transformers passes them
             **self._special,

@@ -197,6 +197,8 @@ def test_answers_fill_the_capacity_and_no_more(model) -> None:
         ("a", {"stop": 5}, InputError, "a stop string is empty, or no text"),
         ("a", {"logit_bias": [1]}, InputError, "logit_bias is a list"),
         ("a", {"logits_processor": "x"}, InputError, "logits_processor is a str"),
+        (np.array(3), {}, InputError, "a prompt cannot be a ndarray"),
+        (DAY, {"template_variables": {"messages": []}}, InputError, "template_variables names messages"),
         (DAY, {"tools": 1}, InputError, "tools cannot be a int"),
         (DAY, {"template_variables": "x"}, InputError, "template_variables cannot be a str"),
         ([1] * 64, {}, CapacityError, "64 tokens and 1 new ones are 1 over the bundle's capacity of 64"),

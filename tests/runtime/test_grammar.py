@@ -67,6 +67,10 @@ def test_a_caller_may_change_logits_but_not_leave_the_form(model) -> None:
         ({"json_schema": {"type": "number"}, "grammar": "start: /a/"}, "both json_schema and grammar"),
         ({"json_schema": {"type": "foo"}}, "json_schema cannot be followed: .*foo"),
         ({"json_schema": "{}"}, "json_schema is a str"),
+        (
+            {"json_schema": json.loads('{"items":' * 150 + "{}" + "}" * 150)},
+            "json_schema cannot be followed: recursion",
+        ),
         ({"json_schema": {"a": {1, 2}}}, "json_schema is no JSON"),
         ({"grammar": "start: /a(/"}, "grammar cannot be followed: .*unclosed group"),
         ({"grammar": "start: /" + "a" * (1 << 20) + "/"}, "grammar has over"),

@@ -221,6 +221,13 @@ def test_the_beginning_of_a_stop_string_is_held_back() -> None:
     assert detokenizer.stopped
 
 
+def test_a_stop_string_may_be_as_long_as_a_request() -> None:
+    """Looked at for as much of it as there is text, or this takes minutes."""
+    detokenizer = Detokenizer(BYTES, ["x" * 500_000] * 16)
+    ids = BYTES.encode("xxx").ids
+    assert write_all(detokenizer, [*ids, *ids]) == [""] * (2 * len(ids)) + ["xxxxxx"]
+
+
 def _bytes() -> Tokenizer:
     from tokenizers import trainers
 

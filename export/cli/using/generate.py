@@ -9,11 +9,12 @@ import rich_click as click
 from headfold.export.cli.shared import BUNDLE, JSON, NUMBER, Command, options, print_json, refuse_idle
 from headfold.export.cli.using.opening import DRAFT, ENGINE, PREFILL, Engine, open_bundle
 from headfold.plugins.attention.schema import Attention
-from headfold.runtime.errors import InputError
+from headfold.runtime.errors import CapacityError, InputError
 from headfold.runtime.files.json_file import SETTINGS_BYTES, check_size, read_object
 
 if TYPE_CHECKING:
     from headfold.runtime import Model
+    from headfold.runtime.scheduling.answers import Answers
 
 _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
@@ -162,9 +163,26 @@ def chat(
             return
         messages.append({"role": "user", "content": question})
         answer = ""
-        for delta in model.generate(messages, stream=True, reuse=True, **sampling):  # a turn pays for what is new
+        for delta in _answer(model, messages, sampling):
             answer += delta.text
             click.echo(delta.text, nl=False)
             sys.stdout.flush()
         click.echo()
         messages.append({"role": "assistant", "content": answer})
+
+
+def _answer(model: "Model", messages: list[dict[str, str]], sampling: dict[str, Any]) -> "Answers":
+    """What the model says next. Of a conversation that no longer fits the oldest turns are left out, of `messages`, too."""
+    first = 1 if messages[0]["role"] == "system" else 0
+    while True:
+        try:
+            answers: Answers = model.generate(
+                messages, stream=True, reuse=True, **sampling
+            )  # a turn pays for what is new
+        except CapacityError:
+            if len(messages) - first < 3:  # the question alone
+                raise
+            del messages[first : first + 2]
+            click.echo("headfold: the conversation no longer fits: its oldest turn is left out", err=True)
+        else:
+            return answers

@@ -7,7 +7,6 @@ import rich_click as click
 
 from headfold.export.cli.shared import Command, options, refuse_idle
 from headfold.plugins.attention.schema import Attention
-from headfold.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from headfold.runtime import Model
@@ -69,13 +68,7 @@ def open_bundle(
     **options: Any,
 ) -> "Model":
     """The bundle at work, with other options of the runtime's `load`; what has no effect on it is refused."""
-    from headfold.export.checkpoints.side_files import CONFIG
     from headfold.runtime import load
-    from headfold.runtime.manifest import MANIFEST
 
-    if not (bundle / MANIFEST).exists() and (bundle.is_file() or (bundle / CONFIG).exists()):
-        raise InputError(
-            "is a checkpoint, not a bundle", where=bundle, fix=f"Export it first: headfold export {bundle} -o BUNDLE."
-        )
     refuse_idle_engine(backend)
     return load(bundle, backend=backend, provider=provider, attention=attention, threads=threads, **options)

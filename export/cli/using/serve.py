@@ -107,7 +107,7 @@ def serve(
                 click.echo(f"headfold: warning: whoever reaches {host} can use it, and see how busy it is", err=True)
             click.echo(f"headfold: {', '.join(models)} at {address}", err=True)
 
-        run(make_app(models, settings), opened, drain_seconds, started)
+        run(make_app(models, settings), opened, drain_seconds, started, loaded.close)
 
 
 def _is_loopback(host: str) -> bool:

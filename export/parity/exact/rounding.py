@@ -33,6 +33,7 @@ from headfold.runtime.manifest import WeightsScheme, WeightsSpec
 # further off than the nearest numbers are: on SmolLM2 up to 0.021, in tiny random mixtures of experts to 0.2. Another weight has 2.
 _FURTHEST = 0.5
 _AS_FAR = 1e-6  # of a sum of squares, float64
+_LEAST_KL = -1e-4  # nats: 0, but for float32's rounding
 _SCHEMES: dict[WeightsScheme, set[Width]] = {
     "int8": {8},
     "int4": {4, 8},
@@ -122,6 +123,23 @@ def prove_rounding(checkpoint: RoundedTensors, record: Mapping[str, WeightRecord
     )
 
 
+def prove_recorded(checkpoint: RoundedTensors, record: Mapping[str, WeightRecord]) -> CheckResult:
+    """What the record says of weights that a rule found, or that are kept, and of what the checkpoint has each in, is so."""
+    faults = []
+    for name, said in record.items():
+        kind = checkpoint.original.kind(name) if isinstance(checkpoint, RoundedCheckpoint) else None
+        if said.quantized != kind:
+            faults.append((name, f"is {kind or 'not quantized'} in the checkpoint, not {said.quantized}"))
+        elif name not in checkpoint.found:
+            now = checkpoint.rounded(name)
+            error = relative_squared_error(now, checkpoint.original.read(name))
+            if digest(now) != said.sha256:
+                faults.append((name, "has another SHA-256"))
+            elif not math.isclose(error, said.relative_squared_error, rel_tol=_AS_FAR):
+                faults.append((name, f"is off by {error:.3g} of its squares, not {said.relative_squared_error:.3g}"))
+    return verdict("what weights.json says of rounded weights", faults)
+
+
 def prove_described(spec: WeightsSpec, checkpoint: RoundedTensors, levels: Collection[int]) -> CheckResult:
     """What the manifest says of the weights, by which people choose, is what they are; `levels`: of accuracy, of the graph's products.
 
@@ -137,7 +155,7 @@ def prove_described(spec: WeightsSpec, checkpoint: RoundedTensors, levels: Colle
         "kept": spec.kept == len(checkpoint.kept),
         "bits": math.isclose(spec.bits, checkpoint.average_bits),
         "accuracy_level": min(levels, default=spec.accuracy_level) == spec.accuracy_level,
-        "cost": spec.cost is not None and spec.cost.kl <= spec.max_kl,
+        "cost": spec.cost is not None and _LEAST_KL <= spec.cost.kl <= spec.max_kl,
     }
     faults = [
         (f"weights.{name}", "says something else than the bundle has") for name, holds in right.items() if not holds

@@ -82,10 +82,15 @@ def _weight(value: ir.Value, tensors: Tensors, dtype: torch.dtype) -> tuple[str 
     kind, actual = to_torch_dtype(tensor.dtype), tensor.numpy()
     expected = exact.to(kind)
     narrower = kind != dtype and kind in {torch.float16, torch.bfloat16}  # than it should be, unless nothing is lost
-    if actual.shape != tuple(expected.shape) or (narrower and not torch.equal(expected.float(), exact.float())):
+    if actual.shape != tuple(expected.shape) or (narrower and _loses(expected, exact)):
         return f"is {tensor.dtype} {list(actual.shape)}", recipe.sources
     different = int((_bits(expected) != actual.view(f"u{kind.itemsize}")).sum())
     return (f"{different:,} of {actual.size:,} numbers differ" if different else None), recipe.sources
+
+
+def _loses(narrow: Tensor, exact: Tensor) -> bool:
+    """Whether they differ as numbers; NaN is NaN, whose bits are compared elsewhere."""
+    return not torch.allclose(narrow.float(), exact.float(), rtol=0, atol=0, equal_nan=True)
 
 
 def _bits(tensor: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.unsignedinteger]]:

@@ -10,7 +10,15 @@ from typing import Any
 
 from starlette.responses import Response
 
-from headfold.runtime.errors import BusyError, CapacityError, DeadlineError, HeadfoldError, InputError, printable
+from headfold.runtime.errors import (
+    BusyError,
+    CapacityError,
+    ClosedError,
+    DeadlineError,
+    HeadfoldError,
+    InputError,
+    printable,
+)
 from headfold.runtime.server.protocol.responses import ErrorBody, ErrorFacts
 
 logger = logging.getLogger("headfold.server")
@@ -58,6 +66,8 @@ def refusal_of(error: Exception, began: bool = False) -> Refused:
             return Refused(503, str(error), code="no_memory")
         case CapacityError():
             return Refused(400, str(error), code="context_length_exceeded")
+        case ClosedError():
+            return Refused(503, "The server is about to end.", code="server_ending")
         case InputError():
             return Refused(400, str(error))
         case RecursionError():

@@ -1,5 +1,6 @@
 """Tokens as text and bytes, for log probabilities: also those that are half a character."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 from tokenizers import Tokenizer
@@ -15,6 +16,8 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        added = tokenizer.get_added_tokens_decoder()
+        self._special = {token for token, one in added.items() if one.special}
         self.of = lru_cache(1 << 14)(self._of)
 
     def _of(self, token: int) -> tuple[str, list[int] | None]:
@@ -44,15 +47,22 @@ class TokenTexts:
     def completion(self, logprobs: list[TokenLogprob], top: int, offset: int = 0) -> CompletionLogprobs:
         """As a completion has them; the first token's text begins at `offset`."""
         texts, offsets = [self.of(one.token_id)[0] for one in logprobs], list[int]()
-        for text in texts:
+        for one, text in zip(logprobs, texts, strict=True):
             offsets.append(offset)
-            offset += len(text)
+            offset += len(text) if one.token_id not in self._special else 0  # which the answer's text leaves out
         return CompletionLogprobs(
             tokens=texts,
             token_logprobs=[one.logprob for one in logprobs],
-            top_logprobs=[{self.of(token)[0]: value for token, value in one.top} for one in logprobs] if top else None,
+            top_logprobs=[self._by_text(one.top) for one in logprobs] if top else None,
             text_offset=offsets,
         )
+
+    def _by_text(self, likeliest: Sequence[tuple[int, float]]) -> dict[str, float]:
+        """By their texts; of those with the same one, as halves of characters have it, the likeliest, which comes first."""
+        found = dict[str, float]()
+        for token, logprob in likeliest:
+            found.setdefault(self.of(token)[0], logprob)
+        return found
 
     def _likely(self, token: int, logprob: float) -> Likely:
         text, encoded = self.of(token)

@@ -7,6 +7,7 @@ import json
 import uuid
 
 from headfold.runtime.server.protocol.responses import Call, Called
+from headfold.runtime.text import begun
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
@@ -27,10 +28,11 @@ class ToolCallReader:
         self._held += text
         found: list[str | Call] = []
         while (start := self._held.find(OPEN)) >= 0:
-            close = self._held.find(CLOSE, start)
+            close = _close(self._held, start + len(OPEN))
             if close < 0 and not end:
                 break
-            inner, _, rest = self._held[start + len(OPEN) :].partition(CLOSE)
+            inner = self._held[start + len(OPEN) : close if close >= 0 else None]
+            rest = self._held[close + len(CLOSE) :] if close >= 0 else ""
             call = read_call(inner)
             if call is None:
                 self._say(found, self._held[: len(self._held) - len(rest)])
@@ -53,25 +55,51 @@ class ToolCallReader:
 
 def _begin(text: str) -> int:
     """Where a call begins, or may begin once more text comes."""
-    if OPEN in text:
-        return text.index(OPEN)
-    sizes = range(min(len(OPEN) - 1, len(text)), 0, -1)
-    return len(text) - next((size for size in sizes if text.endswith(OPEN[:size])), 0)
+    return text.index(OPEN) if OPEN in text else len(text) - begun(OPEN, text)
+
+
+def _close(text: str, start: int) -> int:
+    """Where a call ends that begins there; -1: not yet. What stands in its strings does not end it."""
+    close = text.find(CLOSE, start)
+    while close >= 0:
+        try:
+            json.loads(text[start:close])
+        except json.JSONDecodeError as error:
+            if error.msg.startswith("Unterminated string"):
+                close = text.find(CLOSE, close + 1)
+                continue
+        except (ValueError, RecursionError):
+            pass  # no call: see `read_call`
+        return close
+    return close
 
 
 def read_call(text: str) -> Call | None:
-    """A call, if the text is one."""
+    """A call, if the text is one, and all of it is JSON, as NaN is not, and has UTF-8."""
     try:
         value = json.loads(text)
+        json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError):
         return None
     match value:
         case {"name": str(name), "arguments": dict(arguments)}:
             written = json.dumps(arguments, ensure_ascii=False)
+            written = written if _has_utf8(written) else json.dumps(arguments)
         case {"name": str(name), "arguments": str(written)}:  # some models write JSON in JSON
             pass
         case {"name": str(name)} if "arguments" not in value:
             written = "{}"
         case _:
             return None
+    if not _has_utf8(name + written):
+        return None
     return Call(id=f"call_{uuid.uuid4().hex[:24]}", function=Called(name=name, arguments=written))
+
+
+def _has_utf8(text: str) -> bool:
+    """Whether it has no half of a surrogate pair, which JSON can say."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

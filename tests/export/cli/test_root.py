@@ -140,13 +140,25 @@ def test_the_bundles_stop_strings_count_until_others_are_given(exported, toy_che
     assert run("generate", bundle, "the quick", "-n", 8, "--stop", "no such text").stdout == text + "\n"
 
 
+def test_a_chat_that_no_longer_fits_forgets_its_oldest_turns(exported) -> None:
+    question = "the quick brown fox " * 2
+    result = run("chat", exported[0], "-n", 6, "--system", "be brief", stdin=f"{question}\n" * 6)
+    assert result.exit_code == 0, result.output
+    assert len(result.stdout.splitlines()) >= 6
+    assert "headfold: the conversation no longer fits: its oldest turn is left out" in result.stderr
+    alone = run("chat", exported[0], "-n", 6, stdin=f"{'the quick ' * 200}\n")
+    assert alone.exit_code == 2
+    assert "over the bundle's capacity" in alone.stderr
+
+
 def test_chat_remembers(exported) -> None:
-    first = run("chat", exported[0], "-n", 6, "--system", "be brief", stdin="the fox\n")
+    first = run("chat", exported[0], "-n", 6, stdin="fox\n")
     assert first.exit_code == 0, first.output
-    both = run("chat", exported[0], "-n", 6, "--system", "be brief", stdin="the fox\nthe dog\n\nnot read\n")
+    both = run("chat", exported[0], "-n", 6, stdin="fox\ndog\n\nnot read\n")
+    assert (both.exit_code, both.stderr) == (0, "")
     answer = first.stdout.rstrip("\n")
     assert both.stdout.startswith(answer)
-    alone = run("chat", exported[0], "-n", 6, "--system", "be brief", stdin="the dog\n").stdout
+    alone = run("chat", exported[0], "-n", 6, stdin="dog\n").stdout
     assert both.stdout != answer + "\n" + alone  # the second answer depends on the first exchange
 
 

@@ -164,10 +164,20 @@ def test_an_option_that_has_an_effect_is_not(bundle) -> None:
         assert result.exit_code == 0, result.output
 
 
-def test_generating_from_a_checkpoint_says_export_it_first(toy_checkpoint) -> None:
-    result = CliRunner().invoke(main, ["generate", str(toy_checkpoint), "the"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate"],
+        ["build", "--sm", "86"],
+        ["package", "--for", "triton", "-o", "there"],
+        ["verify", "--against", "."],
+    ],
+)
+def test_a_checkpoint_in_place_of_a_bundle_is_to_be_exported_first(arguments, toy_checkpoint) -> None:
+    command, *options = arguments
+    result = CliRunner().invoke(main, [command, str(toy_checkpoint), *(options or ["the"])])
     assert result.exit_code == 2
-    assert "is a checkpoint, not a bundle. Export it first: headfold export" in result.stderr
+    assert "is a checkpoint, not a bundle. Export it first: `headfold export" in result.stderr
 
 
 def test_a_package_that_is_missing_names_its_extra(tmp_path) -> None:

@@ -245,10 +245,11 @@ def test_bad_options_are_one_line(case, built, monkeypatch) -> None:
     assert len(output.strip().splitlines()) == 1
 
 
-def test_bfloat16_is_refused_on_turing(tensorrt_toy) -> None:
-    code, output = run("build", str(tensorrt_toy("bfloat16").bundle), "--sm", "75", "--max-input", "8", "-q")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_turing_has_float16_alone(dtype, tensorrt_toy) -> None:
+    code, output = run("build", str(tensorrt_toy(dtype).bundle), "--sm", "75", "--max-input", "8", "-q")
     assert code == 2
-    assert "SM 75 has no bfloat16 arithmetic" in output
+    assert f"SM 75 has no {dtype} arithmetic in TensorRT-RTX. Export the bundle with --dtype float16." in output
 
 
 def test_export_refuses_an_impossible_target_before_it_reads_anything(tmp_path) -> None:

@@ -10,7 +10,17 @@ import torch
 from headfold.export.checkpoints.base import MemoryCheckpoint
 from headfold.export.exportables.rounded import RoundedCheckpoint, StoredTensors
 from headfold.export.model.config import ModelConfig
-from headfold.export.model.rounding import Form, as_rounded, bits_of, form_of, holds, packed, restored, rounded
+from headfold.export.model.rounding import (
+    Form,
+    as_rounded,
+    bits_of,
+    form_of,
+    holds,
+    packed,
+    restored,
+    rounded,
+    suits_narrow_scales,
+)
 from headfold.plugins.quantized.reference import dequantized
 
 CONFIG = ModelConfig(  # of no model: what rounds does not look at it
@@ -113,3 +123,27 @@ def test_a_graph_stores_values_and_scales_under_names_of_their_own() -> None:
     found = dequantized(*(stored.read(name).numpy() for name in ("q.int4", "q.int4.scales")), 4)
     np.testing.assert_array_equal(found.astype(np.float32), rounding.read("q"))
     assert stored.read("norm") is norm
+
+
+def test_float16_holds_scales_that_are_not_too_small_in_any_row() -> None:
+    w = weight(64, 64)
+    assert suits_narrow_scales(w)
+    assert suits_narrow_scales(torch.cat((w, torch.zeros(8, 64))))
+    assert not suits_narrow_scales(w * 1e5)
+    one_small = w.clone()
+    one_small[5, 32:] *= 1e-5  # the rest of the matrix is as it was
+    assert not suits_narrow_scales(one_small)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_small_block_stays_one_where_float16_has_hardly_a_scale_for_it(bits) -> None:
+    """Within a step of the smallest scale, and not all zeros, as a scale of 1 would have it."""
+    w = weight(6, 96) * torch.tensor([1, 1e-4, 1e-6, 1e-7, 1e-8, 0])[:, None]
+    found = rounded(w, bits, torch.float16)
+    step = 2.0**-24
+    scales = found.scales.abs()
+    assert ((scales == 1) == (w.reshape(6, -1, 32).abs().amax(-1) == 0)).all()
+    off = (restored(found) - w).abs().reshape(6, -1, 32)
+    most = 0.5 if bits == 8 else 1  # of four bits -8 to 7, whose extreme is at one end
+    assert (off <= scales[..., None] * (most + 2**-9) + step * 2 ** (bits - 1)).all()
+    assert (found.values[3] != 0).any()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from token_engine import VOCAB, TokenEngine, answer_to, ask, tokens_of
 
+from headfold.runtime.backend import prefill_chunks
 from headfold.runtime.scheduling.host_rows import HostRows, lazy_zeros
 from headfold.runtime.scheduling.scheduler import Scheduler
 
@@ -26,8 +27,8 @@ def test_a_prompt_starts_from_what_the_cache_has_of_it(host) -> None:
     scheduler = Scheduler(engine)
     assert answered(scheduler, A) == 0
     turn = A + answer_to(A, 4) + [7, 8]
-    assert answered(scheduler, turn) == len(A) + 3  # the last token of an answer is never computed
-    assert engine.calls[-4] == ("prefill", 0, 3)
+    assert answered(scheduler, turn) == len(A) + 2  # an even number; the last token of an answer is never computed
+    assert engine.calls[-4] == ("prefill", 0, 4)
     assert answered(scheduler, turn) == len(turn) - 2  # the last one's logits are wanted, and it is not computed alone
     assert answered(scheduler, A[:30] + B) == 30
     assert answered(scheduler, [50, *A]) == 0
@@ -66,6 +67,36 @@ def test_no_token_of_a_prompt_is_computed_alone(host) -> None:
     cache = engine.new_cache(1, 600)
     scheduler.compute(cache, ids)
     assert cache.tokens[0, 0, :513, 0].tolist() == ids.tolist()
+
+
+class Pairs(TokenEngine):
+    """Takes a prompt's tokens two by two: what is left of an odd number comes out otherwise, as of weights in blocks of 128."""
+
+    def prefill(self, cache: Any, row: int, ids: Any, all_logits: bool = False) -> Any:
+        odd = np.arange(len(ids)) == len(ids) // 2 * 2
+        return super().prefill(cache, row, np.where(odd, (ids + 1) % VOCAB, ids), all_logits)
+
+
+@pytest.mark.parametrize("length", [2, 3, 60, 61, 513, 514, 1025])
+def test_the_same_tokens_are_computed_together_whatever_was_cached(length) -> None:
+    warm, rng = Scheduler(Pairs(rows=8, capacity=1200)), np.random.default_rng(length)
+    prompt = rng.integers(0, VOCAB, length).tolist()
+    tokens_of(ask(warm, prompt, new=1, reuse=True))
+    for cut in range(max(length - 4, 0), length + 1):
+        for more in (2, 3):
+            other = [*prompt[:cut], *rng.integers(0, VOCAB, more).tolist()]
+            alone = tokens_of(ask(Scheduler(Pairs(capacity=1200)), other))
+            assert tokens_of(ask(warm, other, reuse=True)) == alone
+
+
+def test_a_prompt_is_read_in_parts_that_are_even() -> None:
+    for length in range(1, 70):
+        for size in range(1, 12):
+            cache = TokenEngine(capacity=100).new_cache(1, 100)
+            parts = [step.end - step.begin for step in prefill_chunks(cache, 0, np.arange(length), size)]
+            assert (sum(parts), max(parts) <= size, int(cache.lengths[0])) == (length, True, length)
+            assert size == 1 or all(part % 2 == 0 for part in parts[:-1])
+            assert size < 4 or length == 1 or parts[-1] > 1
 
 
 def test_one_slot_is_the_place_for_everything() -> None:
@@ -112,7 +143,7 @@ def test_the_token_that_a_full_row_loses_is_nobodys() -> None:
     for answers, prompt, new in ((first, [1], 40), (middle, full, 2), (last, [2], 40)):
         assert tokens_of(answers) == [answer_to(prompt, new)]
     assert ("decode", 0, 3) in engine.calls[-30:]
-    assert answered(scheduler, [*full, answer_to(full, 1)[0]], new=1) == 61
+    assert answered(scheduler, [*full, answer_to(full, 1)[0]], new=1) == 60  # of 61
 
 
 def test_rows_move_together_when_neighbours_leave() -> None:

@@ -51,3 +51,14 @@ def test_they_count_what_happened(scripted) -> None:
     counts = {status: after["headfold_http_requests_total", route, status] for status in ("200", "400", "404")}
     assert counts == {"200": 3, "400": 1, "404": 1}
     assert after["headfold_http_requests_total", "none", "404"] == 1
+
+
+def test_a_bug_of_ours_is_counted(scripted, monkeypatch) -> None:
+    async def broken(*_: object) -> None:
+        raise ArithmeticError("planted")
+
+    monkeypatch.setattr("headfold.runtime.server.app.chat", broken)
+    client, _ = scripted("one two")
+    with pytest.raises(openai.InternalServerError, match="An internal error; the server's log has it"):
+        client.chat.completions.create(model="script", messages=CONVERSATION)
+    assert metrics(client)["headfold_http_requests_total", "/v1/chat/completions", "500"] == 1

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,11 +21,30 @@ SERVE = [sys.executable, "-c", "from headfold.export.cli import main; main()", "
 LONG = {"messages": [{"role": "user", "content": "the quick"}], "extra_body": {"ignore_eos": True}}
 
 
+SLOW = """
+import sys, time
+from pathlib import Path
+from script_engine import script_model
+from headfold.runtime.server.app import make_app
+from headfold.runtime.server.running import listen, run
+from headfold.runtime.server.settings import Settings
+
+model = script_model(Path(sys.argv[1]), lambda prompt: "on and " * 900)
+decode = model.backend.decode
+model.backend.decode = lambda *given: time.sleep(0.01) or decode(*given)
+with listen("127.0.0.1", 0) as opened:
+    address = f"slow at http://127.0.0.1:{opened.getsockname()[1]}/"
+    started = lambda: print(address, file=sys.stderr, flush=True)
+    run(make_app({"slow": model}, Settings()), opened, int(sys.argv[2]), started, model.close)
+"""
+
+
 @contextmanager
-def started(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+def started(*arguments: object, command: list[str] = SERVE) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
     """A server, its address and the lines it said until then; killed in the end, if it still is."""
-    command = [*SERVE, *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*command, *map(str, arguments)]
+    paths = os.pathsep.join(path for path in sys.path if path)  # of the fakes, too
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         try:
             lines: list[str] = []
@@ -51,6 +71,20 @@ def test_it_ends_with_0_once_what_it_answers_is_complete(toy) -> None:
         assert process.wait(timeout=60) == 0
         with pytest.raises(openai.APIConnectionError):
             client.models.list()
+        assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize(("drain", "signals"), [(1, 1), (60, 2)])
+def test_clients_are_told_what_is_not_complete_in_time(drain, signals, tmp_path) -> None:
+    with started(tmp_path / "slow", drain, command=[sys.executable, "-c", SLOW]) as (process, address, _):
+        stream = client_of(address).chat.completions.create(model="slow", stream=True, **LONG)
+        next(stream)
+        for _ in range(signals):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+        with pytest.raises(openai.APIError, match="The server is about to end"):
+            list(stream)
+        assert process.wait(timeout=30) == 0
         assert process.stderr.read() == ""
 
 

@@ -33,12 +33,22 @@ def read(pieces: list[str]) -> list[object]:
         ('<tool_call>{"name": "g", "arguments": "{\\"y\\": 1}"}</tool_call>', [("g", {"y": 1})]),
         ("<tool_call>no json</tool_call> x", ["<tool_call>no json</tool_call> x"]),
         ('<tool_call>{"name": 1}</tool_call>', ['<tool_call>{"name": 1}</tool_call>']),
+        ('<tool_call>{"name": "g", "arguments": {"x": NaN}}</tool_call>', None),
+        ('<tool_call>{"name": "g", "arguments": {"x": 1e999}}</tool_call>', None),
+        ('<tool_call>{"name": "\\ud83d"}</tool_call>', None),
+        ('<tool_call>{"name": "g", "arguments": {"x": "\\ud83d"}}</tool_call>', [("g", {"x": "\ud83d"})]),
+        (
+            '<tool_call>{"name": "g", "arguments": {"x": "</tool_call> "}}</tool_call>.',
+            [("g", {"x": "</tool_call> "}), "."],
+        ),
+        ('<tool_call>{"x": "</tool_call> and so on', None),
         ("<tool_call>" + "[" * 100_000, ["<tool_call>" + "[" * 100_000]),
         ("", []),
         (" \n", [" \n"]),
     ],
 )
 def test_calls_and_text(text, wanted) -> None:
+    wanted = [text] if wanted is None else wanted
     assert read([text]) == wanted
     assert read([text, ""]) == wanted
     if len(text) < 1000:
