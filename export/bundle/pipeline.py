@@ -263,9 +263,9 @@ def _calibrate(
     reporter.note(
         f"{options.dtype} cache on {tokens.numel():,} tokens: KL {cost.kl:.2g} nats, same likeliest token {cost.top1:.1%}"
     )
-    if weights is None and not cost.kl <= options.max_kl:  # NaN is not
+    if not cost.kl <= (options.max_kl if weights is None else math.inf):  # NaN is not
         raise VerificationError(
-            f"the {options.dtype} cache costs {cost.kl:.3g} nats, more than {options.max_kl:g}",
+            f"the {options.dtype} cache costs {cost.kl:.3g} nats, and {options.max_kl:g} are allowed",
             where=source.path,
             fix="Leave --kv-cache out, or allow it with --max-kl. No bundle was written.",
         )

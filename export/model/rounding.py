@@ -99,6 +99,8 @@ SCALES, ZEROS, OFFSETS = ".scales", ".zeros", ".offsets"  # what the names of pa
 ORDER = "order."  # what the name of an order begins with: all weights of that order share it
 _LARGEST_FLOAT8 = torch.finfo(torch.float8_e4m3fn).max  # 448
 _LARGEST_FLOAT4 = 12  # twice 6: numbers of float4 are doubled here
+_LEAST_NARROW = 2.0**-18  # float16's step is 2^-24 there
+_MOST_NARROW = 2.0**10  # of scales of eight bits: those of four are 16 times as large, and float16's largest is 2^16
 _AT_A_TIME = 1 << 23  # of a weight's numbers that are rounded or compared
 # In eight bits but of "mixed": four there cost most (issue 13, measured)
 _WIDE = ("model.embed_tokens.weight", "lm_head.weight")
@@ -163,20 +165,14 @@ def forms_of(
     return forms
 
 
-_LEAST_NARROW, _MOST_NARROW = (
-    2.0**-18,
-    2.0**10,
-)  # float16's step there is 2^-24; those of four bits are 16 times as large
-
-
 def suits_narrow_scales(weight: Tensor) -> bool:
     """Whether float16 holds the scales of a weight [N, K] well, for four bits or eight: each within a 128th of itself, a step of eight.
 
     Small blocks count as much as large ones: what comes of them may be multiplied by anything.
     """
     for rows in torch.split(weight, _at_a_time(weight)):
-        least = block_scales(rows.float().reshape(len(rows), -1, math.gcd(weight.shape[1], BLOCK)), 8)
-        if least.min() < _LEAST_NARROW or least.max() > _MOST_NARROW:
+        scales = block_scales(rows.float().reshape(len(rows), -1, math.gcd(weight.shape[1], BLOCK)), 8)
+        if scales.min() < _LEAST_NARROW or scales.max() > _MOST_NARROW:
             return False
     return True
 

@@ -27,6 +27,7 @@ from headfold.export.parity.exact.rounding import (
     prove_kept,
     prove_recorded,
     prove_rounding,
+    rounded_in,
 )
 from headfold.export.parity.exact.weights import (
     prove_attributes,
@@ -171,6 +172,8 @@ def _rounded(
     own = exportable.checkpoint if isinstance(exportable, OwnModel) else None
     weights = exportable.tensors(stored)
     record = read_record(directory / RECORD, weights.shapes(), own.config if own is not None else None)
+    if unnamed := sorted((rounded_in(model) & weights.shapes().keys()) - record.tensors.keys()):
+        raise BundleError(f"says nothing of {unnamed[0]}, which is rounded", where=directory / RECORD, fix=_AGAIN)
     by_gptq, by_rule, kept = (
         {name: weight.form for name, weight in record.tensors.items() if weight.method == method}
         for method in ("gptq", "nearest", "kept")

@@ -29,7 +29,7 @@ _HELPS: dict[WeightsScheme, str] = {
 # outputs of 2,048 inputs: 280 ms instead of 8; of four bits 16 instead of 2).
 _EIGHT, _FLOATS_BY_FOUR = "inputs in eight bits", "inputs in float32 where weights have four bits"
 _FLOATS = "inputs in float32, which decodes slowly"
-_OF_THE_HEAD: set[WeightsScheme] = {"w8a8", "fp8", "nvfp4"}  # other products have ways of their own
+_OF_THE_HEAD: set[WeightsScheme] = {"w8a8", "fp8"}  # other products have ways of their own
 
 
 def check_max_kl(value: float) -> None:

@@ -21,7 +21,7 @@ class Options(TypedDict, total=False):
     min_p: float | None
     repetition_penalty: float | None
     stop: str | Sequence[str] | None  # end before any of these texts, [] before none; by default the bundle's
-    seed: int | None  # makes sampling repeatable; a row draws the same whatever is beside it
+    seed: int | None  # makes sampling repeatable; a row draws the same whatever is beside it, of the same logits
     ignore_eos: bool  # go on after an end-of-sequence token
     tools: Tools  # JSON schemas of functions, for the chat template; this and the next are for messages only
     template_variables: Mapping[str, Any] | None  # of the chat template, as {"enable_thinking": False}

@@ -176,9 +176,8 @@ def _answer(model: "Model", messages: list[dict[str, str]], sampling: dict[str, 
     first = 1 if messages[0]["role"] == "system" else 0
     while True:
         try:
-            answers: Answers = model.generate(
-                messages, stream=True, reuse=True, **sampling
-            )  # a turn pays for what is new
+            # With reuse a turn pays for what is new
+            answers: Answers = model.generate(messages, stream=True, reuse=True, **sampling)
         except CapacityError:
             if len(messages) - first < 3:  # the question alone
                 raise

@@ -15,6 +15,7 @@ from headfold.export.exportables.rounding_record import WeightRecord, digest, re
 from headfold.export.graph.recipes import recipe_of
 from headfold.export.graph.weights import let_go
 from headfold.export.model.rounding import (
+    SCALES,
     Form,
     Rounded,
     Width,
@@ -65,7 +66,7 @@ class StoredRoundings(Mapping[str, Rounded]):
             row = 0
             for part in _sources(value):
                 self._values[part] = value, row
-                whole = part.removesuffix(".scales").rpartition(".")[0]
+                whole = part.removesuffix(SCALES).rpartition(".")[0]
                 row += shapes[whole][0] if whole in shapes else 0
 
     def __getitem__(self, name: str) -> Rounded:
@@ -100,6 +101,12 @@ def _sources(value: ir.Value) -> tuple[str, ...]:
     except ValueError:
         return ()
     return recipe.sources if recipe is not None else ()
+
+
+def rounded_in(model: ir.Model) -> set[str]:
+    """The weights that a graph says it has rounded."""
+    parts = (part for value in model.graph.initializers.values() for part in _sources(value))
+    return {part.removesuffix(SCALES).rpartition(".")[0] for part in parts if part.endswith(SCALES)}
 
 
 def prove_rounding(checkpoint: RoundedTensors, record: Mapping[str, WeightRecord]) -> CheckResult:

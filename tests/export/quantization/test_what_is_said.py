@@ -133,6 +133,14 @@ def test_a_record_that_is_wrong_is_one_line(damage, message, tmp_path) -> None:
         read_record(tmp_path / "weights.json", original.shapes(), original.config)
 
 
+def test_a_record_without_a_weight_that_is_rounded_is_one_line(bundle, source, tmp_path) -> None:
+    other = changed(
+        shutil.copytree(bundle, tmp_path / "other"), "weights.json", lambda record: record["tensors"].pop(UP)
+    )
+    with pytest.raises(BundleError, match=f"weights.json: says nothing of {UP}, which is rounded"):
+        verify_bundle(other, OwnModel(open_checkpoint(source)), read_manifest(other), 1, Reporter(quiet=True))
+
+
 def test_a_record_that_is_missing_is_one_line(bundle, source, tmp_path) -> None:
     shutil.copytree(bundle, tmp_path / "bundle")
     (tmp_path / "bundle" / "weights.json").unlink()
