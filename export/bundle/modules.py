@@ -49,6 +49,8 @@ def export_module(
         HeadfoldError: it cannot be exported; which submodule, and why, is named.
         VerificationError: the graph does not compute what the model computes; no bundle is written.
     """
+    if not isinstance(options, ExportOptions):
+        raise ConfigError(f"is a {type(options).__name__}", where="options", fix="Give ExportOptions(...).")
     return export_bundle(_exportable(module, facts, _files(tokenizer)), Path(output), options, reporter)
 
 
@@ -90,6 +92,8 @@ def _exportable(module: nn.Module, facts: ModuleFacts | None, tokenizer: Tokeniz
                 where=name,
                 fix="Give facts=ModuleFacts(max_position_embeddings=...).",
             )
+        if not isinstance(facts, ModuleFacts):
+            raise ConfigError(f"is a {type(facts).__name__}", where="facts", fix="Give ModuleFacts(...).")
         return ModuleModel(module, facts, tokenizer)
     if facts is not None:
         raise ConfigError(

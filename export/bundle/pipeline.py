@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import psutil
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from headfold.export.bundle.cache_scales import cache_scales, quantization_cost
@@ -42,6 +43,7 @@ from headfold.export.progress import Reporter
 from headfold.export.quantization.gate import MAX_KL, check_max_kl, pass_gate
 from headfold.export.quantization.products import round_weights
 from headfold.export.quantization.rounding import Prepared, WeightRounding, prepare
+from headfold.export.typed import check_types
 from headfold.plugins.dtypes import DType, Quantized
 from headfold.runtime.choosing.generation_settings import read_generation_settings
 from headfold.runtime.errors import BundleError, CheckpointError, ConfigError, VerificationError, located
@@ -79,6 +81,7 @@ class CacheCalibration:
     max_kl: float = MAX_KL  # nats; beside rounded weights theirs, which is of both
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_max_kl(self.max_kl)
         if not 1 <= self.tokens <= MOST_TOKENS:
             raise ConfigError(
@@ -96,12 +99,13 @@ class ExportOptions:
     hidden_states: bool = False  # an output of what the head is given, of every token
     allow_nan: bool = False
     verify: bool = True
-    decode_steps: int = 16
+    decode_steps: Annotated[int, Field(ge=1)] = 16  # of the comparison
     force: bool = False
     cache: CacheCalibration | None = None  # of a quantized cache; None for one in `dtype`
     weights: WeightRounding | None = None  # None for all of them in `dtype`
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.weights is None:
             return
         scheme, what = self.weights.scheme, "does not go with weights of four or eight bits"

@@ -217,9 +217,9 @@ def _ends(fields: _Fields) -> tuple[int, ...]:
 
 
 def activation(name: str) -> Activation:
-    """Transformers' name to ours; raises ConfigError for one that we do not implement."""
+    """Transformers' name to ours; raises NotInTable for one that we do not implement."""
     if name not in ACTIVATIONS:
-        raise ConfigError(f"hidden_act {name!r} is not implemented", fix=f"headfold knows {', '.join(ACTIVATIONS)}.")
+        raise NotInTable(f"hidden_act {name!r} is not implemented", fix=f"headfold knows {', '.join(ACTIVATIONS)}.")
     return ACTIVATIONS[name]
 
 
@@ -265,7 +265,8 @@ def _rope(content: Json, positions: int) -> RopeConfig:
     merged = top | dict(parameters)
     kind: Any = merged.get("rope_type", merged.get("type", "default"))
     if kind not in (*ROPE_FIELDS,):
-        raise ConfigError(f"rope_type {kind!r} is not implemented", fix=f"headfold knows {', '.join(ROPE_FIELDS)}.")
+        refusal = NotInTable if isinstance(kind, str) else ConfigError
+        raise refusal(f"rope_type {kind!r} is not implemented", fix=f"headfold knows {', '.join(ROPE_FIELDS)}.")
     if content.get("original_max_position_embeddings") is not None:  # beside the object, it wins
         merged["original_max_position_embeddings"] = content["original_max_position_embeddings"]
     given = _Fields(merged, {"rope_theta": 10000.0, "original_max_position_embeddings": positions}, "rope: ")

@@ -46,6 +46,7 @@ from headfold.export.quantization.sensitivity import TOKENS as SENSITIVITY
 from headfold.export.quantization.sensitivity import by_loss_of_inputs, choose_bits, sensitivities
 from headfold.export.quantization.shelf import InMemory, Shelf, digest_of, remembered
 from headfold.export.quantization.smoothing import find_smoothing
+from headfold.export.typed import check_types
 from headfold.plugins.quantized.schema import BLOCK
 from headfold.runtime.errors import ConfigError, located
 from headfold.runtime.manifest import BlockSize, WeightsScheme, WeightsSpec
@@ -76,12 +77,13 @@ class WeightRounding:
             ("--rounding", self.method, get_args(Method)),
             ("--block-size", self.block_size, get_args(BlockSize)),
         ):
-            if value not in known:
+            if value not in known or type(value) is not type(known[0]):
                 raise ConfigError(
                     f"{value!r} is not known", where=name, fix=f"Choose one of {', '.join(map(str, known))}."
                 )
         if isinstance(self.data, str):
             raise ConfigError("is one text", where="data", fix='Give a tuple of sources: ("corpus.txt",).')
+        check_types(self)
         check_max_kl(self.max_kl)
         if self.bits is not None and self.scheme != "mixed":
             raise ConfigError("is for weights of either width", where="--bits", fix="Add --weights mixed.")

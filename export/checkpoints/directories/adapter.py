@@ -58,6 +58,15 @@ class LoraSettings(BaseModel, frozen=True):
     alpha_pattern: dict[str, float] = {}
 
 
+def one_tensor(path: Path) -> CheckpointError:
+    """An adapter at `path` that changes one of two that are tied."""
+    return CheckpointError(
+        "changes the embedding or the head, and in its base they are one tensor",
+        where=path,
+        fix="Merge it with peft, which must say what becomes of the other, and export the result.",
+    )
+
+
 @dataclass(frozen=True)
 class Adapter:
     """An adapter's directory: its settings, and its tensors by module and part, or by name where they take the place of the base's."""
@@ -87,6 +96,8 @@ class Adapter:
             else:
                 tensors[self._name_in(base, name, stored.shape)] = stored
         for module, pair in self.pairs.items():
+            if f"{module}.weight" == HEAD and HEAD not in base and EMBEDDING in base:
+                raise one_tensor(self.path)
             name = self._name_in(base, f"{module}.weight", None)
             tensors[name] = self._merged(module, pair, tensors[name])
         return tensors

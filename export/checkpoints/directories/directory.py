@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from headfold.export.checkpoints.directories.adapter import Adapter, is_adapter, open_adapter
+from headfold.export.checkpoints.directories.adapter import Adapter, is_adapter, one_tensor, open_adapter
 from headfold.export.checkpoints.directories.hub import download, is_hub_name
 from headfold.export.checkpoints.directories.stored import EMBEDDING, HEAD, Source, Stored, stored_tensors
 from headfold.export.checkpoints.quantized.formats import dequantized, format_of, left_over
@@ -115,11 +115,7 @@ class Directory:
             return
         both = [adapter.whole.get(name) for name in (EMBEDDING, HEAD)]
         if both[0] is None or both[1] is None or not torch.equal(both[0].read(), both[1].read()):
-            raise CheckpointError(
-                "changes the embedding or the head, and in its base they are one tensor",
-                where=self.path,
-                fix="Merge it with peft, which must say what becomes of the other, and export the result.",
-            )
+            raise one_tensor(self.path)
 
 
 def _base_of(adapter: Adapter, base: Path | None) -> Path:

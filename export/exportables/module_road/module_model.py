@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from headfold.export.checkpoints.base import TokenizerFiles
@@ -17,6 +18,8 @@ from headfold.export.exportables.foreign.widening import widened
 from headfold.export.exportables.module_road.learning import Learned, learn
 from headfold.export.exportables.module_road.module_oracle import ModuleOracle
 from headfold.export.exportables.oracle import Oracle
+from headfold.export.model.config import MOST_POSITIONS
+from headfold.export.typed import check_types
 from headfold.plugins.dtypes import Quantized
 from headfold.runtime.errors import ConfigError
 from headfold.runtime.manifest import Road
@@ -26,10 +29,13 @@ from headfold.runtime.manifest import Road
 class ModuleFacts:
     """What running a module does not tell of it; all else is learned from a pass on meta tensors."""
 
-    max_position_embeddings: int  # the most tokens that the model was made for
+    max_position_embeddings: Annotated[int, Field(ge=1, le=MOST_POSITIONS)]  # the most tokens that it was made for
     bos_token_id: int | None = None
     eos_token_id: tuple[int, ...] = ()  # those that end an answer
     pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 class ModuleModel:
@@ -45,12 +51,12 @@ class ModuleModel:
         name = type(module).__name__
         self.path, self.tokenizer = Path(name), tokenizer
         self._module = module
-        if facts.max_position_embeddings < 1:
-            raise ConfigError(
-                f"max_position_embeddings is {facts.max_position_embeddings}", fix="Give a number of tokens."
-            )
         _check_parameters(module, name)
         self._learned = self._learn(torch.float32)
+        for token in (facts.bos_token_id, *facts.eos_token_id, facts.pad_token_id):
+            if token is not None and not 0 <= token < self._learned.vocab_size:
+                fix = f"Token ids are 0 to {self._learned.vocab_size - 1}."
+                raise ConfigError(f"its facts name token {token}, which it does not have", where=name, fix=fix)
         self.facts = Facts(
             model_type=name,
             vocab_size=self._learned.vocab_size,

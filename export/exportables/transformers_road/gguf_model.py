@@ -119,7 +119,11 @@ class _Weights:
         self._turned = {f"{name}.weight" for name, x in model.named_modules() if isinstance(x, InputsLast)}
         processor = TENSOR_PROCESSORS.get(file.metadata["general.architecture"], TensorProcessor)
         self._processor = processor(config=config.get_text_config().to_dict())
-        self._names: dict[str, str] = get_gguf_hf_weights_map(model, self._processor)
+        try:
+            self._names: dict[str, str] = get_gguf_hf_weights_map(model, self._processor)
+        except NotImplementedError as error:  # it reads the metadata of some whose tensors it has no names of
+            what = f"transformers cannot read its tensors: {one_line(error)}"
+            raise ConfigError(what, where=file.path, fix=_FIX) from error
         self._sources: dict[str, list[str]] = {}
         for name in file.tensors:
             parameter = self._names.get(name) or self._names.get(name.removesuffix(".weight"))

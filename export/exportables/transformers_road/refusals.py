@@ -10,6 +10,7 @@ from headfold.runtime.errors import ConfigError
 ROAD = "headfold exports what transformers can run with another attention, every layer with keys and values of its own."
 BELONGS = "The checkpoint is incomplete, or config.json is another model's."
 _ATTENDS = "attends by code of its own (with ALiBi?), not through transformers' AttentionInterface"
+_OF_LENGTH = ("dynamic", "longrope")
 _LANGUAGE_MODEL = "Save its language model alone: model.language_model and its head, as a causal language model."
 
 
@@ -36,6 +37,21 @@ def refuse_other_kinds(config: PreTrainedConfig, path: Path) -> None:
         composite = config.get_text_config() is not config
         fix = _LANGUAGE_MODEL if composite else "headfold exports decoders of text."
         raise ConfigError(f"{name} is no causal language model in transformers", where=path, fix=fix)
+
+
+def refuse_rope_of_length(config: PreTrainedConfig, path: Path) -> None:
+    """Raise ConfigError of a RoPE whose angles depend on how long the text is by now: keys that are cached would have to change."""
+    said = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    for rope in (
+        said,
+        *(part for part in said.values() if isinstance(part, dict)),
+    ):  # some have one for each kind of layer
+        if rope.get("rope_type") in _OF_LENGTH:
+            raise ConfigError(
+                f"its RoPE ({rope['rope_type']}) depends on the length of the text",
+                where=path,
+                fix="headfold exports RoPE that does not, as default, linear, llama3 or yarn.",
+            )
 
 
 def unmade(config: PreTrainedConfig, error: Exception, path: Path) -> ConfigError:

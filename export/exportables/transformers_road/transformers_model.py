@@ -30,6 +30,7 @@ from headfold.export.exportables.transformers_road.refusals import (
     ROAD,
     other_class,
     refuse_other_kinds,
+    refuse_rope_of_length,
     unattending,
     unmade,
     unreadable,
@@ -81,6 +82,7 @@ class TransformersModel:
     ) -> None:
         self.config, self.path, self.tokenizer, self.directory = config, path, tokenizer, directory
         self._load, self._stored = load, stored_dtype(directory) if directory is not None else None
+        refuse_rope_of_length(config, path)
         model = on_meta(config, torch.float32, path)
         self.shapes = {name: tuple(x.shape) for name, x in model.named_parameters()}  # what is tied counts once
         self.facts = _facts(model, path)

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from headfold.export.bundle.cache_scales import cache_scales, quantization_cost
+from headfold.export.bundle.pipeline import CacheCalibration, ExportOptions
 from headfold.export.checkpoints.opening import load_decoder, open_checkpoint
 from headfold.export.cli import main
 from headfold.export.data.calibration import read_tokens
@@ -20,7 +21,7 @@ from headfold.export.exportables.opening import open_exportable
 from headfold.export.parity.exact.weights import stored_cache
 from headfold.export.parity.verify import verify_bundle
 from headfold.export.progress import Reporter
-from headfold.runtime import BundleError, load
+from headfold.runtime import BundleError, ConfigError, load
 from headfold.runtime.manifest import read_manifest
 
 CAPACITY = 32
@@ -133,6 +134,32 @@ def test_a_cache_that_costs_too_much_is_not_published(toys, tmp_path) -> None:
     assert "Leave --kv-cache out, or allow it with --max-kl. No bundle was written." in output
     assert not (tmp_path / "no").exists()
     assert run("export", planted, "-o", tmp_path / "allowed", *options, "--max-kl", "10", "-q")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (
+            CacheCalibration,
+            {"dtype": "int4"},
+            "CacheCalibration.dtype: is 'int4'. Input should be 'int8' or 'float8_e4m3fn'.",
+        ),
+        (CacheCalibration, {"dtype": "int8", "data": "a.txt"}, "CacheCalibration.data: is 'a.txt'"),
+        (CacheCalibration, {"dtype": "int8", "max_kl": float("nan")}, "--max-kl: is nan"),
+        (
+            ExportOptions,
+            {"decode_steps": 0},
+            "ExportOptions.decode_steps: is 0. Input should be greater than or equal to 1.",
+        ),
+        (ExportOptions, {"dtype": torch.float16}, "ExportOptions.dtype: is torch.float16"),
+        (ExportOptions, {"weights": "int8"}, "ExportOptions.weights: is 'int8'"),
+        (ExportOptions, {"capacity": "5"}, "ExportOptions.capacity: is '5'"),
+    ],
+)
+def test_what_a_caller_in_python_may_not_ask_for_is_one_line(kind, options, message) -> None:
+    with pytest.raises(ConfigError) as caught:
+        kind(**options)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("found", [{"kl": float("nan")}, {"top1": 7.0}])

@@ -246,6 +246,13 @@ def test_an_adapter_of_a_tied_embedding_must_keep_it_tied(base, tmp_path) -> Non
     make_adapter(base, tmp_path / "adapter", r=4, target_modules=["embed_tokens"])
     with pytest.raises(CheckpointError, match="in its base they are one tensor"):
         open_checkpoint(tmp_path / "adapter")
+    stored = load_file(tmp_path / "adapter" / ADAPTER)
+    for part in ("A", "B"):  # as peft writes it where it is told to keep them tied
+        both = stored[f"base_model.model.model.embed_tokens.lora_embedding_{part}"]
+        stored[f"base_model.model.lm_head.lora_{part}.weight"] = both.T.contiguous()
+    save_file(stored, tmp_path / "adapter" / ADAPTER, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="in its base they are one tensor"):
+        open_checkpoint(tmp_path / "adapter")
     names = {name: f"base_model.model.{name}.weight" for name in ("model.embed_tokens", "lm_head")}
     saved = {name: torch.full((300, 48), 0.5) for name in names.values()}
     save_file(saved, tmp_path / "adapter" / ADAPTER, metadata={"format": "pt"})

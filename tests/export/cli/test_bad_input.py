@@ -133,10 +133,15 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "checkpoint/special_tokens_map.json: is no JSON object",
     ),
     "no model_type": (config(model_type=None), "model_type is missing"),
-    "unknown activation": (config(hidden_act="xielu"), "hidden_act 'xielu' is not implemented"),
+    "an activation that only transformers has, and with parameters": (config(hidden_act="xielu"), "missing tensors: "),
+    "unknown activation": (config(hidden_act="nonsense"), "nonsense"),
     "unknown RoPE": (
-        config(rope_parameters={"rope_type": "longrope", "factor": 2.0}),
-        "rope_type 'longrope' is not implemented",
+        config(rope_parameters={"rope_type": "nonsense", "factor": 2.0}),
+        "nonsense",
+    ),
+    "RoPE that is another one once the text is long": (
+        config(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}),
+        "its RoPE (dynamic) depends on the length of the text",
     ),
     "RoPE without its factor": (config(rope_parameters={"rope_type": "linear"}), "rope: factor is missing"),
     "heads not divisible by KV heads": (

@@ -126,6 +126,10 @@ DIRECTORIES: dict[str, tuple[Maker, str]] = {
         config(rope_parameters={"rope_type": "zork"}),
         "no arcee can be made of its configuration: KeyError: 'zork'",
     ),
+    "a RoPE of the text's length": (
+        config(rope_parameters=THETA | {"rope_type": "dynamic", "factor": 2.0}),
+        "its RoPE (dynamic) depends on the length of the text. headfold exports RoPE that does not",
+    ),
     "NaN": (weights(lambda t: t[UP].fill_(float("nan"))), f"tensor {UP} holds NaN or infinity"),
 }
 
@@ -280,3 +284,10 @@ def test_facts_are_asked_for_where_they_are_needed(tmp_path) -> None:
     check(lambda out: export_module(Plain(), out), "Plain: does not tell how many tokens", tmp_path / "a")
     check(lambda out: export_module(random_model("arcee"), out, FACTS), "has its facts. Give no facts", tmp_path / "b")
     check(lambda out: export_module(Plain(), out, FACTS, tokenizer=tmp_path), "has no tokenizer.json", tmp_path / "c")
+    check(lambda out: export_module(Plain(), out, {}), "facts: is a dict. Give ModuleFacts(...).", tmp_path / "d")
+    check(lambda out: export_module(Plain(), out, FACTS, options={}), "options: is a dict. Give Export", tmp_path / "e")
+    for name, value in (("max_position_embeddings", 64.0), ("max_position_embeddings", 10**12), ("eos_token_id", 5)):
+        with pytest.raises(HeadfoldError, match=f"ModuleFacts.{name}: is {value}"):
+            ModuleFacts(**{"max_position_embeddings": 64, name: value})
+    facts = ModuleFacts(max_position_embeddings=64, eos_token_id=(99999,))
+    check(lambda out: export_module(Plain(), out, facts), "its facts name token 99999", tmp_path / "g")

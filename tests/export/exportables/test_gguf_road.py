@@ -98,6 +98,12 @@ def test_bad_files_are_one_line_and_leave_nothing(case, tmp_path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
 
 
+def test_an_architecture_whose_tensors_transformers_does_not_know_is_named(tmp_path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", gemma3(), "mistral", {})
+    with pytest.raises(HeadfoldError, match=r"transformers cannot read its tensors: .*mistral"):
+        open_exportable(path)
+
+
 def test_an_unknown_architecture_is_named(tmp_path) -> None:
     path = write_gguf(tmp_path / "m.gguf", gemma3(), "rwkv6", {})
     with pytest.raises(HeadfoldError, match="GGUF model with architecture rwkv6 is not supported"):

@@ -70,6 +70,12 @@ def test_what_a_table_has_no_place_for_takes_this_road_by_itself_and_says_so(
     assert "partial_rotary_factor" in str(caught.value)
 
 
+def test_an_activation_that_no_table_has_takes_this_road(tmp_path) -> None:
+    path = save_random("llama", tmp_path / "model", hidden_act="relu2")
+    assert export_bundle(open_exportable(path), tmp_path / "bundle", ExportOptions(decode_steps=1), QUIET).parity.passed
+    assert_generates_what_transformers_does(path, tmp_path / "bundle")
+
+
 def test_a_mistral_with_layer_types_generates_what_transformers_does(tmp_path) -> None:
     kinds = ["full_attention", "sliding_attention", "full_attention"]
     path = save_random("ministral", tmp_path / "model", layer_types=kinds, sliding_window=9)

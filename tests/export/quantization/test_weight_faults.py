@@ -277,6 +277,12 @@ def test_what_does_not_go_together_is_one_line(options, message, source, tmp_pat
         ({"scheme": "int4", "max_kl": 0.0}, "--max-kl: is 0"),
         ({"scheme": "mixed", "bits": np.nan}, "--bits: is nan. It must lie between 4 and 8."),
         ({"scheme": "int8", "bits": 5.0}, "--bits: is for weights of either width"),
+        ({"scheme": "int8", "block_size": 32.0}, "--block-size: 32.0 is not known"),
+        (
+            {"scheme": "int8", "data": ["corpus.txt"]},
+            "WeightRounding.data: is ['corpus.txt']. Input should be a valid tuple.",
+        ),
+        ({"scheme": "int8", "max_kl": "1"}, "WeightRounding.max_kl: is '1'. Input should be a valid number."),
     ],
 )
 def test_what_a_caller_may_not_ask_for_is_one_line(options, message) -> None:
