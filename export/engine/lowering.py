@@ -19,7 +19,7 @@ from headfold.export.graph.experts import experts_nodes
 from headfold.export.graph.joining import unpack_inputs
 from headfold.export.graph.passes import attention_nodes
 from headfold.export.graph.recipes import recipe_of, remove_unread, replace_node
-from headfold.export.model.rounding import SCALES
+from headfold.export.model.storing import SCALES
 from headfold.plugins.attention.schema import DOMAIN, OP_TYPE, Attention, AttentionInputs
 from headfold.plugins.names import HIDDEN_STATES, is_cache_input, is_cache_output
 from headfold.plugins.quantized.schema import FLOAT8, GATHER, GATHER_INPUTS, MATMUL, MATMUL_INPUTS, ROUNDED_INPUTS

@@ -14,17 +14,9 @@ from headfold.export.checkpoints.quantized.tensor import QuantizedTensor
 from headfold.export.exportables.base import Tensors
 from headfold.export.exportables.kept import kept
 from headfold.export.model.config import ModelConfig
-from headfold.export.model.rounding import (
-    Form,
-    Rounded,
-    Width,
-    as_rounded,
-    restored,
-    rounded,
-    stored_part,
-    stored_shapes,
-)
+from headfold.export.model.rounding import Form, Rounded, Width, as_rounded, restored, rounded
 from headfold.export.model.smoothing import Exponents, shifted, shifts
+from headfold.export.model.storing import stored_part, stored_shapes
 from headfold.runtime.errors import BundleError
 
 

@@ -11,7 +11,7 @@ from onnx_ir.passes import common as common_passes
 from headfold.export.graph.experts import attributes_of, experts_nodes
 from headfold.export.graph.passes import attention_nodes, columns
 from headfold.export.graph.recipes import recipe_of, shared_constant
-from headfold.export.model.rounding import whole_name
+from headfold.export.model.storing import whole_name
 from headfold.plugins.attention.onnx_functions import onnxruntime_body, standard_body
 from headfold.plugins.attention.schema import ALL_INPUTS, DOMAIN, LAST_INDEX, TABLES, VERSION, AttentionInputs
 from headfold.plugins.dtypes import DTYPES, QUANTIZED, Quantized

@@ -33,7 +33,8 @@ from headfold.export.graph.recipes import (
     shared_constant,
 )
 from headfold.export.graph.weights import load_model
-from headfold.export.model.rounding import OFFSETS, ORDER, SCALES, Form, stored_bits, stored_shapes
+from headfold.export.model.rounding import Form
+from headfold.export.model.storing import OFFSETS, ORDER, SCALES, stored_bits, stored_shapes
 from headfold.plugins.experts.onnx_functions import onnxruntime_can
 from headfold.plugins.experts.schema import QUANTIZED as EXPERTS
 from headfold.plugins.experts.schema import ExpertsInputs

@@ -10,7 +10,8 @@ import onnx_ir as ir
 
 from headfold.export.graph.experts import attributes_of, experts_nodes
 from headfold.export.graph.recipes import WeightRecipe, multiplies, recipe_of
-from headfold.export.model.rounding import Form, stored_shapes, whole_name
+from headfold.export.model.rounding import Form
+from headfold.export.model.storing import stored_shapes, whole_name
 from headfold.export.parity.report import CheckResult, verdict
 from headfold.plugins.attention.schema import DOMAIN
 from headfold.plugins.experts.schema import INPUTS, QUANTIZED, QUANTIZED_INPUTS, ExpertsInputs

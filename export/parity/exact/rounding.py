@@ -14,18 +14,8 @@ from headfold.export.exportables.rounded import RoundedCheckpoint, RoundedTensor
 from headfold.export.exportables.rounding_record import WeightRecord, digest, relative_squared_error
 from headfold.export.graph.recipes import recipe_of
 from headfold.export.graph.weights import let_go
-from headfold.export.model.rounding import (
-    SCALES,
-    Form,
-    Rounded,
-    Width,
-    forms_of,
-    holds,
-    joined,
-    stored_bits,
-    stored_shapes,
-    unpacked,
-)
+from headfold.export.model.rounding import Form, Rounded, Width, forms_of, holds, joined
+from headfold.export.model.storing import SCALES, stored_bits, stored_shapes, unpacked, whole_name
 from headfold.export.parity.report import CheckResult, verdict
 from headfold.runtime.errors import BundleError
 from headfold.runtime.manifest import WeightsScheme, WeightsSpec
@@ -66,7 +56,7 @@ class StoredRoundings(Mapping[str, Rounded]):
             row = 0
             for part in _sources(value):
                 self._values[part] = value, row
-                whole = part.removesuffix(SCALES).rpartition(".")[0]
+                whole = whole_name(part.removesuffix(SCALES))
                 row += shapes[whole][0] if whole in shapes else 0
 
     def __getitem__(self, name: str) -> Rounded:
@@ -106,7 +96,7 @@ def _sources(value: ir.Value) -> tuple[str, ...]:
 def rounded_in(model: ir.Model) -> set[str]:
     """The weights that a graph says it has rounded."""
     parts = (part for value in model.graph.initializers.values() for part in _sources(value))
-    return {part.removesuffix(SCALES).rpartition(".")[0] for part in parts if part.endswith(SCALES)}
+    return {whole_name(part.removesuffix(SCALES)) for part in parts if part.endswith(SCALES)}
 
 
 def prove_rounding(checkpoint: RoundedTensors, record: Mapping[str, WeightRecord]) -> CheckResult:

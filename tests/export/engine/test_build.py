@@ -15,7 +15,7 @@ from headfold.export.bundle.pipeline import ExportOptions, export_bundle
 from headfold.export.cli import main
 from headfold.export.engine import network_report as tensorrt_network
 from headfold.export.engine.build import build_engine
-from headfold.export.engine.options import BuildOptions, profiles
+from headfold.export.engine.options import BuildOptions, check_flavour, check_weights, profiles
 from headfold.export.exportables.own import OwnModel
 from headfold.export.progress import Reporter
 from headfold.plugins.tensorrt_library import TensorRTMissing
@@ -245,11 +245,19 @@ def test_bad_options_are_one_line(case, built, monkeypatch) -> None:
     assert len(output.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_turing_has_float16_alone(dtype, tensorrt_toy) -> None:
-    code, output = run("build", str(tensorrt_toy(dtype).bundle), "--sm", "75", "--max-input", "8", "-q")
+def test_turing_has_float16_alone(tensorrt_toy) -> None:
+    code, output = run("build", str(tensorrt_toy("bfloat16").bundle), "--sm", "75", "--max-input", "8", "-q")
     assert code == 2
-    assert f"SM 75 has no {dtype} arithmetic in TensorRT-RTX. Export the bundle with --dtype float16." in output
+    assert "SM 75 has no bfloat16 arithmetic in TensorRT-RTX. Export the bundle with --dtype float16." in output
+    turing = BuildOptions(compute_capabilities=(75,))
+    check_flavour(turing, "float16")
+    with pytest.raises(BuildError, match="SM 75 has no float32 arithmetic in TensorRT-RTX"):
+        check_flavour(turing, "float32")
+    check_weights(turing, "int8")
+    with pytest.raises(
+        BuildError, match=r"SM 75 has no int4 in TensorRT-RTX\. Export the bundle with --weights int8\."
+    ):
+        check_weights(turing, "mixed")
 
 
 def test_export_refuses_an_impossible_target_before_it_reads_anything(tmp_path) -> None:

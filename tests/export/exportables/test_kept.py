@@ -12,7 +12,8 @@ from headfold.export.checkpoints.base import MemoryCheckpoint
 from headfold.export.checkpoints.gguf.blocks import blocks_of
 from headfold.export.checkpoints.quantized.tensor import QuantizedTensor
 from headfold.export.exportables.kept import kept, kept_forms
-from headfold.export.model.rounding import Form, restored, stored_part, stored_shapes
+from headfold.export.model.rounding import Form, restored
+from headfold.export.model.storing import stored_part, stored_shapes
 from headfold.plugins.quantized.reference import dequantized
 
 EMBEDDING = "model.embed_tokens.weight"

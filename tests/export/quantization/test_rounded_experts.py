@@ -21,7 +21,8 @@ from headfold.export.exportables.rounding_record import digest
 from headfold.export.graph.experts import experts_nodes
 from headfold.export.graph.trace import export_graph
 from headfold.export.graph.weights import load_model
-from headfold.export.model.rounding import Rounded, forms_of, restored, rounded, unpacked
+from headfold.export.model.rounding import Rounded, forms_of, restored, rounded
+from headfold.export.model.storing import unpacked
 from headfold.export.parity.exact.experts import prove_experts
 from headfold.export.parity.verify import verify_bundle
 from headfold.export.progress import Reporter

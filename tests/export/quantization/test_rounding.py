@@ -16,11 +16,11 @@ from headfold.export.model.rounding import (
     bits_of,
     form_of,
     holds,
-    packed,
     restored,
     rounded,
     suits_narrow_scales,
 )
+from headfold.export.model.storing import packed
 from headfold.plugins.quantized.reference import dequantized
 
 CONFIG = ModelConfig(  # of no model: what rounds does not look at it

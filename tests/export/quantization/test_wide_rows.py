@@ -19,7 +19,8 @@ from headfold.export.checkpoints.hf_writer import save_hf
 from headfold.export.checkpoints.opening import open_checkpoint
 from headfold.export.exportables.own import OwnModel
 from headfold.export.graph.bodies import use_quantized_bodies, use_standard_body
-from headfold.export.model.rounding import as_rounded, joined, restored, rounded, stored_part, stored_shapes
+from headfold.export.model.rounding import as_rounded, joined, restored, rounded
+from headfold.export.model.storing import stored_part, stored_shapes
 from headfold.export.parity.verify import verify_bundle
 from headfold.export.progress import Reporter
 from headfold.export.quantization.products import set_level_in_file
