@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from headfold.export.checkpoints.base import TokenizerFiles, check_tensors
-from headfold.export.checkpoints.directories.directory import Directory
+from headfold.export.checkpoints.directories.directory import Directory, check_copy
 from headfold.export.checkpoints.directories.lora import without_adapter
 from headfold.export.checkpoints.directories.stored import EMBEDDING, HEAD
 from headfold.export.checkpoints.families import config_from_json
@@ -19,7 +19,6 @@ from headfold.export.checkpoints.quantized.tensor import QuantizedTensor
 from headfold.export.checkpoints.shapes import expected_shapes
 from headfold.export.checkpoints.side_files import CONFIG
 from headfold.export.checkpoints.tokenizer_of_parts import with_tokenizer
-from headfold.runtime.errors import CheckpointError
 
 
 class HuggingFaceCheckpoint:
@@ -46,13 +45,7 @@ class HuggingFaceCheckpoint:
         if tied:
             directory.check_tied()
         if tied and HEAD in self._stored and EMBEDDING in self._stored:
-            head = self._stored.pop(HEAD)  # a copy, if it is one
-            if not torch.equal(head.read(), self._stored[EMBEDDING].read()):
-                raise CheckpointError(
-                    "lm_head.weight differs from the embedding, though tie_word_embeddings is true",
-                    where=path,
-                    fix="Set tie_word_embeddings to false in config.json if the head is meant to be used.",
-                )
+            check_copy(self._stored.pop(HEAD), self._stored[EMBEDDING], path)
         check_tensors(path, self._shapes, {name: stored.shape for name, stored in self._stored.items()})
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:

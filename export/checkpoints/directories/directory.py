@@ -118,6 +118,16 @@ class Directory:
             raise one_tensor(self.path)
 
 
+def check_copy(head: Source, embedding: Source, path: Path) -> None:
+    """Of a model whose head is its embedding, and whose files have one all the same. Raises CheckpointError: it is another."""
+    if not torch.equal(head.read(), embedding.read()):
+        raise CheckpointError(
+            "lm_head.weight differs from the embedding, though tie_word_embeddings is true",
+            where=path,
+            fix="Set tie_word_embeddings to false in config.json if the head is meant to be used.",
+        )
+
+
 def _base_of(adapter: Adapter, base: Path | None) -> Path:
     """The directory of an adapter's base; it may be fetched."""
     named = base if base is not None else adapter.settings.base_model_name_or_path

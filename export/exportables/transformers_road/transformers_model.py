@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from headfold.export.checkpoints.base import TokenizerFiles
-from headfold.export.checkpoints.directories.directory import Directory
+from headfold.export.checkpoints.directories.directory import Directory, check_copy
+from headfold.export.checkpoints.directories.stored import EMBEDDING, HEAD
 from headfold.export.checkpoints.hf_tensors import HARMLESS, adds_nothing
 from headfold.export.checkpoints.tokenizer_of_parts import with_tokenizer
 from headfold.export.exportables.base import Changed, Master, Tensors, no_quantized_cache
@@ -173,6 +174,8 @@ def open_transformers(path: Path, trust_remote_code: bool = False, base: Path | 
         raise ConfigError(f"it has {layers} layers, and {len(directory.tensors)} tensors", where=path, fix=BELONGS)
     if config.get_text_config().tie_word_embeddings:
         directory.check_tied()
+        if HEAD in directory.tensors and EMBEDDING in directory.tensors:
+            check_copy(directory.tensors[HEAD], directory.tensors[EMBEDDING], path)
 
     def load(dtype: torch.dtype, values: bool = True) -> PreTrainedModel:
         model, found = load_model(directory, config, dtype, trust_remote_code, values)

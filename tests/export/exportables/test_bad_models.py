@@ -47,11 +47,11 @@ def config(**fields: Any) -> Maker:
     return make
 
 
-def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Maker:
+def weights(change: Callable[[dict[str, torch.Tensor]], object], **fields: Any) -> Maker:
     """A directory of a good model whose weights are changed."""
 
     def make(place: Path) -> Path:
-        file = save_random("arcee", place) / "model.safetensors"
+        file = save_random("arcee", place, **fields) / "model.safetensors"
         content = load_file(file)
         change(content)
         save_file(content, file, metadata={"format": "pt"})
@@ -66,7 +66,7 @@ LATENT = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_g
 LATENT |= {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "num_key_value_heads": 3}
 MPT = {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}
 THETA = {"rope_type": "default"}
-UP = "model.layers.0.mlp.up_proj.weight"
+UP, EMBEDDING = "model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"
 DIRECTORIES: dict[str, tuple[Maker, str]] = {
     "a state beside the cache": (made("MambaForCausalLM", "MambaConfig", state_size=8), "mamba has a state beside"),
     "latent attention": (
@@ -129,6 +129,10 @@ DIRECTORIES: dict[str, tuple[Maker, str]] = {
     "a RoPE of the text's length": (
         config(rope_parameters=THETA | {"rope_type": "dynamic", "factor": 2.0}),
         "its RoPE (dynamic) depends on the length of the text. headfold exports RoPE that does not",
+    ),
+    "another head than the embedding that it is": (
+        weights(lambda t: t.update({"lm_head.weight": t[EMBEDDING] + 1}), tie_word_embeddings=True),
+        "lm_head.weight differs from the embedding, though tie_word_embeddings is true. Set tie_word_embeddings",
     ),
     "NaN": (weights(lambda t: t[UP].fill_(float("nan"))), f"tensor {UP} holds NaN or infinity"),
 }
