@@ -112,7 +112,7 @@ def verify(
     if data:
         from headfold.export.bundle.cost_on_text import cost_on_text, refuse_over
 
-        cost = cost_on_text(bundle, own, opened(own), data, reporter, prefill)
+        cost = cost_on_text(bundle, own, model, data, reporter, prefill)
     if as_json:
         print_json(report.to_json() | ({"weights_cost": cost.model_dump()} if cost is not None else {}))
     elif not quiet:

@@ -92,7 +92,6 @@ def verify(
             where=bundle,
             fix="Name its checkpoint.",
         )
-    check_parameters(bundle, manifest, exportable.tensors(getattr(torch, manifest.dtype)).shapes())
     chosen = candidate(manifest) if candidate is not None else None
     return verify_bundle(bundle, exportable, manifest, decode_steps, reporter, chosen)
 
@@ -120,7 +119,9 @@ def verify_bundle(
         cache = stored_cache(model, quantization.dtype, len(facts.layers))
     with reporter.step("compare the weights"):
         scales = [scale_name(layer, part) for layer in range(len(facts.layers)) for part in SCALES] if cache else []
-        tensors = StoredTensors(rounded) if rounded is not None else exportable.tensors(stored)
+        weights = rounded if rounded is not None else exportable.tensors(stored)
+        check_parameters(directory, manifest, weights.shapes())
+        tensors = StoredTensors(rounded) if rounded is not None else weights
         checks = [prove_weights(model, tensors, stored, TABLES if own is not None else table_names(model), scales)]
         if own is not None:
             checks.append(prove_tables(model, own, capacity, stored))
@@ -130,7 +131,7 @@ def verify_bundle(
             if experts_nodes(model) or experts_nodes(again):
                 checks.append(prove_experts(model, again))
             del again
-        del tensors
+        del weights, tensors
         checks.append(prove_attributes(model, facts, own))
         if spec is not None and rounded is not None:
             checks.append(prove_described(spec, rounded, levels(model)))

@@ -42,10 +42,8 @@ def refuse_other_kinds(config: PreTrainedConfig, path: Path) -> None:
 def refuse_rope_of_length(config: PreTrainedConfig, path: Path) -> None:
     """Raise ConfigError of a RoPE whose angles depend on how long the text is by now: keys that are cached would have to change."""
     said = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    for rope in (
-        said,
-        *(part for part in said.values() if isinstance(part, dict)),
-    ):  # some have one for each kind of layer
+    each = [part for part in said.values() if isinstance(part, dict)]  # some have one for each kind of layer
+    for rope in (said, *each):
         if rope.get("rope_type") in _OF_LENGTH:
             raise ConfigError(
                 f"its RoPE ({rope['rope_type']}) depends on the length of the text",
